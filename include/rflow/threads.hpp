@@ -1,0 +1,145 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+// A small team of threads that shares out numbered tasks. The library owns its threads, so that
+// nothing depends on the consumer's OpenMP flags and ThreadSanitizer sees every hand-over.
+//
+// Tasks go to whichever thread is free. A result must therefore depend on the task's number only:
+// write it to a place of its own and add such places up in their order afterwards.
+
+#include <algorithm>
+#include <atomic>
+#include <condition_variable>
+#include <cstddef>
+#include <exception>
+#include <limits>
+#include <memory>
+#include <mutex>
+#include <system_error>
+#include <thread>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+namespace rflow::detail {
+
+class team {
+ public:
+  /// Starts threads − 1 threads; the caller of run() is the last one. If the system grants fewer,
+  /// the team is smaller: results do not depend on its size.
+  explicit team(int threads) {
+    try {
+      for (int id = 1; id < threads; ++id) workers_.emplace_back([this, id] { serve(id); });
+    } catch (std::system_error const&) {
+      // out of threads: carry on with those that started
+    } catch (...) {
+      stop();
+      throw;
+    }
+  }
+  ~team() { stop(); }
+  team(team const&) = delete;
+  team& operator=(team const&) = delete;
+
+  int size() const noexcept { return static_cast<int>(workers_.size()) + 1; }
+
+  /// Calls f(i), or f(i, thread) with 0 ≤ thread < size(), for every i in [0, count) and returns
+  /// when all are done. Tasks start in the order of their numbers. After an exception no further
+  /// task starts, and the exception of the lowest task is rethrown here: the one that a plain loop
+  /// would have thrown. Not to be called from inside f, nor from two threads at once.
+  template <class F>
+  void run(std::ptrdiff_t count, F&& f) {
+    using callee = std::remove_reference_t<F>;
+    job work{[](void const* self, std::ptrdiff_t i, int thread) {
+               auto& g = *static_cast<callee*>(const_cast<void*>(self));
+               if constexpr (std::is_invocable_v<callee&, std::ptrdiff_t, int>) {
+                 g(i, thread);
+               } else {
+                 static_cast<void>(thread);
+                 g(i);
+               }
+             },
+             std::addressof(f), count};
+    if (workers_.empty() || count <= 1) {
+      for (std::ptrdiff_t i = 0; i < count; ++i) work.call(work.self, i, 0);
+      return;
+    }
+    {
+      std::lock_guard lock(mutex_);
+      job_ = &work;
+      busy_ = workers_.size();
+      ++round_;
+    }
+    start_.notify_all();
+    work.take_part(0);
+    std::unique_lock lock(mutex_);
+    finished_.wait(lock, [this] { return busy_ == 0; });
+    if (work.error) std::rethrow_exception(work.error);
+  }
+
+ private:
+  struct job {
+    void (*call)(void const*, std::ptrdiff_t, int);
+    void const* self;
+    std::ptrdiff_t count;
+    std::atomic<std::ptrdiff_t> next{0};
+    std::mutex mutex{};
+    std::exception_ptr error{};
+    std::ptrdiff_t error_at = std::numeric_limits<std::ptrdiff_t>::max();
+
+    void take_part(int thread) noexcept {
+      for (;;) {
+        std::ptrdiff_t const i = next.fetch_add(1, std::memory_order_relaxed);
+        if (i >= count) return;
+        try {
+          call(self, i, thread);
+        } catch (...) {
+          std::lock_guard lock(mutex);
+          if (i < error_at) {
+            error_at = i;
+            error = std::current_exception();
+          }
+          next.store(count, std::memory_order_relaxed);
+        }
+      }
+    }
+  };
+
+  void serve(int thread) {
+    std::size_t seen = 0;
+    for (;;) {
+      job* work = nullptr;
+      {
+        std::unique_lock lock(mutex_);
+        start_.wait(lock, [&] { return stopping_ || round_ != seen; });
+        if (stopping_) return;
+        seen = round_;
+        work = job_;
+      }
+      work->take_part(thread);
+      std::lock_guard lock(mutex_);
+      if (--busy_ == 0) finished_.notify_one();
+    }
+  }
+
+  void stop() noexcept {
+    {
+      std::lock_guard lock(mutex_);
+      stopping_ = true;
+    }
+    start_.notify_all();
+    for (auto& worker : workers_) worker.join();
+    workers_.clear();
+  }
+
+  std::mutex mutex_;
+  std::condition_variable start_;
+  std::condition_variable finished_;
+  job* job_ = nullptr;
+  std::size_t busy_ = 0;
+  std::size_t round_ = 0;
+  bool stopping_ = false;
+  std::vector<std::thread> workers_;  // last: the threads use everything above
+};
+
+}  // namespace rflow::detail
