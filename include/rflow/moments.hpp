@@ -1,0 +1,202 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+// The moments: small host-side sums over tokens, all in double, to which a backend reduces
+// activations and from which every metric is plain arithmetic. Each kind of moment carries the
+// merges that are exact for it; the types keep apart what does not add.
+
+#include <algorithm>
+#include <cmath>  // std::sqrt
+#include <concepts>
+#include <cstddef>
+#include <vector>
+
+#include <rflow/view.hpp>
+
+namespace rflow {
+
+/// Count, mean and centred second moment of a stream; merges without cancellation.
+/// @see Chan, Golub, LeVeque, "Algorithms for computing the sample variance", 1983, equation 1.5
+struct running_stat {
+  double count = 0, mean = 0, m2 = 0;
+
+  void add(double x) {
+    count += 1;
+    double const delta = x - mean;
+    mean += delta / count;
+    m2 += delta * (x - mean);
+  }
+  void merge(running_stat const& other) {
+    if (other.count == 0) return;
+    double const total = count + other.count;
+    double const delta = other.mean - mean;
+    mean += delta * (other.count / total);
+    m2 += other.m2 + delta * delta * (count * other.count / total);
+    count = total;
+  }
+  /// Standard deviation of the values seen (divided by their number), at least 0.
+  double stddev() const { return count > 0 ? std::sqrt(m2 / count) : 0; }
+};
+
+/// Everything that flow() knows about a chain of S sites, from one read. Adds over tokens.
+///
+/// Inter-token sums live in the open sequence until end_sequence() closes it, because the unit
+/// vectors of one sequence add but their squared norm does not.
+struct flow_moments {
+  std::ptrdiff_t sites = 0, width = 0;
+  double tokens = 0;
+
+  std::vector<double> squares;                // S: Σ_t ‖x_t‖²
+  std::vector<double> zero_rows;              // S: tokens with x_t = 0
+  std::vector<double> unit_sum;               // S × d: Σ x_t/‖x_t‖ over the open sequence
+  std::vector<double> units;                  // S: number of terms in it
+  std::vector<double> pair_cosines;           // S: Σ_{i≠j} cos(x_i, x_j) over closed sequences
+  std::vector<double> pairs;                  // S: number of those ordered pairs
+  std::vector<running_stat> sequence_cosine;  // S: mean pair cosine of each closed sequence
+  std::vector<running_stat> cosine;           // S − 1: cos(x_l,t , x_l+1,t)
+  std::vector<double> steps;                  // S − 1: Σ_t ‖Δ_l,t‖²
+  std::vector<double> turns;                  // S − 2: Σ_t ⟨Δ_l,t , Δ_l+1,t⟩
+  double spread = 0;                          // Σ_t Σ_l ‖x_l,t − x̄_t‖²
+  std::vector<position> non_finite;           // S: first NaN or infinity
+
+  flow_moments() = default;
+  flow_moments(std::ptrdiff_t site_count, std::ptrdiff_t hidden) : sites(site_count), width(hidden) {
+    auto const s = static_cast<std::size_t>(site_count);
+    squares.resize(s);
+    zero_rows.resize(s);
+    unit_sum.resize(s * static_cast<std::size_t>(hidden));
+    units.resize(s);
+    pair_cosines.resize(s);
+    pairs.resize(s);
+    sequence_cosine.resize(s);
+    cosine.resize(s - 1);
+    steps.resize(s - 1);
+    turns.resize(s > 2 ? s - 2 : 0);
+    non_finite.resize(s);
+  }
+
+  /// Closes the open sequence: its tokens pair with none that come later.
+  void end_sequence() {
+    for (std::size_t l = 0; l < units.size(); ++l) {
+      double const m = units[l];
+      double norm2 = 0;
+      for (std::ptrdiff_t j = 0; j < width; ++j) {
+        double& u = unit_sum[l * static_cast<std::size_t>(width) + static_cast<std::size_t>(j)];
+        norm2 += u * u;
+        u = 0;
+      }
+      pair_cosines[l] += norm2 - m;
+      pairs[l] += m * (m - 1);
+      if (m >= 2) sequence_cosine[l].add((norm2 - m) / (m * (m - 1)));
+      units[l] = 0;
+    }
+  }
+
+  /// Adds the moments of other tokens of the same chain. Open sequences are taken to be parts of
+  /// one sequence; close one first if they are not. `first_token` shifts the positions of `other`.
+  /// @throws std::invalid_argument if sites or width disagree
+  void merge(flow_moments const& other, std::ptrdiff_t first_token = 0) {
+    if (sites != other.sites || width != other.width)
+      detail::reject("rflow::flow_moments::merge",
+                     std::to_string(sites) + " sites x " + std::to_string(width) + " and " +
+                         std::to_string(other.sites) + " sites x " + std::to_string(other.width));
+    auto const add = [](std::vector<double>& to, std::vector<double> const& from) {
+      for (std::size_t i = 0; i < to.size(); ++i) to[i] += from[i];
+    };
+    tokens += other.tokens;
+    spread += other.spread;
+    add(squares, other.squares);
+    add(zero_rows, other.zero_rows);
+    add(unit_sum, other.unit_sum);
+    add(units, other.units);
+    add(pair_cosines, other.pair_cosines);
+    add(pairs, other.pairs);
+    add(steps, other.steps);
+    add(turns, other.turns);
+    for (std::size_t l = 0; l < cosine.size(); ++l) cosine[l].merge(other.cosine[l]);
+    for (std::size_t l = 0; l < non_finite.size(); ++l) {
+      sequence_cosine[l].merge(other.sequence_cosine[l]);
+      position at = other.non_finite[l];
+      if (!at.found()) continue;
+      at.token += first_token;
+      if (!non_finite[l].found() || at.token < non_finite[l].token) non_finite[l] = at;
+    }
+  }
+};
+
+/// Where flow() leaves its per-token values, each S × n or S − 1 × n in row-major order; null where
+/// not wanted. Per-token values are concatenated over shards, not added.
+struct flow_sink {
+  double* cosine = nullptr;  ///< (S − 1) × n: cos(x_l,t , x_l+1,t); NaN if either row is 0
+  double* norm = nullptr;    ///< S × n: ‖x_l,t‖
+};
+
+// ---- Gram moments -------------------------------------------------------------------------------
+
+/// k(x, y) = ⟨x, y⟩ on centred features.
+struct linear {};
+
+/// k(x, y) = exp(−‖x − y‖² / 2σ²) with σ² = fraction² · median of the squared distances.
+///
+/// The median is taken over all tokens if there are at most 512, else over 512 evenly strided ones.
+struct rbf {
+  /// Which squared distances: every (i, j) with the zeros of the diagonal (Kornblith's code, and
+  /// the published numbers), or each pair once.
+  enum class median { all_pairs, upper_triangle };
+
+  double fraction = 1;
+  median convention = median::all_pairs;
+  std::vector<double> sigma = {};  ///< one σ a site, to use instead of the median's
+};
+
+/// Sums over pairs of tokens of the kernel matrices G^0 … G^{S−1} of S sites over the same n tokens.
+///
+/// G^p is the kernel matrix of site p up to a matrix u_i + u_j, which centring removes: backends
+/// subtract what makes the sums exact (row means for linear, a constant for RBF).
+///
+/// More tiles of the same batch add to these sums; other batches do not (see minibatch_moments).
+struct gram_moments {
+  std::ptrdiff_t sites = 0, tokens = 0;
+  std::vector<double> products;      // S × S: Σ_{i≠j} G^p_ij G^q_ij
+  std::vector<double> row_sums;      // S × n: Σ_{j≠i} G^p_ij
+  std::vector<double> diagonal;      // S × n: G^p_ii
+  std::vector<double> squares;       // S × n: Σ_{j≠i} (G^p_ij)²; empty if the path has no tiles
+  std::vector<double> sigma;         // S, for kernels with a bandwidth
+  std::vector<status> why;           // S: ok, constant_layer, zero_bandwidth or non_finite
+  std::vector<position> non_finite;  // S: first NaN or infinity
+
+  gram_moments() = default;
+  gram_moments(std::ptrdiff_t site_count, std::ptrdiff_t token_count)
+      : sites(site_count), tokens(token_count) {
+    auto const s = static_cast<std::size_t>(site_count);
+    auto const n = static_cast<std::size_t>(token_count);
+    products.resize(s * s);
+    row_sums.resize(s * n);
+    diagonal.resize(s * n);
+    why.resize(s, status::ok);
+    non_finite.resize(s);
+  }
+
+  double product(std::ptrdiff_t p, std::ptrdiff_t q) const {
+    return products[static_cast<std::size_t>(p * sites + q)];
+  }
+};
+
+// ---- what a backend provides --------------------------------------------------------------------
+
+/// A backend: a value that says where the large work runs, and does it.
+///
+///     on.flow(stack, sink)         flow_moments, every sequence closed
+///     on.gram(kernel, stacks...)   gram_moments of the sites of all stacks, in order
+///
+/// `on.reads<Memory>` says which memory spaces it can be given. Results are on the host when the
+/// call returns. A NaN or infinity is noted per site and never spoils another site.
+template <class On, class Memory>
+concept backend_for = std::remove_cvref_t<On>::template reads<Memory> &&
+                      requires(On const& on, layer_stack<float, Memory> const& stack,
+                               flow_sink const& sink) {
+                        { on.flow(stack, sink) } -> std::same_as<flow_moments>;
+                        { on.gram(linear{}, stack) } -> std::same_as<gram_moments>;
+                      };
+
+}  // namespace rflow

@@ -1,0 +1,507 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+// The vocabulary of rflow: what activations look like (view, layer_stack, adapt), what an answer
+// looks like (measured, status), and what can go wrong (format_error). Standard library only.
+//
+// A row is a token, a column is a hidden feature, a site is one representation in the residual
+// stream: the embedding output or the raw output of a block. Nothing here owns or copies
+// activations; whoever made them keeps them alive.
+
+#include <bit>
+#include <concepts>
+#include <cstddef>
+#include <cstdint>
+#include <initializer_list>
+#include <limits>
+#include <span>
+#include <stdexcept>
+#include <string>
+#include <string_view>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+// Functors shared by g++ and nvcc need the annotation; it is gone again at the end of the file.
+#ifdef __CUDACC__
+#define RFLOW_HD __host__ __device__
+#else
+#define RFLOW_HD
+#endif
+
+namespace rflow {
+
+inline constexpr struct {
+  int major, minor, patch;
+} version{0, 1, 0};
+
+// ---- memory spaces ------------------------------------------------------------------------------
+
+/// Memory that the CPU can read. Part of a view's type, so that mixing spaces does not compile.
+struct host_memory {};
+/// Memory that a CUDA device can read.
+struct device_memory {};
+
+// ---- scalars ------------------------------------------------------------------------------------
+
+/// IEEE 754 binary16, as stored. Converts to float exactly; every metric widens it first.
+struct f16 {
+  std::uint16_t bits;
+
+  /// The exact value as float; NaN and infinity are kept. Integer steps and one exact subtraction,
+  /// so that it vectorises and subnormals survive flush-to-zero.
+  RFLOW_HD constexpr operator float() const {
+    std::uint32_t const magnitude = static_cast<std::uint32_t>(bits & 0x7fffu) << 13;
+    std::uint32_t const sign = static_cast<std::uint32_t>(bits & 0x8000u) << 16;
+    std::uint32_t const normal = magnitude + (112u << 23);
+    std::uint32_t const special = magnitude + (224u << 23);
+    std::uint32_t const subnormal = __builtin_bit_cast(
+        std::uint32_t, __builtin_bit_cast(float, magnitude + (113u << 23)) - 0x1p-14f);
+    std::uint32_t const value = magnitude < (1u << 23)       ? subnormal
+                                : magnitude >= (0x1fu << 23) ? special
+                                                             : normal;
+    return __builtin_bit_cast(float, value | sign);
+  }
+
+  /// The nearest binary16, ties to even; too large becomes infinity.
+  static constexpr f16 nearest(float x) {
+    std::uint32_t const in = std::bit_cast<std::uint32_t>(x);
+    auto const sign = static_cast<std::uint16_t>((in >> 16) & 0x8000u);
+    std::uint32_t const magnitude = in & 0x7fffffffu;
+    if (magnitude > 0x7f800000u) return {static_cast<std::uint16_t>(sign | 0x7e00u)};
+    if (magnitude >= 0x477ff000u) return {static_cast<std::uint16_t>(sign | 0x7c00u)};
+    if (magnitude < 0x38800000u) {
+      // Below 2^-14 the spacing is 2^-24: adding 2^-1 rounds to it in float arithmetic.
+      float const rounded = std::bit_cast<float>(magnitude) + 0.5f;
+      return {static_cast<std::uint16_t>(sign | (std::bit_cast<std::uint32_t>(rounded) & 0x7ffu))};
+    }
+    std::uint32_t const odd = (magnitude >> 13) & 1u;
+    std::uint32_t const rounded = magnitude - (112u << 23) + 0xfffu + odd;
+    return {static_cast<std::uint16_t>(sign | (rounded >> 13))};
+  }
+};
+
+/// bfloat16: the upper half of a float, as stored.
+struct bf16 {
+  std::uint16_t bits;
+
+  RFLOW_HD constexpr operator float() const {
+    return __builtin_bit_cast(float, static_cast<std::uint32_t>(bits) << 16);
+  }
+
+  /// The nearest bfloat16, ties to even.
+  static constexpr bf16 nearest(float x) {
+    std::uint32_t const in = std::bit_cast<std::uint32_t>(x);
+    if ((in & 0x7fffffffu) > 0x7f800000u)
+      return {static_cast<std::uint16_t>((in >> 16) | 0x40u)};  // keep it a NaN
+    return {static_cast<std::uint16_t>((in + 0x7fffu + ((in >> 16) & 1u)) >> 16)};
+  }
+};
+
+/// What activations may be stored as.
+template <class T>
+concept scalar = std::same_as<T, float> || std::same_as<T, double> || std::same_as<T, f16> ||
+                 std::same_as<T, bf16>;
+
+/// What products of T are formed in: double for double, float for the rest. Sums over tokens and
+/// every statistic are double whatever T is.
+template <scalar T>
+using compute_t = std::conditional_t<std::same_as<T, double>, double, float>;
+
+// ---- answers ------------------------------------------------------------------------------------
+
+/// Why a value is not a number.
+enum class status : std::uint8_t {
+  ok,
+  too_few_rows,    ///< fewer tokens than the estimator needs
+  zero_rows,       ///< too few rows with a non-zero norm, so no direction to compare
+  constant_layer,  ///< all tokens have the same representation (to rounding)
+  zero_step,       ///< a layer equals the one before it, so the path has no direction there
+  zero_bandwidth,  ///< the median distance is 0, so an RBF kernel has no scale
+  non_finite,      ///< the data hold a NaN or an infinity
+  not_requested,   ///< the option that would compute it is off
+};
+
+/// The reason in words, for reports.
+constexpr std::string_view to_string(status why) {
+  switch (why) {
+    case status::ok: return "ok";
+    case status::too_few_rows: return "too_few_rows";
+    case status::zero_rows: return "zero_rows";
+    case status::constant_layer: return "constant_layer";
+    case status::zero_step: return "zero_step";
+    case status::zero_bandwidth: return "zero_bandwidth";
+    case status::non_finite: return "non_finite";
+    case status::not_requested: return "not_requested";
+  }
+  return "unknown";
+}
+
+/// A scalar result. `value` is NaN exactly when `why` is not ok.
+struct measured {
+  double value = std::numeric_limits<double>::quiet_NaN();
+  status why = status::not_requested;
+
+  constexpr measured() = default;
+  constexpr measured(double x) : value(x), why(status::ok) {}
+  constexpr measured(status reason) : why(reason) {}
+
+  constexpr operator double() const { return value; }
+  constexpr bool ok() const { return why == status::ok; }
+};
+
+/// Where the first NaN or infinity of a site stands.
+struct position {
+  std::ptrdiff_t token = -1, feature = -1;
+
+  constexpr bool found() const { return token >= 0; }
+};
+
+/// A file that breaks the rules of its format. The text names the file, the byte offset and the
+/// rule.
+class format_error : public std::runtime_error {
+ public:
+  using std::runtime_error::runtime_error;
+
+  format_error(std::string const& file, std::uint64_t byte, std::string const& rule)
+      : std::runtime_error(file + ": byte " + std::to_string(byte) + ": " + rule) {}
+};
+
+// ---- views --------------------------------------------------------------------------------------
+
+/// n × d activations, tokens in rows. Never owns, never copies.
+///
+/// Strides count elements and may be anything, zero and negative included. A view is as valid as
+/// the memory it looks at.
+template <class T, class Memory = host_memory>
+struct view {
+  static_assert(scalar<T>, "rflow: activations are float, double, rflow::f16 or rflow::bf16");
+
+  T const* data = nullptr;
+  std::ptrdiff_t rows = 0, cols = 0;  // n tokens, d features
+  std::ptrdiff_t row_stride = 0, col_stride = 1;
+
+  constexpr view() = default;
+
+  /// Tokens one after the other (row-major, dense).
+  constexpr view(T const* p, std::ptrdiff_t n, std::ptrdiff_t d)
+      : data(p), rows(n), cols(d), row_stride(d) {}
+
+  constexpr view(T const* p, std::ptrdiff_t n, std::ptrdiff_t d, std::ptrdiff_t between_rows,
+                 std::ptrdiff_t between_cols = 1)
+      : data(p), rows(n), cols(d), row_stride(between_rows), col_stride(between_cols) {}
+
+  /// A std::vector, std::span or other contiguous container that holds n × d values, row-major.
+  /// @throws std::invalid_argument if it holds another number of values
+  template <class Container>
+    requires requires(Container const& c) {
+      { c.data() } -> std::convertible_to<T const*>;
+      { c.size() } -> std::convertible_to<std::size_t>;
+    }
+  constexpr view(Container const& values, std::ptrdiff_t n, std::ptrdiff_t d)
+      : view(values.data(), n, d) {
+    if (n < 0 || d < 0 || (d > 0 && n > std::numeric_limits<std::ptrdiff_t>::max() / d) ||
+        static_cast<std::size_t>(n * d) != values.size())
+      throw std::invalid_argument("rflow::view: " + std::to_string(values.size()) +
+                                  " values do not make " + std::to_string(n) + " x " +
+                                  std::to_string(d));
+  }
+
+  RFLOW_HD constexpr T const& operator()(std::ptrdiff_t token, std::ptrdiff_t feature) const {
+    return data[token * row_stride + feature * col_stride];
+  }
+};
+
+template <class T>
+view(T const*, std::ptrdiff_t, std::ptrdiff_t) -> view<T>;
+template <class T>
+view(T*, std::ptrdiff_t, std::ptrdiff_t) -> view<T>;
+template <class T>
+view(T const*, std::ptrdiff_t, std::ptrdiff_t, std::ptrdiff_t, std::ptrdiff_t) -> view<T>;
+template <class T>
+view(T*, std::ptrdiff_t, std::ptrdiff_t, std::ptrdiff_t, std::ptrdiff_t) -> view<T>;
+template <class Container>
+view(Container const&, std::ptrdiff_t, std::ptrdiff_t)
+    -> view<std::remove_cvref_t<decltype(*std::declval<Container const&>().data())>>;
+
+/// How a foreign container becomes a view. Declared, not defined: specialise it with one static
+/// member, `view<T, Memory> as_view(Container const&)`, and every metric accepts the container.
+/// Add `static constexpr bool borrowed = true` if the container does not own its elements.
+template <class Container>
+struct adapt;
+
+template <class T, class Memory>
+struct adapt<view<T, Memory>> {
+  static constexpr bool borrowed = true;  // a view outlives the object it was made from
+  static constexpr view<T, Memory> as_view(view<T, Memory> const& x) { return x; }
+};
+
+/// Anything with an adapt<> specialisation: views, and with eigen.hpp every Eigen object that has
+/// storage (matrices, maps, refs, blocks). An Eigen expression has none: evaluate it first.
+template <class X>
+concept activations = requires(std::remove_cvref_t<X> const& x) {
+  { adapt<std::remove_cvref_t<X>>::as_view(x).data };
+};
+
+/// The view of x.
+template <activations X>
+constexpr auto as_view(X const& x) {
+  return adapt<std::remove_cvref_t<X>>::as_view(x);
+}
+
+namespace detail {
+
+template <class V>
+struct view_traits;
+template <class T, class Memory>
+struct view_traits<view<T, Memory>> {
+  using scalar = T;
+  using memory = Memory;
+};
+
+template <class X>
+using traits_of = view_traits<decltype(rflow::as_view(std::declval<X const&>()))>;
+
+[[noreturn]] inline void reject(char const* where, std::string const& what) {
+  throw std::invalid_argument(std::string(where) + ": " + what);
+}
+
+/// Throws std::invalid_argument unless x has rows, columns and data.
+template <class T, class Memory>
+void require_shape(char const* where, view<T, Memory> const& x) {
+  if (x.rows <= 0 || x.cols <= 0)
+    reject(where, "activations are empty: " + std::to_string(x.rows) + " tokens x " +
+                      std::to_string(x.cols) + " features");
+  if (x.data == nullptr) reject(where, "activations have no data (null pointer)");
+}
+
+}  // namespace detail
+
+template <class Range>
+using element_of = std::remove_cvref_t<decltype(*std::begin(std::declval<Range&>()))>;
+
+template <activations X>
+using scalar_of = typename detail::traits_of<X>::scalar;
+template <activations X>
+using memory_of = typename detail::traits_of<X>::memory;
+
+/// The backend a metric runs on when none is given: specialised in eigen.hpp for host memory, in
+/// cuda.cuh for device memory.
+template <class Memory>
+struct default_backend {
+  static_assert(sizeof(Memory) == 0,
+                "rflow: no backend is included for this memory space. Host memory: include "
+                "<rflow/eigen.hpp>, or call it from a .cpp. Device memory: include "
+                "<rflow/cuda.cuh> and call it from a .cu");
+};
+template <class Memory>
+using default_backend_t = typename default_backend<Memory>::type;
+
+// ---- stacks of layers ---------------------------------------------------------------------------
+
+/// Extents of a three-dimensional array of activations.
+struct stack_shape {
+  std::ptrdiff_t sites, tokens, hidden;
+};
+
+/// Distances in elements between neighbours along each axis.
+struct stack_strides {
+  std::ptrdiff_t site, token, hidden;
+};
+
+/// Order of the axes in memory, slowest first.
+enum class axes {
+  sites_tokens_hidden,
+  sites_hidden_tokens,
+  tokens_sites_hidden,
+  tokens_hidden_sites,
+  hidden_sites_tokens,
+  hidden_tokens_sites,
+};
+
+/// The sites of one model over the same tokens, in the order of the residual stream.
+///
+/// Holds views and, if asked for, which tokens count and where sequences begin; never the
+/// activations. Sites may differ in width, not in tokens. Construct it from any range of
+/// activations (`layer_stack st(std::vector<Eigen::MatrixXf>)`) or from one 3-D array.
+template <class T, class Memory = host_memory>
+class layer_stack {
+ public:
+  using scalar = T;
+  using memory = Memory;
+
+  /// @param layers  a range of views, Eigen matrices or other activations, all of element type T
+  /// @param names   one name a site, or none
+  /// @throws std::invalid_argument if there are no sites, a site is empty, token counts disagree or
+  ///         the number of names is not the number of sites
+  template <class Range>
+    requires(!activations<Range>) && requires(Range const& r) {
+      { as_view(*std::begin(r)) } -> std::same_as<view<T, Memory>>;
+    }
+  explicit layer_stack(Range const& layers, std::vector<std::string> names = {})
+      : names_(std::move(names)) {
+    for (auto const& layer : layers) sites_.push_back(as_view(layer));
+    validate();
+  }
+
+  /// Layers that die at the end of the statement: keep them in a variable first.
+  template <class Range>
+    requires(!activations<Range>) && (!std::is_lvalue_reference_v<Range>) &&
+            activations<element_of<Range>> && (!requires { adapt<element_of<Range>>::borrowed; })
+  explicit layer_stack(Range&&, std::vector<std::string> = {}) = delete;
+
+  layer_stack(std::initializer_list<view<T, Memory>> layers) : sites_(layers) { validate(); }
+
+  /// One dense array in the given axis order.
+  layer_stack(T const* data, stack_shape shape, axes order = axes::sites_tokens_hidden)
+      : layer_stack(data, shape, dense_strides(shape, order)) {}
+
+  /// One array with any strides.
+  layer_stack(T const* data, stack_shape shape, stack_strides strides) {
+    if (shape.sites < 0) detail::reject(name_of_class, "negative number of sites");
+    for (std::ptrdiff_t l = 0; l < shape.sites; ++l)
+      sites_.emplace_back(data == nullptr ? nullptr : data + l * strides.site, shape.tokens,
+                          shape.hidden, strides.token, strides.hidden);
+    validate();
+  }
+
+  /// The same stack with only some tokens: padding, BOS and attention sinks are left out of every
+  /// metric. A mask on a masked stack narrows it further.
+  /// @param mask  one value a token (of all, not of those left): non-zero or true keeps it
+  /// @throws std::invalid_argument if mask has another length than there are tokens
+  template <class Mask>
+  [[nodiscard]] layer_stack tokens(Mask const& mask) const {
+    std::vector<bool> keep;
+    for (auto const& m : mask) keep.push_back(static_cast<bool>(m));
+    if (static_cast<std::ptrdiff_t>(keep.size()) != all_tokens())
+      detail::reject(name_of_class, "a mask of " + std::to_string(keep.size()) + " values for " +
+                                        std::to_string(all_tokens()) + " tokens");
+    layer_stack out = *this;
+    out.masked_ = true;
+    out.selection_.clear();
+    for (std::ptrdiff_t i = 0; i < size(); ++i)
+      if (keep[static_cast<std::size_t>(token(i))]) out.selection_.push_back(token(i));
+    return out;
+  }
+
+  /// The same stack with tokens in sequences, so that inter-token pairs never cross from one
+  /// sequence to another.
+  /// @param offsets  Q + 1 ascending token indices: sequence q is [offsets[q], offsets[q+1]);
+  ///                 the first is 0, the last the number of tokens
+  /// @throws std::invalid_argument otherwise
+  [[nodiscard]] layer_stack sequences(std::vector<std::ptrdiff_t> offsets) const {
+    bool ordered = offsets.size() >= 2 && offsets.front() == 0 && offsets.back() == all_tokens();
+    for (std::size_t q = 1; ordered && q < offsets.size(); ++q)
+      ordered = offsets[q - 1] <= offsets[q];
+    if (!ordered)
+      detail::reject(name_of_class, "sequence offsets must ascend from 0 to " +
+                                        std::to_string(all_tokens()) + " (the number of tokens)");
+    layer_stack out = *this;
+    out.offsets_ = std::move(offsets);
+    return out;
+  }
+
+  std::ptrdiff_t sites() const { return static_cast<std::ptrdiff_t>(sites_.size()); }
+  view<T, Memory> const& operator[](std::ptrdiff_t site) const {
+    return sites_[static_cast<std::size_t>(site)];
+  }
+  /// Hidden width of the first site.
+  std::ptrdiff_t width() const { return sites_.front().cols; }
+  /// Tokens in the views, masked ones included.
+  std::ptrdiff_t all_tokens() const { return sites_.front().rows; }
+  /// Tokens that count.
+  std::ptrdiff_t size() const {
+    return masked_ ? static_cast<std::ptrdiff_t>(selection_.size()) : all_tokens();
+  }
+  /// Row of the i-th token that counts.
+  std::ptrdiff_t token(std::ptrdiff_t i) const {
+    return masked_ ? selection_[static_cast<std::size_t>(i)] : i;
+  }
+  /// Rows of the tokens that count; empty if all do.
+  std::span<std::ptrdiff_t const> selection() const { return selection_; }
+  bool masked() const { return masked_; }
+
+  /// Where sequences begin and end among the tokens that count: 0, …, size().
+  std::vector<std::ptrdiff_t> boundaries() const {
+    if (offsets_.empty()) return {0, size()};
+    std::vector<std::ptrdiff_t> out;
+    std::ptrdiff_t i = 0;
+    for (std::ptrdiff_t const offset : offsets_) {
+      if (!masked_) i = offset;
+      while (i < size() && token(i) < offset) ++i;
+      out.push_back(i);
+    }
+    return out;
+  }
+
+  /// The name given to a site, else its index.
+  std::string name(std::ptrdiff_t site) const {
+    return names_.empty() ? std::to_string(site) : names_[static_cast<std::size_t>(site)];
+  }
+
+ private:
+  static constexpr char const* name_of_class = "rflow::layer_stack";
+
+  static stack_strides dense_strides(stack_shape const& s, axes order) {
+    switch (order) {
+      case axes::sites_tokens_hidden: return {s.tokens * s.hidden, s.hidden, 1};
+      case axes::sites_hidden_tokens: return {s.tokens * s.hidden, 1, s.tokens};
+      case axes::tokens_sites_hidden: return {s.hidden, s.sites * s.hidden, 1};
+      case axes::tokens_hidden_sites: return {1, s.sites * s.hidden, s.sites};
+      case axes::hidden_sites_tokens: return {s.tokens, 1, s.sites * s.tokens};
+      case axes::hidden_tokens_sites: return {1, s.sites, s.sites * s.tokens};
+    }
+    detail::reject(name_of_class, "unknown axis order");
+  }
+
+  void validate() const {
+    if (sites_.empty()) detail::reject(name_of_class, "no sites");
+    for (std::size_t l = 0; l < sites_.size(); ++l) {
+      detail::require_shape(name_of_class, sites_[l]);
+      if (sites_[l].rows != sites_[0].rows)
+        detail::reject(name_of_class, "site " + std::to_string(l) + " has " +
+                                          std::to_string(sites_[l].rows) + " tokens, site 0 has " +
+                                          std::to_string(sites_[0].rows));
+    }
+    if (!names_.empty() && names_.size() != sites_.size())
+      detail::reject(name_of_class, std::to_string(names_.size()) + " names for " +
+                                        std::to_string(sites_.size()) + " sites");
+  }
+
+  std::vector<view<T, Memory>> sites_;
+  std::vector<std::string> names_;
+  std::vector<std::ptrdiff_t> selection_, offsets_;
+  bool masked_ = false;
+};
+
+template <class Range>
+  requires(!activations<Range>)
+layer_stack(Range const&)
+    -> layer_stack<scalar_of<element_of<Range>>, memory_of<element_of<Range>>>;
+template <class Range>
+  requires(!activations<Range>)
+layer_stack(Range const&, std::vector<std::string>)
+    -> layer_stack<scalar_of<element_of<Range>>, memory_of<element_of<Range>>>;
+template <class T, class Memory>
+layer_stack(std::initializer_list<view<T, Memory>>) -> layer_stack<T, Memory>;
+template <class T>
+layer_stack(T const*, stack_shape) -> layer_stack<T>;
+template <class T>
+layer_stack(T const*, stack_shape, axes) -> layer_stack<T>;
+template <class T>
+layer_stack(T const*, stack_shape, stack_strides) -> layer_stack<T>;
+
+namespace detail {
+
+/// A NaN test on bits, so that it also holds in a translation unit built with -ffast-math.
+RFLOW_HD constexpr bool is_finite(double x) {
+  return (__builtin_bit_cast(std::uint64_t, x) & 0x7ff0000000000000u) != 0x7ff0000000000000u;
+}
+RFLOW_HD constexpr bool is_finite(float x) {
+  return (__builtin_bit_cast(std::uint32_t, x) & 0x7f800000u) != 0x7f800000u;
+}
+
+}  // namespace detail
+}  // namespace rflow
+
+#undef RFLOW_HD
