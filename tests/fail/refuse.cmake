@@ -1,0 +1,26 @@
+# SPDX-License-Identifier: Apache-2.0
+cmake_minimum_required(VERSION 3.25)
+string(REPLACE "|" ";-isystem;" includes "-isystem;${INCLUDES}")
+set(compile ${COMPILER} -std=c++20 ${includes} -c ${SOURCE} -o ${OBJECT})
+
+execute_process(COMMAND ${compile} -DRFLOW_POSITIVE_CONTROL RESULT_VARIABLE status ERROR_VARIABLE said)
+if(NOT status EQUAL 0)
+  message(FATAL_ERROR "the positive control does not compile:\n${said}")
+endif()
+
+execute_process(COMMAND ${compile} RESULT_VARIABLE status ERROR_VARIABLE said)
+if(status EQUAL 0)
+  message(FATAL_ERROR "it compiles, and must not")
+endif()
+
+file(STRINGS ${SOURCE} expectations REGEX "^// expect: ")
+if(NOT expectations)
+  message(FATAL_ERROR "${SOURCE} has no line that starts with '// expect: '")
+endif()
+foreach(expectation IN LISTS expectations)
+  string(REPLACE "// expect: " "" expectation "${expectation}")
+  string(FIND "${said}" "${expectation}" at)
+  if(at EQUAL -1)
+    message(FATAL_ERROR "refused, but the compiler does not say '${expectation}':\n${said}")
+  endif()
+endforeach()

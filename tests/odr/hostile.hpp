@@ -1,0 +1,40 @@
+// SPDX-License-Identifier: Apache-2.0
+// Macros that real headers define. A name of ours that meets one of them does not compile.
+#define RFLOW_HOSTILE(name) a name that name##_of_another_library is already a macro
+// windows.h
+#define min(a, b) RFLOW_HOSTILE(min)
+#define max(a, b) RFLOW_HOSTILE(max)
+#define small RFLOW_HOSTILE(small)
+#define near RFLOW_HOSTILE(near)
+#define far RFLOW_HOSTILE(far)
+#define interface RFLOW_HOSTILE(interface)
+#define ERROR RFLOW_HOSTILE(ERROR)
+#define DELETE RFLOW_HOSTILE(DELETE)
+#define OPTIONAL RFLOW_HOSTILE(OPTIONAL)
+#define IN RFLOW_HOSTILE(IN)
+#define OUT RFLOW_HOSTILE(OUT)
+// complex.h, termios.h, sys/sysmacros.h, X.h, R
+#define I RFLOW_HOSTILE(I)
+#define B0 RFLOW_HOSTILE(B0)
+#define major(dev) RFLOW_HOSTILE(major)
+#define minor(dev) RFLOW_HOSTILE(minor)
+#define None RFLOW_HOSTILE(None)
+#define Bool RFLOW_HOSTILE(Bool)
+#define Status RFLOW_HOSTILE(Status)
+#define Success RFLOW_HOSTILE(Success)
+#define length(x) RFLOW_HOSTILE(length)
+// ctype.h of some systems
+#define _B RFLOW_HOSTILE(_B)
+#define _N RFLOW_HOSTILE(_N)
+#define _X RFLOW_HOSTILE(_X)
+// LibTorch, glog, test frameworks, Objective-C, Qt
+#define CHECK(...) RFLOW_HOSTILE(CHECK)
+#define REQUIRE(...) RFLOW_HOSTILE(REQUIRE)
+#define ASSERT(...) RFLOW_HOSTILE(ASSERT)
+#define LOG(...) RFLOW_HOSTILE(LOG)
+#define check(...) RFLOW_HOSTILE(check)
+#define verify(...) RFLOW_HOSTILE(verify)
+#define emit RFLOW_HOSTILE(emit)
+#define slots RFLOW_HOSTILE(slots)
+#define signals RFLOW_HOSTILE(signals)
+#define foreach RFLOW_HOSTILE(foreach)
