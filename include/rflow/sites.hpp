@@ -1,0 +1,169 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+// Finds the sites of a model (embed, block.1 … block.L, final_norm) in a file of named tensors, or
+// in one 3-D array, and makes a layer_stack of them. For activations that are in memory already,
+// build the layer_stack directly.
+
+#include <charconv>
+#include <cstddef>
+#include <cstring>
+#include <map>
+#include <optional>
+#include <string>
+#include <string_view>
+#include <utility>
+#include <vector>
+
+#include "rflow/file.hpp"
+
+namespace rflow {
+
+/// How sites are called in a file. "{}" stands for the number of the block, without leading zeros.
+struct site_pattern {
+  std::string embed = "embed";
+  std::string block = "block.{}";
+  std::string final_norm = "final_norm";
+  std::ptrdiff_t first_block = 1;  ///< 0 for files that count from 0
+};
+
+/// The sites of one model, in the order of the residual stream. All have the same type, rank 2,
+/// number of tokens and width. Valid as long as the file they came from.
+struct site_set {
+  std::vector<tensor> chain;         ///< embed, then the raw output of each block
+  std::optional<tensor> final_norm;  ///< not part of the chain
+
+  dtype type() const { return chain.front().type; }
+  std::ptrdiff_t tokens() const { return chain.front().shape[0]; }
+  std::ptrdiff_t width() const { return chain.front().shape[1]; }
+
+  /// The names of the chain, as in the file.
+  std::vector<std::string> names() const {
+    std::vector<std::string> out;
+    for (tensor const& site : chain) out.push_back(site.name);
+    return out;
+  }
+
+  /// The chain as a stack with names.
+  /// @throws std::invalid_argument if the sites are of another type than T, or empty
+  template <scalar T>
+  layer_stack<T> stack() const {
+    std::vector<view<T>> views;
+    for (tensor const& site : chain) views.push_back(site.as<T>());
+    return layer_stack<T>(views, names());
+  }
+};
+
+/// Calls f with the layer_stack of the chain, in whatever type it is stored: layer_stack<f16>,
+/// <bf16>, <float> or <double>. All four calls must return the same type.
+template <class Function>
+auto visit(site_set const& sites, Function&& f) {
+  switch (sites.type()) {
+    case dtype::f16: return f(sites.stack<f16>());
+    case dtype::bf16: return f(sites.stack<bf16>());
+    case dtype::f64: return f(sites.stack<double>());
+    default: return f(sites.stack<float>());
+  }
+}
+
+/// Finds the sites among the tensors of a file. Tensors of other names are left alone; final_norm
+/// may be absent.
+/// @param  file  a safetensors_file, an npy_directory, or anything with path(), names() and
+///               operator[](name) → tensor
+/// @throws std::invalid_argument naming the file and the site if the embedding or a block is
+///         missing, if a site is not of rank 2 or not a floating type, or if sites disagree in
+///         type, tokens or width; and if pattern.block does not hold "{}" once. Also what the file
+///         throws.
+template <class File>
+site_set find_sites(File& file, site_pattern const& pattern = {}) {
+  char const* const where = "rflow::find_sites";
+  auto const mark = pattern.block.find("{}");
+  if (mark == std::string::npos || pattern.block.find("{}", mark + 2) != std::string::npos)
+    detail::reject(where, "the block pattern '" + pattern.block + "' does not hold {} once");
+  std::string_view const before = std::string_view(pattern.block).substr(0, mark);
+  std::string_view const after = std::string_view(pattern.block).substr(mark + 2);
+
+  bool has_embed = false, has_final_norm = false;
+  std::map<std::ptrdiff_t, std::string> blocks;
+  for (std::string const& name : file.names()) {
+    has_embed = has_embed || name == pattern.embed;
+    has_final_norm = has_final_norm || name == pattern.final_norm;
+    if (name.size() <= before.size() + after.size() || !name.starts_with(before) ||
+        !name.ends_with(after))
+      continue;
+    char const* const first = name.data() + before.size();
+    char const* const last = name.data() + name.size() - after.size();
+    std::ptrdiff_t number = -1;
+    auto const [stop, error] = std::from_chars(first, last, number);
+    bool const leading_zero = *first == '0' && last - first > 1;
+    if (error == std::errc{} && stop == last && number >= 0 && !leading_zero && *first != '-')
+      blocks.emplace(number, name);
+  }
+
+  auto const block_name = [&](std::ptrdiff_t number) {
+    return std::string(before) + std::to_string(number) + std::string(after);
+  };
+  std::string const path = file.path();
+  if (!has_embed) detail::reject(where, path + ": " + pattern.embed + " is missing");
+  if (blocks.empty())
+    detail::reject(where, path + ": " + block_name(pattern.first_block) + " is missing");
+  if (blocks.begin()->first < pattern.first_block)
+    detail::reject(where, path + ": " + blocks.begin()->second + " is there, but blocks count from " +
+                              std::to_string(pattern.first_block));
+  std::ptrdiff_t expected = pattern.first_block;
+  std::string previous = pattern.embed;
+  for (auto const& [number, name] : blocks) {
+    if (number != expected)
+      detail::reject(where, path + ": " + block_name(expected) + " is missing: " + previous +
+                                " and " + name + " are there");
+    previous = name;
+    ++expected;
+  }
+
+  site_set out;
+  out.chain.push_back(file[pattern.embed]);
+  for (auto const& [number, name] : blocks) out.chain.push_back(file[name]);
+  if (has_final_norm) out.final_norm = file[pattern.final_norm];
+
+  tensor const& reference = out.chain.front();
+  auto const compare = [&](tensor const& site) {
+    if (!is_viewable(site.type) || site.rank() != 2)
+      detail::reject(where, path + ": f16, bf16, f32 or f64 of rank 2 expected, found " +
+                                site.description());
+    if (site.type != reference.type || site.shape != reference.shape)
+      detail::reject(where, path + ": sites disagree: " + reference.description() + ", but " +
+                                site.description());
+  };
+  for (tensor const& site : out.chain) compare(site);
+  if (out.final_norm) compare(*out.final_norm);
+  return out;
+}
+
+/// The sites of one array, axes sites × tokens × hidden. Index 0 is the embedding, the others are
+/// the raw outputs of blocks; the array must hold no final norm (Hugging Face's hidden_states end
+/// with one: leave that out).
+/// @throws std::invalid_argument if x is not of rank 3, not a floating type, or has no sites
+inline site_set split_sites(tensor const& x, site_pattern const& pattern = {}) {
+  char const* const where = "rflow::split_sites";
+  auto const mark = pattern.block.find("{}");
+  if (mark == std::string::npos) detail::reject(where, "the block pattern does not hold {}");
+  if (!is_viewable(x.type) || x.rank() != 3)
+    detail::reject(where, "f16, bf16, f32 or f64 of rank 3 expected, found " + x.description());
+  if (x.shape[0] == 0) detail::reject(where, "no sites in " + x.description());
+  site_set out;
+  auto const item = static_cast<std::ptrdiff_t>(bits(x.type) / 8);
+  for (std::ptrdiff_t l = 0; l < x.shape[0]; ++l) {
+    std::string name = pattern.embed;
+    if (l > 0)
+      name = std::string(pattern.block)
+                 .replace(mark, 2, std::to_string(l - 1 + pattern.first_block));
+    out.chain.push_back({std::move(name),
+                         x.type,
+                         {x.shape[1], x.shape[2]},
+                         {x.strides[1], x.strides[2]},
+                         x.data + l * x.strides[0] * item});
+  }
+  return out;
+}
+
+}  // namespace rflow
