@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 cmake_minimum_required(VERSION 3.25)
-string(REPLACE "|" ";-isystem;" includes "-isystem;${INCLUDES}")
+string(REPLACE "|" ";-I;" includes "-I;${INCLUDES}")
 set(compile ${COMPILER} -std=c++20 ${includes} -c ${SOURCE} -o ${OBJECT})
 
 execute_process(COMMAND ${compile} -DRFLOW_POSITIVE_CONTROL RESULT_VARIABLE status ERROR_VARIABLE said)
