@@ -75,11 +75,11 @@ struct dtype_facts {
   unsigned bits;
 };
 inline constexpr dtype_facts dtype_table[] = {
-    {"bool", 8},        {"u8", 8},          {"i8", 8},      {"u16", 16},    {"i16", 16},
-    {"u32", 32},        {"i32", 32},        {"u64", 64},    {"i64", 64},    {"f16", 16},
-    {"bf16", 16},       {"f32", 32},        {"f64", 64},    {"c64", 64},    {"c128", 128},
-    {"raw16", 16},      {"f8_e4m3", 8},     {"f8_e5m2", 8}, {"f8_e8m0", 8}, {"f8_e4m3fnuz", 8},
-    {"f8_e5m2fnuz", 8}, {"f6_e2m3", 6},     {"f6_e3m2", 6}, {"f4", 4},
+    {"bool", 8},        {"u8", 8},      {"i8", 8},      {"u16", 16},    {"i16", 16},
+    {"u32", 32},        {"i32", 32},    {"u64", 64},    {"i64", 64},    {"f16", 16},
+    {"bf16", 16},       {"f32", 32},    {"f64", 64},    {"c64", 64},    {"c128", 128},
+    {"raw16", 16},      {"f8_e4m3", 8}, {"f8_e5m2", 8}, {"f8_e8m0", 8}, {"f8_e4m3fnuz", 8},
+    {"f8_e5m2fnuz", 8}, {"f6_e2m3", 6}, {"f6_e3m2", 6}, {"f4", 4},
 };
 
 }  // namespace detail
@@ -101,20 +101,29 @@ constexpr bool is_viewable(dtype type) {
 
 /// A type that has a dtype: the scalars of views, bool and the integers.
 template <class T>
-concept storable = scalar<T> || (std::integral<T> && sizeof(T) <= 8);
+concept storable = scalar<T> ||(std::integral<T> && sizeof(T) <= 8);
 
 /// The dtype of a C++ type.
 template <storable T>
 inline constexpr dtype dtype_of = [] {
-  if constexpr (std::same_as<T, rflow::f16>) return dtype::f16;
-  else if constexpr (std::same_as<T, rflow::bf16>) return dtype::bf16;
-  else if constexpr (std::same_as<T, float>) return dtype::f32;
-  else if constexpr (std::same_as<T, double>) return dtype::f64;
-  else if constexpr (std::same_as<T, bool>) return dtype::boolean;
-  else if constexpr (sizeof(T) == 1) return std::is_signed_v<T> ? dtype::i8 : dtype::u8;
-  else if constexpr (sizeof(T) == 2) return std::is_signed_v<T> ? dtype::i16 : dtype::u16;
-  else if constexpr (sizeof(T) == 4) return std::is_signed_v<T> ? dtype::i32 : dtype::u32;
-  else return std::is_signed_v<T> ? dtype::i64 : dtype::u64;
+  if constexpr (std::same_as<T, rflow::f16>)
+    return dtype::f16;
+  else if constexpr (std::same_as<T, rflow::bf16>)
+    return dtype::bf16;
+  else if constexpr (std::same_as<T, float>)
+    return dtype::f32;
+  else if constexpr (std::same_as<T, double>)
+    return dtype::f64;
+  else if constexpr (std::same_as<T, bool>)
+    return dtype::boolean;
+  else if constexpr (sizeof(T) == 1)
+    return std::is_signed_v<T> ? dtype::i8 : dtype::u8;
+  else if constexpr (sizeof(T) == 2)
+    return std::is_signed_v<T> ? dtype::i16 : dtype::u16;
+  else if constexpr (sizeof(T) == 4)
+    return std::is_signed_v<T> ? dtype::i32 : dtype::u32;
+  else
+    return std::is_signed_v<T> ? dtype::i64 : dtype::u64;
 }();
 
 namespace detail {
@@ -125,6 +134,11 @@ inline std::string shape_text(std::vector<std::ptrdiff_t> const& shape) {
   for (std::size_t i = 0; i < shape.size(); ++i)
     text += (i == 0 ? "" : ", ") + std::to_string(shape[i]);
   return text + "]";
+}
+
+/// What addresses of elements must be multiples of.
+constexpr std::size_t alignment(dtype type) {
+  return std::clamp<std::size_t>(bits(type) / 8, 1, alignof(double));
 }
 
 /// More axes than NumPy can hold; it bounds what a hostile shape can cost.
@@ -216,6 +230,8 @@ struct tensor {
   layer_stack<T> as_stack() const {
     require(type == dtype_of<T> && rank() == 3, "rflow::tensor::as_stack",
             std::string(to_string(dtype_of<T>)) + " of rank 3 expected");
+    if (size() == 0)  // the number of sites of an empty array is not bounded by its data
+      detail::reject("rflow::tensor::as_stack", "an empty axis in " + description());
     return layer_stack<T>(aligned<T>("rflow::tensor::as_stack"),
                           stack_shape{shape[0], shape[1], shape[2]},
                           stack_strides{strides[0], strides[1], strides[2]});
@@ -283,8 +299,8 @@ tensor as_tensor(std::string name, X const& x) {
 /// Describes contiguous row-major values (std::vector, std::span) of any rank as a tensor.
 /// @throws std::invalid_argument if the values do not make that shape
 template <class Container>
-  requires storable<std::remove_cvref_t<decltype(*std::declval<Container const&>().data())>>
-tensor as_tensor(std::string name, Container const& values, std::vector<std::ptrdiff_t> shape) {
+requires storable<std::remove_cvref_t<decltype(*std::declval<Container const&>().data())>> tensor
+as_tensor(std::string name, Container const& values, std::vector<std::ptrdiff_t> shape) {
   using element = std::remove_cvref_t<decltype(*values.data())>;
   auto const extent = detail::extent_of(shape, bits(dtype_of<element>));
   if (!extent.ok || static_cast<std::size_t>(extent.elements) != values.size())
@@ -346,9 +362,9 @@ std::vector<std::int64_t> tensor::widened() const {
       T value;
       std::memcpy(&value, run + static_cast<std::size_t>(i) * sizeof(T), sizeof(T));
       if (!std::in_range<std::int64_t>(value) || (type == dtype::boolean && value > T{1}))
-        detail::reject("rflow::tensor::integers", "value " + std::to_string(value) + " of element " +
-                                                      std::to_string(out.size()) +
-                                                      " does not fit in " + description());
+        detail::reject("rflow::tensor::integers", "element " + std::to_string(out.size()) + " is " +
+                                                      std::to_string(value) + ", out of range in " +
+                                                      description());
       out.push_back(static_cast<std::int64_t>(value));
     }
   });

@@ -29,16 +29,16 @@ enum class reinterpret : std::uint8_t { nothing, as_f16, as_bf16 };
 /// One .npy file, versions 1.0, 2.0 and 3.0.
 ///
 /// Stricter than NumPy where a file could mean two things: the header is a dictionary of exactly
-/// descr, fortran_order and shape, ends with a newline, has at most 10,000 bytes; the data end where
-/// the file ends. Fortran order becomes strides.
+/// descr, fortran_order and shape, ends with a newline and has at most 10,000 bytes; the data end
+/// where the file ends. Fortran order becomes strides.
 class npy_file {
  public:
   /// Opens and validates a file. The array takes its name from the file: "block.1" for
   /// "block.1.npy".
   /// @param  bits  says what 16-bit integers or |V2 are
   /// @throws std::system_error if it cannot be opened; format_error if it is malformed, big endian,
-  ///         structured, or holds Python objects, strings or dates; std::invalid_argument if bits is
-  ///         given and the elements are neither 16-bit integers nor |V2
+  ///         structured, or holds Python objects, strings or dates; std::invalid_argument if bits
+  ///         is given and the elements are neither 16-bit integers nor |V2
   explicit npy_file(std::filesystem::path const& path, reinterpret bits = reinterpret::nothing)
       : npy_file(mapped_file(path), bits) {}
 
@@ -114,10 +114,10 @@ struct npy_type {
 };
 // The first line of a type is the one that is written.
 inline constexpr npy_type npy_types[] = {
-    {"|b1", dtype::boolean}, {"|u1", dtype::u8},    {"|i1", dtype::i8},    {"<u2", dtype::u16},
-    {"<i2", dtype::i16},     {"<u4", dtype::u32},   {"<i4", dtype::i32},   {"<u8", dtype::u64},
-    {"<i8", dtype::i64},     {"<f2", dtype::f16},   {"<f4", dtype::f32},   {"<f8", dtype::f64},
-    {"<c8", dtype::c64},     {"<c16", dtype::c128}, {"|V2", dtype::raw16}, {"<V2", dtype::raw16},
+    {"|b1", dtype::boolean}, {"|u1", dtype::u8},    {"|i1", dtype::i8},      {"<u2", dtype::u16},
+    {"<i2", dtype::i16},     {"<u4", dtype::u32},   {"<i4", dtype::i32},     {"<u8", dtype::u64},
+    {"<i8", dtype::i64},     {"<f2", dtype::f16},   {"<f4", dtype::f32},     {"<f8", dtype::f64},
+    {"<c8", dtype::c64},     {"<c16", dtype::c128}, {"|V2", dtype::raw16},   {"<V2", dtype::raw16},
     {"<u1", dtype::u8},      {"<i1", dtype::i8},    {"<b1", dtype::boolean},
 };
 
@@ -142,9 +142,12 @@ class npy_header {
       skip();
       expect(':', "':' expected");
       skip();
-      if (which == 0) read_type();
-      else if (which == 1) read_order();
-      else read_shape();
+      if (which == 0)
+        read_type();
+      else if (which == 1)
+        read_order();
+      else
+        read_shape();
       skip();
       if (peek() != '}') expect(',', "',' or '}' expected");
     }
@@ -204,13 +207,16 @@ class npy_header {
     if (descr.size() > 1 && descr[1] == 'O')
       fail(start, name + ": Python objects (pickle) are not read");
     if (!descr.empty() && descr[0] == '>')
-      fail(start, name + ": big endian is not read; save it with x.astype(x.dtype.newbyteorder('<'))");
+      fail(start,
+           name + ": big endian is not read (in Python: x.astype(x.dtype.newbyteorder('<')))");
     fail(start, name + ": not a type that is read (<f2 <f4 <f8, integers, |b1, |V2)");
   }
 
   void read_order() {
-    if (word("True")) fortran_order = true;
-    else if (!word("False")) fail(at_, "True or False expected");
+    if (word("True"))
+      fortran_order = true;
+    else if (!word("False"))
+      fail(at_, "True or False expected");
   }
 
   void read_shape() {
@@ -247,15 +253,16 @@ inline npy_file::npy_file(mapped_file file, reinterpret bits) : file_(std::move(
                              file_.bytes().size());
   constexpr std::string_view magic = "\x93NUMPY";
   if (all.substr(0, magic.size()) != magic)
-    throw format_error(path, 0, all.empty() ? "the file is empty" : "not a .npy file (wrong magic)");
+    throw format_error(path, 0, all.empty() ? "the file is empty" : "wrong magic: not a .npy file");
   auto const byte = [&](std::size_t i) {
     if (i >= all.size()) throw format_error(path, all.size(), "the file ends within its header");
     return std::size_t{static_cast<unsigned char>(all[i])};
   };
   std::size_t const major_version = byte(6), minor_version = byte(7);
   if (major_version < 1 || major_version > 3 || minor_version != 0)
-    throw format_error(path, 6, "version " + std::to_string(major_version) + "." +
-                                    std::to_string(minor_version) + " is none of 1.0, 2.0, 3.0");
+    throw format_error(path, 6,
+                       "version " + std::to_string(major_version) + "." +
+                           std::to_string(minor_version) + " is none of 1.0, 2.0, 3.0");
   std::size_t const begin = major_version == 1 ? 10 : 12;
   std::size_t size = 0;
   for (std::size_t i = begin; i-- > 8;) size = size << 8 | byte(i);
@@ -282,12 +289,11 @@ inline npy_file::npy_file(mapped_file file, reinterpret bits) : file_(std::move(
   array_.strides = detail::dense_strides(array_.shape, header.fortran_order);
   if (bits != reinterpret::nothing) {
     if (array_.type != dtype::raw16 && array_.type != dtype::u16 && array_.type != dtype::i16)
-      detail::reject("rflow::npy_file", path + ": only 16-bit integers and |V2 are reinterpreted, " +
-                                            "found " + array_.description());
+      detail::reject("rflow::npy_file", path + ": only 16-bit integers and |V2 are " +
+                                            "reinterpreted, found " + array_.description());
     array_.type = bits == reinterpret::as_f16 ? dtype::f16 : dtype::bf16;
   }
-  std::size_t const alignment = std::min<std::size_t>(rflow::bits(array_.type) / 8, 8);
-  array_.data = file_.aligned(start, needed, alignment);
+  array_.data = file_.aligned(start, needed, detail::alignment(array_.type));
 }
 
 inline npy_directory::npy_directory(std::filesystem::path const& path, reinterpret bits)
@@ -317,8 +323,8 @@ inline void write_npy(std::filesystem::path const& path, tensor const& x) {
                                   [&](detail::npy_type const& t) { return t.type == x.type; });
   if (known == std::end(detail::npy_types))
     detail::reject("rflow::write_npy", "NumPy has no type for " + x.description());
-  std::string header = "{'descr': '" + std::string(known->descr) +
-                       "', 'fortran_order': False, 'shape': (";
+  std::string header =
+      "{'descr': '" + std::string(known->descr) + "', 'fortran_order': False, 'shape': (";
   for (std::size_t i = 0; i < x.shape.size(); ++i)
     header += (i == 0 ? "" : ", ") + std::to_string(x.shape[i]);
   header += x.shape.size() == 1 ? ",), }" : "), }";

@@ -1,13 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
-// Finds the sites of a model (embed, block.1 … block.L, final_norm) in a file of named tensors, or
-// in one 3-D array, and makes a layer_stack of them. For activations that are in memory already,
+// Finds the sites of a model (embed, block.1 … block.L, final_norm) in a file of named tensors,
+// or in one 3-D array, and makes a layer_stack of them. For activations that are in memory already,
 // build the layer_stack directly.
 
 #include <charconv>
 #include <cstddef>
-#include <cstring>
 #include <map>
 #include <optional>
 #include <string>
@@ -108,7 +107,8 @@ site_set find_sites(File& file, site_pattern const& pattern = {}) {
   if (blocks.empty())
     detail::reject(where, path + ": " + block_name(pattern.first_block) + " is missing");
   if (blocks.begin()->first < pattern.first_block)
-    detail::reject(where, path + ": " + blocks.begin()->second + " is there, but blocks count from " +
+    detail::reject(where, path + ": " + blocks.begin()->second +
+                              " is there, but blocks count from " +
                               std::to_string(pattern.first_block));
   std::ptrdiff_t expected = pattern.first_block;
   std::string previous = pattern.embed;
@@ -128,8 +128,8 @@ site_set find_sites(File& file, site_pattern const& pattern = {}) {
   tensor const& reference = out.chain.front();
   auto const compare = [&](tensor const& site) {
     if (!is_viewable(site.type) || site.rank() != 2)
-      detail::reject(where, path + ": f16, bf16, f32 or f64 of rank 2 expected, found " +
-                                site.description());
+      detail::reject(
+          where, path + ": f16, bf16, f32 or f64 of rank 2 expected, found " + site.description());
     if (site.type != reference.type || site.shape != reference.shape)
       detail::reject(where, path + ": sites disagree: " + reference.description() + ", but " +
                                 site.description());
@@ -142,21 +142,21 @@ site_set find_sites(File& file, site_pattern const& pattern = {}) {
 /// The sites of one array, axes sites × tokens × hidden. Index 0 is the embedding, the others are
 /// the raw outputs of blocks; the array must hold no final norm (Hugging Face's hidden_states end
 /// with one: leave that out).
-/// @throws std::invalid_argument if x is not of rank 3, not a floating type, or has no sites
+/// @throws std::invalid_argument if x is not of rank 3, not a floating type, or an axis is empty
 inline site_set split_sites(tensor const& x, site_pattern const& pattern = {}) {
   char const* const where = "rflow::split_sites";
   auto const mark = pattern.block.find("{}");
   if (mark == std::string::npos) detail::reject(where, "the block pattern does not hold {}");
   if (!is_viewable(x.type) || x.rank() != 3)
     detail::reject(where, "f16, bf16, f32 or f64 of rank 3 expected, found " + x.description());
-  if (x.shape[0] == 0) detail::reject(where, "no sites in " + x.description());
+  if (x.size() == 0) detail::reject(where, "an empty axis in " + x.description());
   site_set out;
   auto const item = static_cast<std::ptrdiff_t>(bits(x.type) / 8);
   for (std::ptrdiff_t l = 0; l < x.shape[0]; ++l) {
     std::string name = pattern.embed;
     if (l > 0)
-      name = std::string(pattern.block)
-                 .replace(mark, 2, std::to_string(l - 1 + pattern.first_block));
+      name =
+          std::string(pattern.block).replace(mark, 2, std::to_string(l - 1 + pattern.first_block));
     out.chain.push_back({std::move(name),
                          x.type,
                          {x.shape[1], x.shape[2]},
