@@ -30,7 +30,7 @@
 #include <utility>
 #include <vector>
 
-#include "rflow/view.hpp"
+#include <rflow/view.hpp>
 
 namespace rflow {
 
@@ -266,7 +266,9 @@ struct tensor {
     if (holds) return;
     std::string cure;
     if (type == dtype::raw16 || type == dtype::u16 || type == dtype::i16)
-      cure = " (if these are the bits of halves, open the .npy with reinterpret::f16 or ::bf16)";
+      cure =
+          " (if these are the bits of halves, open the .npy with reinterpret::as_f16 or "
+          "reinterpret::as_bf16)";
     detail::reject(where, expected + ", found " + description() + cure);
   }
 
@@ -309,6 +311,21 @@ as_tensor(std::string name, Container const& values, std::vector<std::ptrdiff_t>
   auto strides = detail::dense_strides(shape);
   return {std::move(name), dtype_of<element>, std::move(shape), std::move(strides),
           reinterpret_cast<std::byte const*>(values.data())};
+}
+
+/// Values that die at the end of the statement: keep them in a variable first.
+template <activations X>
+requires(!std::is_lvalue_reference_v<X> && !requires {
+  adapt<std::remove_cvref_t<X>>::borrowed;
+}) tensor as_tensor(std::string name, X&& x)
+= delete;
+template <class Container>
+requires(!std::is_lvalue_reference_v<Container>) tensor
+    as_tensor(std::string name, Container&& values, std::vector<std::ptrdiff_t> shape)
+= delete;
+template <class T>
+tensor as_tensor(std::string name, std::span<T>&& values, std::vector<std::ptrdiff_t> shape) {
+  return as_tensor(std::move(name), std::as_const(values), std::move(shape));
 }
 
 /// Calls f with the view of a tensor of rank 2: view<f16>, view<bf16>, view<float> or
@@ -567,6 +584,7 @@ inline void require_writable(char const* where, tensor const& x) {
   if (x.strides.size() != x.shape.size())
     reject(where, std::to_string(x.shape.size()) + " extents and " +
                       std::to_string(x.strides.size()) + " strides in " + x.description());
+  if (x.shape.size() > most_axes) reject(where, "more than 64 axes in " + x.description());
   if (!extent_of(x.shape, bits(x.type)).ok) reject(where, "impossible shape in " + x.description());
   if (x.data == nullptr && x.size() != 0) reject(where, "no data in " + x.description());
   if (bits(x.type) % 8 != 0 &&

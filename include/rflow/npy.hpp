@@ -18,7 +18,7 @@
 #include <utility>
 #include <vector>
 
-#include "rflow/file.hpp"
+#include <rflow/file.hpp>
 
 namespace rflow {
 

@@ -20,7 +20,7 @@
 #include <utility>
 #include <vector>
 
-#include "rflow/file.hpp"
+#include <rflow/file.hpp>
 
 namespace rflow {
 
@@ -102,29 +102,30 @@ struct safetensors_type {
   std::string_view name;
   dtype type;
 };
+// In the reference implementation's order: its writer puts later types first.
 inline constexpr safetensors_type safetensors_types[] = {
     {"BOOL", dtype::boolean},
+    {"F4", dtype::f4},
+    {"F6_E2M3", dtype::f6_e2m3},
+    {"F6_E3M2", dtype::f6_e3m2},
     {"U8", dtype::u8},
     {"I8", dtype::i8},
-    {"U16", dtype::u16},
-    {"I16", dtype::i16},
-    {"U32", dtype::u32},
-    {"I32", dtype::i32},
-    {"U64", dtype::u64},
-    {"I64", dtype::i64},
-    {"F16", dtype::f16},
-    {"BF16", dtype::bf16},
-    {"F32", dtype::f32},
-    {"F64", dtype::f64},
-    {"C64", dtype::c64},
-    {"F8_E4M3", dtype::f8_e4m3},
     {"F8_E5M2", dtype::f8_e5m2},
+    {"F8_E4M3", dtype::f8_e4m3},
     {"F8_E8M0", dtype::f8_e8m0},
     {"F8_E4M3FNUZ", dtype::f8_e4m3fnuz},
     {"F8_E5M2FNUZ", dtype::f8_e5m2fnuz},
-    {"F6_E2M3", dtype::f6_e2m3},
-    {"F6_E3M2", dtype::f6_e3m2},
-    {"F4", dtype::f4},
+    {"I16", dtype::i16},
+    {"U16", dtype::u16},
+    {"F16", dtype::f16},
+    {"BF16", dtype::bf16},
+    {"I32", dtype::i32},
+    {"U32", dtype::u32},
+    {"F32", dtype::f32},
+    {"C64", dtype::c64},
+    {"F64", dtype::f64},
+    {"I64", dtype::i64},
+    {"U64", dtype::u64},
 };
 
 /// Characters of the header, counted as the JSON library takes them.
@@ -430,15 +431,18 @@ inline tensor safetensors_file::operator[](std::string_view name) const {
 inline void write_safetensors(std::filesystem::path const& path, std::span<tensor const> tensors,
                               std::map<std::string, std::string> const& metadata) {
   char const* const where = "rflow::write_safetensors";
-  std::vector<tensor const*> order;
-  order.reserve(tensors.size());
+  std::vector<std::pair<std::ptrdiff_t, tensor const*>> order;  // place of the type in the table
   for (tensor const& x : tensors) {
     detail::require_writable(where, x);
-    order.push_back(&x);
+    auto const begin = std::begin(detail::safetensors_types);
+    auto const end = std::end(detail::safetensors_types);
+    auto const known = std::find_if(
+        begin, end, [&](detail::safetensors_type const& t) { return t.type == x.type; });
+    if (known == end) detail::reject(where, "safetensors has no type for " + x.description());
+    order.emplace_back(known - begin, &x);
   }
-  std::sort(order.begin(), order.end(), [](tensor const* a, tensor const* b) {
-    return std::pair(bits(b->type), std::string_view(a->name)) <
-           std::pair(bits(a->type), std::string_view(b->name));
+  std::sort(order.begin(), order.end(), [](auto const& a, auto const& b) {
+    return a.first != b.first ? a.first > b.first : a.second->name < b.second->name;
   });
   auto const quoted = [&](std::string const& text) {
     try {
@@ -457,20 +461,17 @@ inline void write_safetensors(std::filesystem::path const& path, std::span<tenso
   }
   std::map<std::string_view, int> names;
   std::ptrdiff_t begin = 0;
-  for (tensor const* const x : order) {
+  for (auto const& [place, x] : order) {
     if (x->name == "__metadata__" || ++names[x->name] > 1)
       detail::reject(where, "the name '" + x->name + "' is reserved or appears twice");
-    auto const known =
-        std::find_if(std::begin(detail::safetensors_types), std::end(detail::safetensors_types),
-                     [&](detail::safetensors_type const& t) { return t.type == x->type; });
-    if (known == std::end(detail::safetensors_types))
-      detail::reject(where, "safetensors has no type for " + x->description());
     std::ptrdiff_t const bytes = detail::extent_of(x->shape, bits(x->type)).bits / 8;
     if (bytes > PTRDIFF_MAX - begin) detail::reject(where, "more than 2^63 bytes");
+    std::string shape;
+    for (std::ptrdiff_t const n : x->shape) shape += (shape.empty() ? "" : ",") + std::to_string(n);
     header += (header.size() == 1 ? "" : ",") + quoted(x->name) + R"(:{"dtype":")" +
-              std::string(known->name) + R"(","shape":)" + detail::shape_text(x->shape) +
-              R"(,"data_offsets":[)" + std::to_string(begin) + "," + std::to_string(begin + bytes) +
-              "]}";
+              std::string(detail::safetensors_types[place].name) + R"(","shape":[)" + shape +
+              R"(],"data_offsets":[)" + std::to_string(begin) + "," +
+              std::to_string(begin + bytes) + "]}";
     begin += bytes;
   }
   header += "}";
@@ -483,7 +484,7 @@ inline void write_safetensors(std::filesystem::path const& path, std::span<tenso
   std::uint64_t const size = header.size();
   out.write(std::as_bytes(std::span(&size, 1)));
   out.write(header);
-  for (tensor const* const x : order) detail::write_elements(out, *x);
+  for (auto const& [place, x] : order) detail::write_elements(out, *x);
   out.commit();
 }
 

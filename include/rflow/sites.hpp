@@ -14,7 +14,7 @@
 #include <utility>
 #include <vector>
 
-#include "rflow/file.hpp"
+#include <rflow/file.hpp>
 
 namespace rflow {
 
