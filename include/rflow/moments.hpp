@@ -161,6 +161,8 @@ struct gram_moments {
   std::vector<double> row_sums;      // S × n: Σ_{j≠i} G^p_ij
   std::vector<double> diagonal;      // S × n: G^p_ii
   std::vector<double> squares;       // S × n: Σ_{j≠i} (G^p_ij)²; empty if the path has no tiles
+  std::vector<double> trace;         // S: Σ_i k(x_i, x_i), the scale of the kernel matrix
+  double epsilon = 0;                // unit roundoff of the products
   std::vector<double> sigma;         // S, for kernels with a bandwidth
   std::vector<status> why;           // S: ok, constant_layer, zero_bandwidth or non_finite
   std::vector<position> non_finite;  // S: first NaN or infinity
@@ -173,6 +175,7 @@ struct gram_moments {
     products.resize(s * s);
     row_sums.resize(s * n);
     diagonal.resize(s * n);
+    trace.resize(s);
     why.resize(s, status::ok);
     non_finite.resize(s);
   }

@@ -114,6 +114,7 @@ using compute_t = std::conditional_t<std::same_as<T, double>, double, float>;
 enum class status : std::uint8_t {
   ok,
   too_few_rows,    ///< fewer tokens than the estimator needs
+  too_few_sites,   ///< a chain of one site has no steps
   zero_rows,       ///< too few rows with a non-zero norm, so no direction to compare
   constant_layer,  ///< all tokens have the same representation (to rounding)
   zero_step,       ///< a layer equals the one before it, so the path has no direction there
@@ -127,6 +128,7 @@ constexpr std::string_view to_string(status why) {
   switch (why) {
     case status::ok: return "ok";
     case status::too_few_rows: return "too_few_rows";
+    case status::too_few_sites: return "too_few_sites";
     case status::zero_rows: return "zero_rows";
     case status::constant_layer: return "constant_layer";
     case status::zero_step: return "zero_step";

@@ -1,0 +1,410 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+// Centred kernel alignment: how similar the geometry of the same tokens is in two layers or two
+// models. It sees neither rotations nor scale, and is not a distance. With few tokens and many
+// features the biased estimator is near 1 for unrelated data: the debiased one is the default, and
+// every cell comes with what chance alone gives.
+
+#include <algorithm>
+#include <cmath>
+#include <cstddef>
+#include <limits>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include <rflow/cosine.hpp>
+#include <rflow/default.hpp>
+#include <rflow/moments.hpp>
+#include <rflow/view.hpp>
+
+namespace rflow {
+
+// ---- estimators ---------------------------------------------------------------------------------
+
+/// HSIC with the diagonal and its bias: ⟨HKH, HLH⟩. Needs 2 tokens.
+/// @see Gretton, Bousquet, Smola, Schölkopf, ALT 2005
+struct biased {
+  static constexpr std::ptrdiff_t minimum_tokens = 2;
+  static constexpr char const* name = "biased";
+
+  /// ⟨HK_pH, HK_qH⟩ of sites p and q: (n − 1)² times HSIC₀.
+  static double hsic(gram_moments const& m, std::ptrdiff_t p, std::ptrdiff_t q) {
+    auto const n = static_cast<std::size_t>(m.tokens);
+    double diagonals = 0, rows = 0, total_p = 0, total_q = 0;
+    for (std::size_t i = 0; i < n; ++i) {
+      double const dp = m.diagonal[static_cast<std::size_t>(p) * n + i];
+      double const dq = m.diagonal[static_cast<std::size_t>(q) * n + i];
+      double const rp = m.row_sums[static_cast<std::size_t>(p) * n + i] + dp;
+      double const rq = m.row_sums[static_cast<std::size_t>(q) * n + i] + dq;
+      diagonals += dp * dq;
+      rows += rp * rq;
+      total_p += rp;
+      total_q += rq;
+    }
+    double const count = static_cast<double>(n);
+    return m.product(p, q) + diagonals - 2 / count * rows + total_p * total_q / (count * count);
+  }
+};
+
+/// Unbiased HSIC: ⟨U(K), U(L)⟩. Needs 4 tokens. About 0 for independent data; may be negative.
+/// @see Song, Smola, Gretton, Bedo, Borgwardt, JMLR 2012, equation 5
+struct debiased {
+  static constexpr std::ptrdiff_t minimum_tokens = 4;
+  static constexpr char const* name = "debiased";
+
+  /// ⟨U(K_p), U(K_q)⟩ of sites p and q: n(n − 3) times HSIC₁.
+  static double hsic(gram_moments const& m, std::ptrdiff_t p, std::ptrdiff_t q) {
+    auto const n = static_cast<std::size_t>(m.tokens);
+    double rows = 0, total_p = 0, total_q = 0;
+    for (std::size_t i = 0; i < n; ++i) {
+      double const rp = m.row_sums[static_cast<std::size_t>(p) * n + i];
+      double const rq = m.row_sums[static_cast<std::size_t>(q) * n + i];
+      rows += rp * rq;
+      total_p += rp;
+      total_q += rq;
+    }
+    double const count = static_cast<double>(n);
+    return m.product(p, q) + total_p * total_q / ((count - 1) * (count - 2)) -
+           2 / (count - 2) * rows;
+  }
+};
+
+// ---- the table ----------------------------------------------------------------------------------
+
+/// CKA of every pair of sites, each cell with its status.
+class cka_table {
+ public:
+  cka_table() = default;
+  cka_table(std::ptrdiff_t rows, std::ptrdiff_t cols)
+      : rows_(rows),
+        cols_(cols),
+        values_(static_cast<std::size_t>(rows * cols)),
+        chance_(static_cast<std::size_t>(rows * cols)) {}
+
+  std::ptrdiff_t rows() const { return rows_; }
+  std::ptrdiff_t cols() const { return cols_; }
+  std::ptrdiff_t tokens = 0;
+
+  /// Site i of the first stack against site j of the second (or of the same).
+  measured operator()(std::ptrdiff_t i, std::ptrdiff_t j) const { return values_[cell(i, j)]; }
+  rflow::status status(std::ptrdiff_t i, std::ptrdiff_t j) const { return values_[cell(i, j)].why; }
+
+  /// What this estimator gives on average if the tokens of one side are shuffled: the exact mean
+  /// over all permutations. About 0 for debiased (exactly 0 up to the self terms).
+  measured chance(std::ptrdiff_t i, std::ptrdiff_t j) const { return chance_[cell(i, j)]; }
+
+  /// The RBF bandwidth of a site; not_requested for kernels without one.
+  measured sigma(std::ptrdiff_t row) const { return at(sigma_, row); }
+  measured col_sigma(std::ptrdiff_t col) const { return at(sigma_, col_site(col)); }
+
+  /// The share of ‖K̃‖² that pairs with its most extreme token make up, in [0, 1], and that token
+  /// (an index among the tokens that count). Near 1, one token decides the whole row of the table.
+  measured top_token_share(std::ptrdiff_t row) const { return at(top_share_, row); }
+  std::ptrdiff_t top_token(std::ptrdiff_t row) const {
+    return top_token_.empty() ? -1 : top_token_[static_cast<std::size_t>(row)];
+  }
+
+ private:
+  template <class Estimator>
+  friend cka_table cka_matrix(gram_moments const& m, Estimator, std::ptrdiff_t split);
+
+  std::size_t cell(std::ptrdiff_t i, std::ptrdiff_t j) const {
+    return static_cast<std::size_t>(i * cols_ + j);
+  }
+  std::ptrdiff_t col_site(std::ptrdiff_t col) const { return crossed_ ? rows_ + col : col; }
+  static measured at(std::vector<measured> const& values, std::ptrdiff_t i) {
+    return values.empty() ? measured(rflow::status::not_requested)
+                          : values[static_cast<std::size_t>(i)];
+  }
+
+  std::ptrdiff_t rows_ = 0, cols_ = 0;
+  bool crossed_ = false;
+  std::vector<measured> values_, chance_, sigma_, top_share_;
+  std::vector<std::ptrdiff_t> top_token_;
+};
+
+namespace detail {
+
+/// Whether a site has a CKA at all, and with what self term.
+template <class Estimator>
+measured self_term(gram_moments const& m, std::ptrdiff_t p) {
+  auto const s = static_cast<std::size_t>(p);
+  if (m.why[s] != status::ok) return m.why[s];
+  if (m.tokens < Estimator::minimum_tokens) return status::too_few_rows;
+  double const self = Estimator::hsic(m, p, p);
+  // The kernel's entries are known to epsilon times its scale, so a self term below what that
+  // rounding makes of a constant kernel matrix is rounding too; 16 allows for its accumulation.
+  double const rounding = 16 * m.epsilon * m.epsilon * m.trace[s] * m.trace[s];
+  return self > rounding ? measured(self) : measured(status::constant_layer);
+}
+
+/// tr(HKH) of a site.
+inline double centred_trace(gram_moments const& m, std::ptrdiff_t p) {
+  auto const n = static_cast<std::size_t>(m.tokens);
+  double trace = 0, total = 0;
+  for (std::size_t i = 0; i < n; ++i) {
+    double const d = m.diagonal[static_cast<std::size_t>(p) * n + i];
+    trace += d;
+    total += m.row_sums[static_cast<std::size_t>(p) * n + i] + d;
+  }
+  return trace - total / static_cast<double>(n);
+}
+
+}  // namespace detail
+
+/// The table from moments: arithmetic on S × S numbers, so that both estimators cost one pass.
+///
+/// @param  m      moments of all sites
+/// @param  split  0: every site against every site. Else the first `split` sites are rows, the
+///                others columns
+template <class Estimator = debiased>
+cka_table cka_matrix(gram_moments const& m, Estimator = {}, std::ptrdiff_t split = 0) {
+  std::ptrdiff_t const rows = split > 0 ? split : m.sites;
+  std::ptrdiff_t const first_col = split;
+  cka_table out(rows, m.sites - first_col);
+  out.crossed_ = split > 0;
+  out.tokens = m.tokens;
+
+  std::vector<measured> self;
+  std::vector<double> trace;
+  for (std::ptrdiff_t p = 0; p < m.sites; ++p) {
+    self.push_back(detail::self_term<Estimator>(m, p));
+    trace.push_back(detail::centred_trace(m, p));
+  }
+  auto const n = static_cast<double>(m.tokens);
+  for (std::ptrdiff_t i = 0; i < rows; ++i)
+    for (std::ptrdiff_t j = 0; j < out.cols(); ++j) {
+      std::ptrdiff_t const q = first_col + j;
+      measured const a = self[static_cast<std::size_t>(i)], b = self[static_cast<std::size_t>(q)];
+      measured& value = out.values_[out.cell(i, j)];
+      measured& chance = out.chance_[out.cell(i, j)];
+      if (!a.ok() || !b.ok()) {
+        value = chance = a.ok() ? b.why : a.why;
+        continue;
+      }
+      double const norms = std::sqrt(a.value) * std::sqrt(b.value);
+      value = i == q ? 1.0 : Estimator::hsic(m, i, q) / norms;
+      if constexpr (std::same_as<Estimator, biased>)
+        chance = trace[static_cast<std::size_t>(i)] * trace[static_cast<std::size_t>(q)] /
+                 ((n - 1) * norms);
+      else
+        chance = 0.0;
+    }
+
+  for (double const sigma : m.sigma) out.sigma_.push_back(sigma);
+  for (std::ptrdiff_t p = 0; p < m.sites && !m.squares.empty(); ++p) {
+    auto const begin = m.squares.begin() + p * m.tokens;
+    auto const top = std::max_element(begin, begin + m.tokens);
+    double total = 0;
+    for (auto it = begin; it != begin + m.tokens; ++it) total += *it;
+    out.top_token_.push_back(top - begin);
+    if (m.why[static_cast<std::size_t>(p)] != status::ok)
+      out.top_share_.push_back(m.why[static_cast<std::size_t>(p)]);
+    else if (!(total > 0))
+      out.top_share_.push_back(status::constant_layer);
+    else  // a pair stands in the rows of both its tokens
+      out.top_share_.push_back(std::min(1.0, 2 * *top / total));
+  }
+  return out;
+}
+
+// ---- the metrics --------------------------------------------------------------------------------
+
+/// CKA of every pair of sites of one model.
+///
+/// @param  stack      S sites of n tokens; widths may differ
+/// @param  kernel     linear{}, rbf{}, or a kernel of yours
+/// @param  estimator  debiased{} (default) or biased{}
+/// @param  on         where to run; by default where the stack lives
+/// @return S × S cells, symmetric, 1 on the diagonal; a site without an answer (constant, not
+///         finite, too few tokens) has its status in its row and column, the rest stays right
+/// @throws std::invalid_argument if the memory bound is too small for one tile
+/// @note   S·n²·d multiply-adds or, when cheaper, (S·d)²·n/2; each Gram tile is formed once. Products
+///         in fp32 (fp64 for double), all sums in fp64
+/// @see    Kornblith, Norouzi, Lee, Hinton, ICML 2019, section 3
+template <class T, class Memory, class Kernel = linear, class Estimator = debiased,
+          class On = default_backend_t<Memory>>
+cka_table cka_matrix(layer_stack<T, Memory> const& stack, Kernel const& kernel = {},
+                     Estimator estimator = {}, On const& on = {}) {
+  static_assert(backend_for<On, Memory>, "rflow: this backend cannot read where the stack lives");
+  return cka_matrix(on.gram(kernel, stack), estimator);
+}
+
+/// CKA of every site of one model with every site of another, over the same tokens in the same
+/// order. Depth, width and element type may differ.
+///
+/// @throws std::invalid_argument if the stacks have different numbers of tokens
+template <class T, class U, class Memory, class Kernel = linear, class Estimator = debiased,
+          class On = default_backend_t<Memory>>
+cka_table cka_matrix(layer_stack<T, Memory> const& a, layer_stack<U, Memory> const& b,
+                     Kernel const& kernel = {}, Estimator estimator = {}, On const& on = {}) {
+  static_assert(backend_for<On, Memory>, "rflow: this backend cannot read where the stacks live");
+  if (a.size() != b.size())
+    detail::reject("rflow::cka_matrix", "the stacks have " + std::to_string(a.size()) + " and " +
+                                            std::to_string(b.size()) + " tokens");
+  return cka_matrix(on.gram(kernel, a, b), estimator, a.sites());
+}
+
+/// Centred kernel alignment of two sets of activations.
+///
+///     CKA(X, Y) = HSIC(K, L) / √(HSIC(K, K) HSIC(L, L)),   K = k(X, X), L = k(Y, Y)
+///
+/// @param  x          n × p activations, tokens in rows
+/// @param  y          n × q activations of the same n tokens
+/// @param  kernel     linear{} (default), rbf{}, or a kernel of yours
+/// @param  estimator  biased: in [0, 1]; debiased (default): in [−1, 1], about 0 for independent data
+/// @param  on         where to run; by default where x lives
+/// @return 1 if X and Y agree up to rotation, scale and translation; NaN with status constant_layer,
+///         zero_bandwidth or too_few_rows (n < 4 debiased, n < 2 biased)
+/// @throws std::invalid_argument if x.rows != y.rows or either is empty; std::domain_error on NaN or
+///         infinity
+/// @note   n²(p + q) multiply-adds or, when cheaper, n(p + q)²/2; scratch within the backend's memory
+///         bound; products in fp32 (fp64 if either is double), sums in fp64
+/// @see    Kornblith, Norouzi, Lee, Hinton, ICML 2019, section 3; Song et al., JMLR 2012, equation 5
+template <activations X, activations Y, class Kernel = linear, class Estimator = debiased,
+          class On = default_backend_t<memory_of<X>>>
+measured cka(X const& x, Y const& y, Kernel const& kernel = {}, Estimator = {},
+             On const& on = {}) {
+  detail::require_readable<On, X, Y>();
+  detail::require_same_memory<X, Y>();
+  constexpr char const* where = "rflow::cka";
+  auto const a = as_view(x), b = as_view(y);
+  detail::require_shape(where, a);
+  detail::require_shape(where, b);
+  if (a.rows != b.rows)
+    detail::reject(where, "x has " + std::to_string(a.rows) + " tokens, y has " +
+                              std::to_string(b.rows));
+  gram_moments const m = on.gram(kernel, layer_stack<scalar_of<X>, memory_of<X>>{a},
+                                 layer_stack<scalar_of<Y>, memory_of<Y>>{b});
+  for (std::size_t p = 0; p < 2; ++p)
+    if (m.non_finite[p].found())
+      detail::throw_non_finite(where, p == 0 ? "x" : "y", m.non_finite[p]);
+  return cka_matrix(m, Estimator{}, 1)(0, 0);
+}
+
+// ---- minibatches --------------------------------------------------------------------------------
+
+/// How batches of different size count in minibatch CKA.
+enum class batch_weight {
+  pairs,  ///< by n(n − 3): the unnormalised sums
+  equal,  ///< each batch the same
+  rows,   ///< by n
+};
+
+/// Minibatch CKA: sums of debiased HSIC over batches, then one ratio.
+///
+///     Σ_b w_b HSIC₁(K_b, L_b) / √(Σ_b w_b HSIC₁(K_b, K_b) · Σ_b w_b HSIC₁(L_b, L_b))
+///
+/// Another estimator than CKA over all tokens at once, though close to it. The sums add exactly over
+/// batches, threads, shards and ranks. The biased estimator is not consistent here and not offered.
+///
+/// @see Nguyen, Raghu, Kornblith, ICLR 2021, section 3.1
+template <class Kernel = linear>
+class cka_accumulator {
+ public:
+  /// @param  kernel  with RBF, one σ a site must be given: a median per batch would compare different
+  ///                 kernels
+  /// @throws std::invalid_argument if it is not
+  explicit cka_accumulator(Kernel kernel = {}, batch_weight weight = batch_weight::pairs)
+      : kernel_(std::move(kernel)), weight_(weight) {
+    if constexpr (std::same_as<Kernel, rbf>)
+      if (kernel_.sigma.empty())
+        detail::reject("rflow::cka_accumulator", "an RBF kernel needs its σ per site here");
+  }
+
+  /// Adds one batch of tokens. A batch of fewer than 4 is left out and counted.
+  /// @throws std::invalid_argument if the number of sites differs from earlier batches
+  template <class T, class Memory, class On = default_backend_t<Memory>>
+  void add(layer_stack<T, Memory> const& batch, On const& on = {}) {
+    require_sites(batch.sites());
+    if (batch.size() < debiased::minimum_tokens) {
+      ++left_out_;
+      return;
+    }
+    add(on.gram(kernel_, batch));
+  }
+
+  /// Adds the moments of one batch.
+  void add(gram_moments const& m) {
+    require_sites(m.sites);
+    double const n = static_cast<double>(m.tokens);
+    double const scale = weight_ == batch_weight::pairs   ? 1
+                         : weight_ == batch_weight::equal ? 1 / (n * (n - 3))
+                                                          : 1 / (n - 3);
+    for (std::ptrdiff_t p = 0; p < sites_; ++p) {
+      status& why = why_[static_cast<std::size_t>(p)];
+      if (why == status::ok && m.why[static_cast<std::size_t>(p)] == status::non_finite)
+        why = status::non_finite;
+      scale_[static_cast<std::size_t>(p)] +=
+          scale * square(m.epsilon * m.trace[static_cast<std::size_t>(p)]);
+      for (std::ptrdiff_t q = 0; q < sites_; ++q)
+        sums_[static_cast<std::size_t>(p * sites_ + q)] += scale * debiased::hsic(m, p, q);
+    }
+    tokens_ += m.tokens;
+    ++batches_;
+  }
+
+  /// Adds what another accumulator has seen.
+  /// @throws std::invalid_argument if sites or weights differ
+  void merge(cka_accumulator const& other) {
+    if (other.sites_ == 0) {
+      left_out_ += other.left_out_;
+      return;
+    }
+    require_sites(other.sites_);
+    if (weight_ != other.weight_)
+      detail::reject("rflow::cka_accumulator::merge", "batches are weighted differently");
+    for (std::size_t i = 0; i < sums_.size(); ++i) sums_[i] += other.sums_[i];
+    for (std::size_t p = 0; p < why_.size(); ++p) {
+      scale_[p] += other.scale_[p];
+      if (why_[p] == status::ok) why_[p] = other.why_[p];
+    }
+    tokens_ += other.tokens_;
+    batches_ += other.batches_;
+    left_out_ += other.left_out_;
+  }
+
+  std::ptrdiff_t sites() const { return sites_; }
+  std::ptrdiff_t tokens() const { return tokens_; }
+  std::ptrdiff_t batches() const { return batches_; }
+  std::ptrdiff_t left_out() const { return left_out_; }
+
+  /// Minibatch CKA of sites p and q.
+  measured operator()(std::ptrdiff_t p, std::ptrdiff_t q) const {
+    if (batches_ == 0) return status::too_few_rows;
+    for (std::ptrdiff_t const site : {p, q}) {
+      auto const s = static_cast<std::size_t>(site);
+      if (why_[s] != status::ok) return why_[s];
+      if (!(sum(site, site) > 16 * scale_[s])) return status::constant_layer;
+    }
+    return p == q ? 1.0 : sum(p, q) / (std::sqrt(sum(p, p)) * std::sqrt(sum(q, q)));
+  }
+
+ private:
+  static double square(double x) { return x * x; }
+  double sum(std::ptrdiff_t p, std::ptrdiff_t q) const {
+    return sums_[static_cast<std::size_t>(p * sites_ + q)];
+  }
+  void require_sites(std::ptrdiff_t sites) {
+    if (sites_ == 0) {
+      sites_ = sites;
+      sums_.resize(static_cast<std::size_t>(sites * sites));
+      scale_.resize(static_cast<std::size_t>(sites));
+      why_.resize(static_cast<std::size_t>(sites), status::ok);
+    } else if (sites != sites_) {
+      detail::reject("rflow::cka_accumulator", "this batch has " + std::to_string(sites) +
+                                                   " sites, earlier ones had " +
+                                                   std::to_string(sites_));
+    }
+  }
+
+  Kernel kernel_;
+  batch_weight weight_;
+  std::ptrdiff_t sites_ = 0, tokens_ = 0, batches_ = 0, left_out_ = 0;
+  std::vector<double> sums_, scale_;
+  std::vector<status> why_;
+};
+
+}  // namespace rflow

@@ -1,0 +1,557 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+// on_cpu: the default backend. Reads each activation once for the flow moments and builds each
+// Gram tile once for the Gram moments, on threads of its own. Also lets every Eigen object that has
+// storage be passed where activations are expected.
+//
+// Results are the same, bit for bit, for every number of threads: work is cut by the shape of the
+// data alone and sums are added in a fixed order.
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <concepts>
+#include <cstddef>
+#include <cstdint>
+#include <limits>
+#include <memory>
+#include <thread>
+#include <utility>
+#include <vector>
+
+#include <Eigen/Core>
+
+#include <rflow/moments.hpp>
+#include <rflow/threads.hpp>
+#include <rflow/view.hpp>
+
+namespace rflow {
+
+// ---- Eigen objects as activations ---------------------------------------------------------------
+
+namespace detail {
+
+/// Eigen's 16-bit types have the same bits as ours.
+template <class Scalar>
+struct from_eigen {
+  using type = Scalar;
+};
+template <>
+struct from_eigen<Eigen::half> {
+  using type = f16;
+};
+template <>
+struct from_eigen<Eigen::bfloat16> {
+  using type = bf16;
+};
+
+template <class X>
+concept eigen_object = std::is_base_of_v<Eigen::EigenBase<X>, X>;
+
+template <class X>
+inline constexpr bool eigen_has_storage =
+    (Eigen::internal::traits<X>::Flags & Eigen::DirectAccessBit) != 0;
+
+}  // namespace detail
+
+/// Matrices, maps, refs and blocks of either storage order; rows are tokens.
+template <detail::eigen_object X>
+struct adapt<X> {
+  static_assert(detail::eigen_has_storage<X>,
+                "rflow: this Eigen expression has no storage to look at. Evaluate it first: "
+                "Eigen::MatrixXf x = expression;");
+  using type = typename detail::from_eigen<typename X::Scalar>::type;
+
+  static view<type> as_view(X const& x) {
+    return {reinterpret_cast<type const*>(x.data()), x.rows(), x.cols(), x.rowStride(),
+            x.colStride()};
+  }
+};
+
+// ---- the flow pass ------------------------------------------------------------------------------
+
+namespace detail {
+
+// Packets are builtin vector types, whose attributes g++ reports as lost in template arguments.
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wignored-attributes"
+
+namespace packet = Eigen::internal;
+
+template <class C>
+using packet_of = typename packet::packet_traits<C>::type;
+template <class C>
+inline constexpr std::ptrdiff_t lanes_of = packet::packet_traits<C>::size;
+
+/// As many features as one load brings: 16-bit features come two to a lane, hence two packets.
+template <class T>
+struct chunk {
+  static constexpr std::ptrdiff_t lanes = lanes_of<compute_t<T>>;
+  static constexpr std::ptrdiff_t packets = sizeof(T) == 2 && lanes > 1 ? 2 : 1;
+  static constexpr std::ptrdiff_t width = packets * lanes;
+
+  packet_of<compute_t<T>> at[packets];
+};
+
+/// Lanes whose upper half holds a 16-bit value, as float.
+template <class T, class P, class I>
+P widened_lanes(I const& upper_half) {
+  if constexpr (std::same_as<T, bf16>) {
+    return packet::preinterpret<P>(upper_half);
+  } else {
+    // Sign apart, the exponent is rebiased by an exact product; what was infinite or NaN then
+    // stands at 2^16 or above and gets its exponent bits back.
+    I const sign = packet::pand(upper_half, packet::pset1<I>(std::numeric_limits<int>::min()));
+    I const rest = packet::pand(upper_half, packet::pset1<I>(0x7fff0000));
+    P const magnitude = packet::pmul(packet::preinterpret<P>(packet::plogical_shift_right<3>(rest)),
+                                     packet::pset1<P>(0x1p112f));
+    P const special = packet::pand(packet::pcmp_le(packet::pset1<P>(65536.0f), magnitude),
+                                   packet::pset1<P>(std::numeric_limits<float>::infinity()));
+    return packet::por(packet::por(magnitude, special), packet::preinterpret<P>(sign));
+  }
+}
+
+/// A chunk widened to compute_t<T>. 16-bit features come out permuted, the same way for every row:
+/// inner products do not care, and feature_of() says which is which.
+template <class T>
+chunk<T> load_chunk(T const* from) {
+  using P = packet_of<compute_t<T>>;
+  if constexpr (chunk<T>::packets == 2) {
+    using I = typename packet::unpacket_traits<P>::integer_packet;
+    I const both = packet::ploadu<I>(reinterpret_cast<std::int32_t const*>(from));
+    I const upper = packet::pset1<I>(static_cast<std::int32_t>(0xffff0000u));
+    return {{widened_lanes<T, P, I>(packet::plogical_shift_left<16>(both)),
+             widened_lanes<T, P, I>(packet::pand(both, upper))}};
+  } else if constexpr (std::same_as<T, compute_t<T>>) {
+    return {{packet::ploadu<P>(from)}};
+  } else {
+    return {{static_cast<P>(*from)}};
+  }
+}
+
+/// The feature that stands at place j of a row read by load_chunk.
+template <class T>
+std::ptrdiff_t feature_of(std::ptrdiff_t j) {
+  if constexpr (chunk<T>::packets == 1) return j;
+  std::ptrdiff_t const within = j % chunk<T>::width;
+  return j - within + 2 * (within % chunk<T>::lanes) + within / chunk<T>::lanes;
+}
+
+/// Inner products of one row of the chain with the rows before it.
+struct chain_products {
+  double norm2 = 0;  // ‖x‖²
+  double dot = 0;    // ⟨x, p⟩, p the row before
+  double step2 = 0;  // ‖x − p‖²
+  double turn = 0;   // ⟨x − p, p − q⟩, q the row before p
+  double away2 = 0;  // ‖x − mean of the rows before‖²
+};
+
+/// Walks tokens through the chain. What each row of activations needs of the rows before it (two of
+/// them, and the running mean) is fetched from cache once for several sites: with the sums of
+/// `Sites` sites in registers, four sites cost little more than the read of their rows from memory.
+template <class T>
+class flow_walker {
+ public:
+  using C = compute_t<T>;
+  using P = packet_of<C>;
+
+  /// Tokens that walk together, so that unit sums are touched once for all of them.
+  static constexpr std::ptrdiff_t group = 4;
+
+  flow_walker(layer_stack<T> const& stack, flow_sink const& sink)
+      : stack_(stack),
+        sink_(sink),
+        sites_(stack.sites()),
+        width_(stack.width()),
+        body_(width_ / chunk<T>::width * chunk<T>::width),
+        padded_(body_ + (body_ < width_ ? chunk<T>::width : 0)),
+        rows_(count(group * sites_)),
+        tails_(count(group * sites_ * chunk<T>::width)),
+        gathered_(needs_gather() ? count(group * ring * width_) : 0),
+        absent_(count(padded_)),
+        mean_(group * padded_),
+        units_(sites_ * padded_),
+        products_(count(group * sites_)) {
+    units_.setZero();
+  }
+
+  /// Adds tokens first … first + tokens − 1 of those that count to m; tokens ≤ group.
+  void walk(std::ptrdiff_t first, std::ptrdiff_t tokens, flow_moments& m) {
+    first_ = first;
+    tokens_ = tokens;
+    mean_.setZero();
+    // Sums of four sites fit 32 vector registers, those of two fit 16.
+    constexpr std::ptrdiff_t most = EIGEN_ARCH_DEFAULT_NUMBER_OF_REGISTERS >= 32 ? 4 : 2;
+    std::ptrdiff_t l = 0;
+    if constexpr (most == 4)
+      for (; l + 4 <= sites_; l += 4) walk_sites<4>(l);
+    for (; l + 2 <= sites_; l += 2) walk_sites<2>(l);
+    if (l < sites_) walk_sites<1>(l);
+    for (std::ptrdiff_t k = 0; k < tokens; ++k) {
+      bool ordinary = true;
+      for (l = 0; l < sites_; ++l) ordinary = ordinary && in_range(product(k, l).norm2);
+      if (ordinary) add_products(k, m);
+      else rescue(k, m);
+    }
+    m.tokens += static_cast<double>(tokens);
+    pending_ += tokens;
+    if (pending_ >= 16) flush(m);
+  }
+
+  /// Moves the unit sums of the last tokens into m. Sums in C are short; m's are double.
+  void flush(flow_moments& m) {
+    if (pending_ == 0) return;
+    for (std::ptrdiff_t l = 0; l < sites_; ++l) {
+      double* const to = m.unit_sum.data() + l * width_;
+      C* const from = units_.data() + l * padded_;
+      for (std::ptrdiff_t j = 0; j < body_; ++j) to[feature_of<T>(j)] += static_cast<double>(from[j]);
+      for (std::ptrdiff_t j = body_; j < padded_; ++j)
+        if (feature_of<T>(j) < width_) to[feature_of<T>(j)] += static_cast<double>(from[j]);
+      std::fill(from, from + padded_, C(0));
+    }
+    pending_ = 0;
+  }
+
+ private:
+  static constexpr std::ptrdiff_t ring = 8;  // gathered rows kept of a token: more than four + two
+
+  static std::size_t count(std::ptrdiff_t n) { return static_cast<std::size_t>(n); }
+
+  // Squares of C neither overflow nor lose their last bits in this range.
+  static bool in_range(double norm2) {
+    if constexpr (std::same_as<C, float>) return norm2 > 1e-18 && norm2 < 1e30;
+    else return norm2 > 1e-270 && norm2 < 1e290;
+  }
+
+  bool needs_gather() const {
+    for (std::ptrdiff_t l = 0; l < sites_; ++l)
+      if (stack_[l].col_stride != 1) return true;
+    return false;
+  }
+
+  T const*& row(std::ptrdiff_t k, std::ptrdiff_t site) { return rows_[count(k * sites_ + site)]; }
+  T* tail(std::ptrdiff_t k, std::ptrdiff_t site) {
+    return tails_.data() + (k * sites_ + site) * chunk<T>::width;
+  }
+  chain_products& product(std::ptrdiff_t k, std::ptrdiff_t site) {
+    return products_[count(k * sites_ + site)];
+  }
+
+  /// Finds the dense row of a token at a site and its zero-padded tail.
+  void take_row(std::ptrdiff_t k, std::ptrdiff_t site) {
+    view<T> const& x = stack_[site];
+    T const* from = x.data + stack_.token(first_ + k) * x.row_stride;
+    if (x.col_stride != 1) {
+      T* const dense = gathered_.data() + (k * ring + site % ring) * width_;
+      for (std::ptrdiff_t j = 0; j < width_; ++j) dense[j] = from[j * x.col_stride];
+      from = dense;
+    }
+    row(k, site) = from;
+    std::copy(from + body_, from + width_, tail(k, site));
+  }
+
+  template <std::ptrdiff_t Sites>
+  void walk_sites(std::ptrdiff_t site) {
+    for (std::ptrdiff_t k = 0; k < tokens_; ++k) {
+      for (std::ptrdiff_t s = 0; s < Sites; ++s) {
+        take_row(k, site + s);
+        product(k, site + s) = {};
+      }
+      std::ptrdiff_t const p = std::max<std::ptrdiff_t>(site - 1, 0);
+      std::ptrdiff_t const q = std::max<std::ptrdiff_t>(site - 2, 0);
+      chain_products* const to = &product(k, site);
+      C* const mean = mean_.data() + k * padded_;
+      constexpr std::ptrdiff_t block = 64 * chunk<T>::width;  // features summed in C, then in double
+      for (std::ptrdiff_t j = 0; j < body_; j += block)
+        add_chunks<Sites>(&row(k, site), row(k, p), row(k, q), j, std::min(body_, j + block), mean,
+                          site, to);
+      if (body_ < padded_) {
+        T const* tails[Sites];
+        for (std::ptrdiff_t s = 0; s < Sites; ++s) tails[s] = tail(k, site + s);
+        add_chunks<Sites>(tails, tail(k, p), tail(k, q), 0, chunk<T>::width, mean + body_, site, to);
+      }
+    }
+    for (std::ptrdiff_t s = 0; s < Sites; ++s) add_units(site + s);
+  }
+
+  /// Features begin … end of `Sites` rows x[0], x[1], … whose predecessors are p and q.
+  template <std::ptrdiff_t Sites>
+  static void add_chunks(T const* const* x, T const* p, T const* q, std::ptrdiff_t begin,
+                         std::ptrdiff_t end, C* mean, std::ptrdiff_t site, chain_products* to) {
+    P const zero = packet::pset1<P>(C(0));
+    P norm2[Sites], dot[Sites], step2[Sites], turn[Sites], away2[Sites], weight[Sites];
+    T const* rows[Sites];
+    for (std::ptrdiff_t s = 0; s < Sites; ++s) {
+      norm2[s] = dot[s] = step2[s] = turn[s] = away2[s] = zero;
+      weight[s] = packet::pset1<P>(C(1) / static_cast<C>(site + s + 1));
+      rows[s] = x[s];
+    }
+    for (std::ptrdiff_t j = begin; j < end; j += chunk<T>::width) {
+      chunk<T> before = load_chunk(p + j);
+      chunk<T> step_before = load_chunk(q + j);
+      chunk<T> average;
+      for (std::ptrdiff_t i = 0; i < chunk<T>::packets; ++i) {
+        step_before.at[i] = packet::psub(before.at[i], step_before.at[i]);
+        average.at[i] = packet::pload<P>(mean + j + i * chunk<T>::lanes);
+      }
+      for (std::ptrdiff_t s = 0; s < Sites; ++s) {
+        chunk<T> const here = load_chunk(rows[s] + j);
+        for (std::ptrdiff_t i = 0; i < chunk<T>::packets; ++i) {
+          P const step = packet::psub(here.at[i], before.at[i]);
+          P const away = packet::psub(here.at[i], average.at[i]);
+          norm2[s] = packet::pmadd(here.at[i], here.at[i], norm2[s]);
+          dot[s] = packet::pmadd(here.at[i], before.at[i], dot[s]);
+          step2[s] = packet::pmadd(step, step, step2[s]);
+          turn[s] = packet::pmadd(step, step_before.at[i], turn[s]);
+          away2[s] = packet::pmadd(away, away, away2[s]);
+          average.at[i] = packet::pmadd(away, weight[s], average.at[i]);
+          before.at[i] = here.at[i];
+          step_before.at[i] = step;
+        }
+      }
+      for (std::ptrdiff_t i = 0; i < chunk<T>::packets; ++i)
+        packet::pstore(mean + j + i * chunk<T>::lanes, average.at[i]);
+    }
+    for (std::ptrdiff_t s = 0; s < Sites; ++s) {
+      to[s].norm2 += static_cast<double>(packet::predux(norm2[s]));
+      to[s].dot += static_cast<double>(packet::predux(dot[s]));
+      to[s].step2 += static_cast<double>(packet::predux(step2[s]));
+      to[s].turn += static_cast<double>(packet::predux(turn[s]));
+      to[s].away2 += static_cast<double>(packet::predux(away2[s]));
+    }
+  }
+
+  /// Adds the unit vectors of the group's rows at one site.
+  void add_units(std::ptrdiff_t site) {
+    T const *rows[group], *tails[group];
+    P scale[group];
+    for (std::ptrdiff_t k = 0; k < group; ++k) {
+      bool const counts = k < tokens_ && in_range(product(k, site).norm2);
+      rows[k] = counts ? row(k, site) : absent_.data();
+      tails[k] = counts ? tail(k, site) : absent_.data();
+      scale[k] = packet::pset1<P>(counts ? static_cast<C>(1 / std::sqrt(product(k, site).norm2)) : 0);
+    }
+    C* const units = units_.data() + site * padded_;
+    add_scaled(rows, scale, 0, body_, units);
+    if (body_ < padded_) add_scaled(tails, scale, 0, chunk<T>::width, units + body_);
+  }
+
+  static void add_scaled(T const* const (&rows)[group], P const (&scale)[group],
+                         std::ptrdiff_t begin, std::ptrdiff_t end, C* to) {
+    for (std::ptrdiff_t j = begin; j < end; j += chunk<T>::width) {
+      chunk<T> sum;
+      for (std::ptrdiff_t i = 0; i < chunk<T>::packets; ++i)
+        sum.at[i] = packet::pload<P>(to + j + i * chunk<T>::lanes);
+      for (std::ptrdiff_t k = 0; k < group; ++k) {
+        chunk<T> const x = load_chunk(rows[k] + j);
+        for (std::ptrdiff_t i = 0; i < chunk<T>::packets; ++i)
+          sum.at[i] = packet::pmadd(x.at[i], scale[k], sum.at[i]);
+      }
+      for (std::ptrdiff_t i = 0; i < chunk<T>::packets; ++i)
+        packet::pstore(to + j + i * chunk<T>::lanes, sum.at[i]);
+    }
+  }
+
+  void add_products(std::ptrdiff_t k, flow_moments& m) {
+    for (std::ptrdiff_t l = 0; l < sites_; ++l) {
+      auto const s = count(l);
+      chain_products const& r = product(k, l);
+      m.squares[s] += r.norm2;
+      m.units[s] += 1;
+      note_norm(l, first_ + k, std::sqrt(r.norm2));
+      if (l == 0) continue;
+      m.spread += r.away2 * (static_cast<double>(l) / static_cast<double>(l + 1));
+      m.steps[s - 1] += r.step2;
+      note_cosine(l - 1, first_ + k, r.dot / std::sqrt(r.norm2 * product(k, l - 1).norm2), m);
+      if (l > 1) m.turns[s - 2] += r.turn;
+    }
+  }
+
+  /// The same for a token with a row that is zero, not finite, or too large or small to be squared
+  /// in C: in double, scaled by a power of two, and each site kept apart from one that has no value.
+  void rescue(std::ptrdiff_t k, flow_moments& m) {
+    std::ptrdiff_t const i = first_ + k;
+    auto const d = count(width_);
+    std::vector<std::vector<double>> rows(count(sites_));
+    double largest = 0;
+    for (std::ptrdiff_t l = 0; l < sites_; ++l) {
+      std::vector<double> row(d);
+      for (std::ptrdiff_t j = 0; j < width_ && !row.empty(); ++j) {
+        double const value = static_cast<double>(stack_[l](stack_.token(i), j));
+        if (!is_finite(value)) {
+          if (!m.non_finite[count(l)].found()) m.non_finite[count(l)] = {stack_.token(i), j};
+          row.clear();
+        } else {
+          row[count(j)] = value;
+          largest = std::max(largest, std::abs(value));
+        }
+      }
+      rows[count(l)] = std::move(row);
+    }
+    double const scale = largest > 0 ? std::ldexp(1.0, -std::ilogb(largest)) : 1;
+    for (auto& row : rows)
+      for (double& value : row) value *= scale;
+    auto const unscaled = [&](double square) { return square / scale / scale; };
+
+    std::vector<double> mean(d, 0.0);
+    double seen = 0, norm2_before = 0;
+    for (std::ptrdiff_t l = 0; l < sites_; ++l) {
+      auto const s = count(l);
+      std::vector<double> const& x = rows[s];
+      double const missing = std::numeric_limits<double>::quiet_NaN();
+      if (x.empty()) {
+        note_norm(l, i, missing);
+        if (l > 0) note_cosine(l - 1, i, missing, m);
+        continue;
+      }
+      double square = 0;
+      for (double const value : x) square += value * value;
+      m.squares[s] += unscaled(square);
+      note_norm(l, i, std::sqrt(square) / scale);
+      if (square > 0) {
+        m.units[s] += 1;
+        if (!in_range(product(k, l).norm2))  // else add_units has it
+          for (std::size_t j = 0; j < d; ++j) m.unit_sum[s * d + j] += x[j] / std::sqrt(square);
+      } else {
+        m.zero_rows[s] += 1;
+      }
+      seen += 1;
+      double away2 = 0;
+      for (std::size_t j = 0; j < d; ++j) {
+        double const away = x[j] - mean[j];
+        away2 += away * away;
+        mean[j] += away / seen;
+      }
+      m.spread += unscaled(away2 * ((seen - 1) / seen));
+      if (l > 0 && !rows[s - 1].empty()) {
+        std::vector<double> const& p = rows[s - 1];
+        double dot = 0, step2 = 0, turn = 0;
+        for (std::size_t j = 0; j < d; ++j) {
+          dot += x[j] * p[j];
+          step2 += (x[j] - p[j]) * (x[j] - p[j]);
+          if (l > 1 && !rows[s - 2].empty()) turn += (x[j] - p[j]) * (p[j] - rows[s - 2][j]);
+        }
+        m.steps[s - 1] += unscaled(step2);
+        if (l > 1) m.turns[s - 2] += unscaled(turn);
+        note_cosine(l - 1, i, dot / std::sqrt(square) / std::sqrt(norm2_before), m);
+      } else if (l > 0) {
+        note_cosine(l - 1, i, missing, m);
+      }
+      norm2_before = square;
+    }
+  }
+
+  void note_norm(std::ptrdiff_t site, std::ptrdiff_t i, double value) const {
+    if (sink_.norm != nullptr) sink_.norm[site * stack_.size() + i] = value;
+  }
+
+  /// Pairs with a zero row have no cosine: NaN for the token, left out of the mean.
+  void note_cosine(std::ptrdiff_t pair, std::ptrdiff_t i, double value, flow_moments& m) const {
+    if (sink_.cosine != nullptr) sink_.cosine[pair * stack_.size() + i] = value;
+    if (is_finite(value)) m.cosine[count(pair)].add(value);
+  }
+
+  layer_stack<T> const& stack_;
+  flow_sink const& sink_;
+  std::ptrdiff_t sites_, width_;
+  std::ptrdiff_t body_, padded_;        // features in whole chunks; the same with the tail's chunk
+  std::ptrdiff_t first_ = 0, tokens_ = 0;  // the present group
+  std::ptrdiff_t pending_ = 0;             // tokens in units_
+  std::vector<T const*> rows_;             // group × S: dense rows of the group
+  std::vector<T> tails_;                   // group × S × chunk: what is left of each, zero-padded
+  std::vector<T> gathered_;                // group × ring × d, where features are strided
+  std::vector<T> absent_;                  // zeros, for rows that do not take part
+  Eigen::Array<C, Eigen::Dynamic, 1> mean_;   // group × padded: mean of the rows so far
+  Eigen::Array<C, Eigen::Dynamic, 1> units_;  // S × padded: unit vectors of the pending tokens
+  std::vector<chain_products> products_;        // group × S
+};
+
+#pragma GCC diagnostic pop
+
+/// One slice of tokens. Its first tokens may belong to a sequence that began in an earlier slice.
+struct flow_slice {
+  flow_moments moments;
+  std::vector<double> head_sum, head_units;  // what was open when the first boundary came
+  bool has_boundary = false;
+
+  void end_sequence() {
+    if (!has_boundary) {
+      has_boundary = true;
+      head_sum = moments.unit_sum;
+      head_units = moments.units;
+      std::fill(moments.unit_sum.begin(), moments.unit_sum.end(), 0.0);
+      std::fill(moments.units.begin(), moments.units.end(), 0.0);
+    } else {
+      moments.end_sequence();
+    }
+  }
+
+  /// Appends this slice to the tokens before it.
+  void append_to(flow_moments& total) {
+    if (has_boundary) {
+      for (std::size_t i = 0; i < head_sum.size(); ++i) total.unit_sum[i] += head_sum[i];
+      for (std::size_t l = 0; l < head_units.size(); ++l) total.units[l] += head_units[l];
+      total.end_sequence();
+    }
+    total.merge(moments);
+  }
+};
+
+}  // namespace detail
+
+// ---- the backend --------------------------------------------------------------------------------
+
+/// Runs on the CPU, with Eigen's vector instructions and threads of its own.
+struct on_cpu {
+  int threads = 0;                              ///< 0: as many as the machine has
+  std::size_t memory_bound = std::size_t{256} << 20;  ///< bytes of scratch for Gram tiles
+
+  template <class Memory>
+  static constexpr bool reads = std::same_as<Memory, host_memory>;
+
+  int thread_count() const {
+    return threads > 0 ? threads
+                       : std::max(1, static_cast<int>(std::thread::hardware_concurrency()));
+  }
+
+  /// @note  O(S n d) time, one read; 16·S·d doubles of memory
+  template <class T>
+  flow_moments flow(layer_stack<T> const& stack, flow_sink const& sink = {}) const {
+    std::ptrdiff_t const n = stack.size();
+    // As many slices as the shape gives, not as the machine has threads: sums stay the same.
+    std::ptrdiff_t const slices = std::clamp<std::ptrdiff_t>(n, 1, 16);
+    std::vector<std::ptrdiff_t> const boundaries = stack.boundaries();
+    std::vector<detail::flow_slice> parts(static_cast<std::size_t>(slices));
+
+    detail::team team(std::min(thread_count(), static_cast<int>(slices)));
+    team.run(slices, [&](std::ptrdiff_t s) {
+      detail::flow_slice& part = parts[static_cast<std::size_t>(s)];
+      part.moments = flow_moments(stack.sites(), stack.width());
+      detail::flow_walker<T> walker(stack, sink);
+      std::ptrdiff_t const begin = n * s / slices, end = n * (s + 1) / slices;
+      auto boundary = std::lower_bound(boundaries.begin(), boundaries.end(), begin + 1);
+      for (std::ptrdiff_t i = begin; i < end;) {
+        std::ptrdiff_t const tokens = std::min({walker.group, end - i, *boundary - i});
+        walker.walk(i, tokens, part.moments);
+        i += tokens;
+        for (; boundary != boundaries.end() && *boundary == i; ++boundary) {
+          walker.flush(part.moments);
+          part.end_sequence();
+        }
+      }
+      walker.flush(part.moments);
+    });
+
+    flow_moments total(stack.sites(), stack.width());
+    for (detail::flow_slice& part : parts) part.append_to(total);
+    return total;
+  }
+};
+
+template <>
+struct default_backend<host_memory> {
+  using type = on_cpu;
+};
+
+}  // namespace rflow

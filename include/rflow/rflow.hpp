@@ -1,0 +1,12 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+// Every metric with the CPU backend: the one-include answer. Files, runtimes and other backends have
+// headers of their own.
+
+#include <rflow/cka.hpp>
+#include <rflow/cosine.hpp>
+#include <rflow/flow.hpp>
+#include <rflow/poincare.hpp>
+#include <rflow/variance.hpp>
+#include <rflow/view.hpp>
