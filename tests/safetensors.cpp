@@ -257,6 +257,12 @@ TEST_CASE("what the reference implementation wrote is read") {
   CHECK(contains(error_of<std::invalid_argument>([&] { file["f5"]; }), " and 10 more"));
   CHECK(contains(error_of<std::invalid_argument>([&] { file["f4"].as<rflow::f16>(); }),
                  "f16 of rank 2 expected, found 'f4', f32 [2, 3]"));
+  files::memory const rude(
+      file_of("{" + entry("\\u001b[2J\\n" + std::string(99, 'a'), "U8", "[1]", "[0,1]") + "}", 1));
+  std::string const listed =
+      error_of<std::invalid_argument>([&] { safetensors_file(rude.file())["x"]; });
+  CHECK(contains(listed, "'x'; it has ?[2J?aaa"));
+  CHECK(listed.ends_with("a..."));
   files::memory const none(file_of("{}", 0));
   CHECK(contains(error_of<std::invalid_argument>([&] { safetensors_file(none.file())["x"]; }),
                  "it has none"));
@@ -499,3 +505,12 @@ TEST_CASE("sites of a directory of .npy files and of one array") {
   x.shape = {1000000000000000, 0, 3};  // nothing bounds the number of sites
   CHECK(contains(error(x), "empty axis"));
 }
+
+// What as_tensor looks at must outlive it.
+template <class... Arguments>
+concept describable = requires(Arguments&&... arguments) {
+  rflow::as_tensor("x", std::forward<Arguments>(arguments)..., {1});
+};
+static_assert(describable<std::vector<float>&>);
+static_assert(describable<std::span<float>>);
+static_assert(!describable<std::vector<float>>);

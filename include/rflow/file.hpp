@@ -128,6 +128,14 @@ inline constexpr dtype dtype_of = [] {
 
 namespace detail {
 
+/// Names come from files: short, and without the control characters that garble a terminal.
+inline std::string printable(std::string_view name) {
+  std::string text(name.substr(0, 80));
+  for (char& c : text)
+    if ((c >= 0 && c < ' ') || c == '\x7f') c = '?';
+  return name.size() > 80 ? text + "..." : text;
+}
+
 /// "[3, 4]"
 inline std::string shape_text(std::vector<std::ptrdiff_t> const& shape) {
   std::string text = "[";
@@ -258,7 +266,8 @@ struct tensor {
 
   /// "'block.1', f32 [128, 576]", for messages.
   std::string description() const {
-    return "'" + name + "', " + std::string(to_string(type)) + " " + detail::shape_text(shape);
+    return "'" + detail::printable(name) + "', " + std::string(to_string(type)) + " " +
+           detail::shape_text(shape);
   }
 
  private:
@@ -284,6 +293,21 @@ struct tensor {
   std::vector<std::int64_t> widened() const;
 };
 
+namespace detail {
+
+template <class Container>
+concept contiguous_values =
+    storable<std::remove_cvref_t<decltype(*std::declval<Container const&>().data())>>;
+// Of what a forwarding reference deduces: lvalues deduce a reference.
+template <class X>
+concept temporary = !std::is_lvalue_reference_v<X>;
+template <class X>
+concept temporary_activations = temporary<X> && activations<X> && !requires {
+  adapt<std::remove_cvref_t<X>>::borrowed;
+};
+
+}  // namespace detail
+
 /// Describes n × d activations as a tensor, to be written.
 /// @throws std::invalid_argument if x has a negative extent
 template <activations X>
@@ -300,9 +324,8 @@ tensor as_tensor(std::string name, X const& x) {
 
 /// Describes contiguous row-major values (std::vector, std::span) of any rank as a tensor.
 /// @throws std::invalid_argument if the values do not make that shape
-template <class Container>
-requires storable<std::remove_cvref_t<decltype(*std::declval<Container const&>().data())>> tensor
-as_tensor(std::string name, Container const& values, std::vector<std::ptrdiff_t> shape) {
+template <detail::contiguous_values Container>
+tensor as_tensor(std::string name, Container const& values, std::vector<std::ptrdiff_t> shape) {
   using element = std::remove_cvref_t<decltype(*values.data())>;
   auto const extent = detail::extent_of(shape, bits(dtype_of<element>));
   if (!extent.ok || static_cast<std::size_t>(extent.elements) != values.size())
@@ -314,15 +337,10 @@ as_tensor(std::string name, Container const& values, std::vector<std::ptrdiff_t>
 }
 
 /// Values that die at the end of the statement: keep them in a variable first.
-template <activations X>
-requires(!std::is_lvalue_reference_v<X> && !requires {
-  adapt<std::remove_cvref_t<X>>::borrowed;
-}) tensor as_tensor(std::string name, X&& x)
-= delete;
-template <class Container>
-requires(!std::is_lvalue_reference_v<Container>) tensor
-    as_tensor(std::string name, Container&& values, std::vector<std::ptrdiff_t> shape)
-= delete;
+template <detail::temporary_activations X>
+tensor as_tensor(std::string name, X&& x) = delete;
+template <detail::temporary Container>
+tensor as_tensor(std::string name, Container&& values, std::vector<std::ptrdiff_t> shape) = delete;
 template <class T>
 tensor as_tensor(std::string name, std::span<T>&& values, std::vector<std::ptrdiff_t> shape) {
   return as_tensor(std::move(name), std::as_const(values), std::move(shape));

@@ -316,14 +316,6 @@ class safetensors_header {
     inside_ = next;
   }
 
-  /// Names come from the file: short, and without what would garble a terminal.
-  static std::string printable(std::string text) {
-    if (text.size() > 80) text.resize(80);
-    for (char& c : text)
-      if (c < ' ' || c > '~') c = '?';
-    return text;
-  }
-
   std::string const& file_;
   std::size_t offset_;
   place inside_ = place::outside;
@@ -413,11 +405,11 @@ inline safetensors_file::safetensors_file(mapped_file file) : file_(std::move(fi
 inline tensor safetensors_file::operator[](std::string_view name) const {
   auto const found = entries_.find(name);
   if (found == entries_.end()) {
-    std::string text = path() + " has no tensor '" + std::string(name) + "'; it has ";
+    std::string text = path() + " has no tensor '" + detail::printable(name) + "'; it has ";
     std::size_t listed = 0;
     for (auto const& [present, unused] : entries_) {
       if (++listed > 8) break;
-      text += (listed == 1 ? "" : ", ") + present.substr(0, 80);
+      text += (listed == 1 ? "" : ", ") + detail::printable(present);
     }
     if (entries_.size() > 8) text += " and " + std::to_string(entries_.size() - 8) + " more";
     detail::reject("rflow::safetensors_file", text + (entries_.empty() ? "none" : ""));
@@ -463,7 +455,8 @@ inline void write_safetensors(std::filesystem::path const& path, std::span<tenso
   std::ptrdiff_t begin = 0;
   for (auto const& [place, x] : order) {
     if (x->name == "__metadata__" || ++names[x->name] > 1)
-      detail::reject(where, "the name '" + x->name + "' is reserved or appears twice");
+      detail::reject(where,
+                     "the name '" + detail::printable(x->name) + "' is reserved or appears twice");
     std::ptrdiff_t const bytes = detail::extent_of(x->shape, bits(x->type)).bits / 8;
     if (bytes > PTRDIFF_MAX - begin) detail::reject(where, "more than 2^63 bytes");
     std::string shape;
