@@ -17,11 +17,13 @@
 #include <limits>
 #include <memory>
 #include <thread>
+#include <tuple>
 #include <utility>
 #include <vector>
 
 #include <Eigen/Core>
 
+#include <rflow/gram.hpp>
 #include <rflow/moments.hpp>
 #include <rflow/threads.hpp>
 #include <rflow/view.hpp>
@@ -502,10 +504,51 @@ struct flow_slice {
 
 // ---- the backend --------------------------------------------------------------------------------
 
+namespace detail {
+
+/// The Gram moments of the sites of several stacks, with the product of a backend.
+template <class Product, class Kernel, class... T>
+gram_moments host_gram(char const* where, Kernel const& kernel, gram_options const& options,
+                       layer_stack<T> const&... stacks) {
+  using C = std::conditional_t<(std::same_as<T, double> || ...), double, float>;
+  std::ptrdiff_t const tokens = std::get<0>(std::tie(stacks...)).size();
+  std::vector<std::shared_ptr<void const>> rows;
+  std::vector<panel_source<C>> sources;
+  auto const add = [&]<class U>(layer_stack<U> const& stack) {
+    if (stack.size() != tokens)
+      reject(where, "the stacks have " + std::to_string(tokens) + " and " +
+                        std::to_string(stack.size()) + " tokens");
+    for (std::ptrdiff_t l = 0; l < stack.sites(); ++l) {
+      auto site = std::make_shared<site_rows<U> const>(
+          site_rows<U>{stack[l], stack.masked() ? stack.selection().data() : nullptr});
+      sources.push_back(source_of<C>(*site));
+      rows.push_back(std::move(site));
+    }
+  };
+  (add(stacks), ...);
+  if (tokens == 0) return gram_moments(static_cast<std::ptrdiff_t>(sources.size()), 0);
+
+  if constexpr (std::same_as<Kernel, linear>) {
+    return gram<C, linear_kernel, Product>(sources, tokens, linear_kernel{}, options);
+  } else if constexpr (std::same_as<Kernel, rbf>) {
+    if (!kernel.sigma.empty() && kernel.sigma.size() != sources.size())
+      reject(where, std::to_string(kernel.sigma.size()) + " bandwidths for " +
+                        std::to_string(sources.size()) + " sites");
+    return gram_rbf<C, Product>(sources, tokens, kernel, options);
+  } else {
+    static_assert(pair_kernel<Kernel>, "rflow: a kernel is linear, rbf, or a function object "
+                                       "k(inner product, squared norm, squared norm) -> double");
+    return gram<C, function_kernel<Kernel>, Product>(sources, tokens, {kernel}, options);
+  }
+}
+
+}  // namespace detail
+
 /// Runs on the CPU, with Eigen's vector instructions and threads of its own.
 struct on_cpu {
-  int threads = 0;                              ///< 0: as many as the machine has
+  int threads = 0;                                    ///< 0: as many as the machine has
   std::size_t memory_bound = std::size_t{256} << 20;  ///< bytes of scratch for Gram tiles
+  gram_path path = gram_path::automatic;              ///< how linear Gram moments come about
 
   template <class Memory>
   static constexpr bool reads = std::same_as<Memory, host_memory>;
@@ -546,6 +589,17 @@ struct on_cpu {
     flow_moments total(stack.sites(), stack.width());
     for (detail::flow_slice& part : parts) part.append_to(total);
     return total;
+  }
+
+  /// @note  S n² d multiply-adds, or (Σd)² n / 2 when those are fewer and the kernel is linear
+  /// @throws std::invalid_argument if the stacks differ in tokens, or the memory bound is too small
+  ///         for one tile (the text says what is needed)
+  template <class Kernel, class... T>
+  gram_moments gram(Kernel const& kernel, layer_stack<T> const&... stacks) const {
+    detail::gram_options const options{thread_count(), memory_bound,
+                                       static_cast<detail::gram_path>(path)};
+    return detail::host_gram<detail::packed_product>("rflow::on_cpu::gram", kernel, options,
+                                                     stacks...);
   }
 };
 

@@ -149,6 +149,20 @@ struct rbf {
   std::vector<double> sigma = {};  ///< one σ a site, to use instead of the median's
 };
 
+/// A kernel of your own: k(⟨x, y⟩, ‖x‖², ‖y‖²) on centred features, in double. Called for every pair
+/// of tokens of every site, so it decides the speed.
+template <class F>
+concept pair_kernel = requires(F const& k, double x) {
+  { k(x, x, x) } -> std::convertible_to<double>;
+};
+
+/// How a backend forms the Gram moments of a linear kernel.
+enum class gram_path {
+  automatic,  ///< whichever takes fewer operations
+  gram,       ///< n × n kernel matrices, in tiles
+  feature,    ///< d × d cross-covariances; no squares per token
+};
+
 /// Sums over pairs of tokens of the kernel matrices G^0 … G^{S−1} of S sites over the same n tokens.
 ///
 /// G^p is the kernel matrix of site p up to a matrix u_i + u_j, which centring removes: backends
