@@ -1,0 +1,237 @@
+// SPDX-License-Identifier: Apache-2.0
+#include <rflow/eigen.hpp>
+
+#include <bit>
+#include <cstring>
+#include <random>
+
+#include <doctest/doctest.h>
+
+#include <rflow/cka.hpp>
+#include <rflow/cosine.hpp>
+#include <rflow/flow.hpp>
+
+#include "reference.hpp"
+
+using doctest::Approx;
+using rflow::bf16;
+using rflow::f16;
+
+namespace {
+
+using row_major = Eigen::Matrix<float, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor>;
+
+/// The view must look at the very elements of x.
+template <class X>
+void look_at_same_elements(X const& x) {
+  auto const v = rflow::as_view(x);
+  REQUIRE(v.rows == x.rows());
+  REQUIRE(v.cols == x.cols());
+  for (Eigen::Index i = 0; i < x.rows(); ++i)
+    for (Eigen::Index j = 0; j < x.cols(); ++j)
+      CHECK(static_cast<void const*>(&v(i, j)) == static_cast<void const*>(&x.coeffRef(i, j)));
+}
+
+template <class T>
+void check_widening() {
+  using chunk = rflow::detail::chunk<T>;
+  using P = rflow::detail::packet_of<float>;
+  int wrong = 0;
+  for (unsigned first = 0; first < 0x10000; first += static_cast<unsigned>(chunk::width)) {
+    T values[chunk::width];
+    for (std::ptrdiff_t j = 0; j < chunk::width; ++j)
+      values[j].bits = static_cast<std::uint16_t>(first + static_cast<unsigned>(j));
+    chunk const loaded = rflow::detail::load_chunk<T>(values);
+    alignas(64) float wide[chunk::width];
+    for (std::ptrdiff_t p = 0; p < chunk::packets; ++p)
+      Eigen::internal::pstoreu<float, P>(wide + p * chunk::lanes, loaded.at[p]);
+    for (std::ptrdiff_t j = 0; j < chunk::width; ++j) {
+      float const expected = values[rflow::detail::feature_of<T>(j)];
+      wrong += std::bit_cast<std::uint32_t>(wide[j]) != std::bit_cast<std::uint32_t>(expected);
+    }
+  }
+  CHECK(wrong == 0);
+}
+
+template <class T>
+std::vector<unsigned char> bytes_of(std::vector<T> const& values) {
+  std::vector<unsigned char> out(values.size() * sizeof(T));
+  std::memcpy(out.data(), values.data(), out.size());
+  return out;
+}
+
+}  // namespace
+
+TEST_CASE("Eigen objects with storage are looked at, not copied") {
+  Eigen::MatrixXf columns = Eigen::MatrixXf::Random(6, 4);
+  row_major rows = row_major::Random(6, 4);
+  look_at_same_elements(columns);
+  look_at_same_elements(rows);
+  Eigen::Matrix<double, 3, 5> fixed = Eigen::Matrix<double, 3, 5>::Random();
+  look_at_same_elements(fixed);
+  Eigen::VectorXf vector = Eigen::VectorXf::Random(7);  // 7 tokens of width 1
+  look_at_same_elements(vector);
+  Eigen::RowVectorXf row = Eigen::RowVectorXf::Random(7);  // 1 token of width 7
+  look_at_same_elements(row);
+  Eigen::ArrayXXd array = Eigen::ArrayXXd::Random(4, 4);
+  look_at_same_elements(array);
+
+  using strides = Eigen::Stride<Eigen::Dynamic, Eigen::Dynamic>;
+  std::vector<float> memory(200);
+  Eigen::Map<Eigen::MatrixXf, 0, strides> const map(memory.data(), 5, 3, strides(20, 2));
+  look_at_same_elements(map);
+  Eigen::Map<row_major, 0, strides> const row_map(memory.data(), 5, 3, strides(20, 2));
+  look_at_same_elements(row_map);
+  CHECK(rflow::as_view(row_map).row_stride == 20);
+  CHECK(rflow::as_view(row_map).col_stride == 2);
+  Eigen::Map<row_major, 0, strides> const backwards(memory.data() + 199, 5, 3, strides(-3, -1));
+  look_at_same_elements(backwards);
+  Eigen::Map<row_major const> const constant(memory.data(), 5, 3);
+  look_at_same_elements(constant);
+
+  Eigen::Ref<Eigen::MatrixXf> ref(columns);
+  look_at_same_elements(ref);
+  Eigen::Ref<Eigen::MatrixXf const> const const_ref(columns);
+  CHECK(rflow::as_view(const_ref).data == columns.data());
+  look_at_same_elements(columns.block(1, 1, 4, 2));
+  look_at_same_elements(rows.middleCols(1, 2));
+  look_at_same_elements(rows.bottomRows(3).leftCols(2));
+  look_at_same_elements(columns.row(2));
+}
+
+TEST_CASE("a transposed matrix has the storage of the matrix") {
+  Eigen::MatrixXf x = Eigen::MatrixXf::Random(3, 8);
+  auto const t = x.transpose();
+  rflow::view<float> const v = rflow::as_view(t);
+  CHECK(v.data == x.data());
+  CHECK(v.rows == 8);
+  CHECK(v.row_stride == 3);
+  CHECK(v.col_stride == 1);
+  CHECK(rflow::inter_token_cosine(t) == rflow::inter_token_cosine(row_major(x.transpose())));
+  CHECK(rflow::as_view(x.array()).data == x.data());
+}
+
+TEST_CASE("Eigen's 16-bit types have the bits of ours") {
+  static_assert(std::same_as<rflow::scalar_of<Eigen::Matrix<Eigen::half, 2, 2>>, f16>);
+  static_assert(std::same_as<rflow::scalar_of<Eigen::Matrix<Eigen::bfloat16, 2, 2>>, bf16>);
+  std::mt19937 bits(2);
+  std::normal_distribution<float> normal;
+  using half_matrix = Eigen::Matrix<Eigen::half, Eigen::Dynamic, Eigen::Dynamic>;
+  using bfloat_matrix = Eigen::Matrix<Eigen::bfloat16, Eigen::Dynamic, Eigen::Dynamic>;
+  half_matrix h(9, 37);
+  bfloat_matrix b(9, 37);
+  int wrong = 0;
+  for (Eigen::Index i = 0; i < h.rows(); ++i)
+    for (Eigen::Index j = 0; j < h.cols(); ++j) {
+      float const x = normal(bits) * std::exp(4 * normal(bits));
+      h(i, j) = Eigen::half(x);
+      b(i, j) = Eigen::bfloat16(x);
+      wrong += rflow::as_view(h)(i, j).bits != f16::nearest(x).bits;
+      wrong += rflow::as_view(b)(i, j).bits != bf16::nearest(x).bits;
+      wrong += static_cast<float>(rflow::as_view(h)(i, j)) != static_cast<float>(h(i, j));
+    }
+  CHECK(wrong == 0);
+  Eigen::MatrixXd const wide = h.cast<double>();
+  CHECK(std::abs(rflow::inter_token_cosine(h) - rflow::inter_token_cosine(wide)) < 1e-6);
+  CHECK(std::abs(rflow::cka(h, wide) - 1) < 1e-6);
+}
+
+TEST_CASE("vector loads widen every 16-bit pattern as the scalar conversion does") {
+  check_widening<f16>();
+  check_widening<bf16>();
+}
+
+TEST_CASE_TEMPLATE("loads of 16-bit features permute them, and the permutation is complete", T, f16,
+                   bf16, float, double) {
+  constexpr std::ptrdiff_t width = rflow::detail::chunk<T>::width;
+  std::vector<int> seen(static_cast<std::size_t>(3 * width));
+  for (std::ptrdiff_t j = 0; j < 3 * width; ++j) {
+    std::ptrdiff_t const feature = rflow::detail::feature_of<T>(j);
+    REQUIRE(feature / width == j / width);
+    ++seen[static_cast<std::size_t>(feature)];
+  }
+  CHECK(std::count(seen.begin(), seen.end(), 1) == 3 * width);
+}
+
+TEST_CASE_TEMPLATE("no feature is lost at any width", T, float, double, f16, bf16) {
+  // One feature carries everything: unit sums must put it back where it came from.
+  for (std::ptrdiff_t d = 1; d <= 70; ++d) {
+    int wrong = 0;
+    for (std::ptrdiff_t hot = 0; hot < d; ++hot) {
+      std::vector<T> values(static_cast<std::size_t>(3 * d), reference::stored<T>(0));
+      for (std::ptrdiff_t i = 0; i < 3; ++i)
+        values[static_cast<std::size_t>(i * d + hot)] = reference::stored<T>(i == 2 ? -2 : 2);
+      rflow::flow_report const r =
+          rflow::flow(rflow::layer_stack<T>(values.data(), {1, 3, d}), {}, rflow::on_cpu{1});
+      wrong += std::abs(r.inter_token[0] - (1.0 - 1.0 - 1.0) / 3) > 1e-6;
+      rflow::flow_moments const m =
+          rflow::on_cpu{1}.flow(rflow::layer_stack<T>(values.data(), {1, 3, d}));
+      wrong += m.squares[0] != 12;
+    }
+    CAPTURE(d);
+    CHECK(wrong == 0);
+  }
+}
+
+TEST_CASE("half-precision subnormals count as what they are") {
+  std::mt19937 bits(8);
+  std::size_t const n = 12, d = 45;
+  reference::matrix x(n, std::vector<double>(d));
+  for (auto& row : x)
+    for (double& v : row)
+      v = static_cast<double>(
+          static_cast<float>(f16{static_cast<std::uint16_t>((bits() & 0x83ffu))}));  // exponent 0
+  std::vector<f16> const values = reference::pack<f16>(x);
+  CHECK(std::abs(rflow::inter_token_cosine(rflow::view(values, n, d)) - reference::inter_token(x)) <
+        1e-6);
+}
+
+TEST_CASE_TEMPLATE("a NaN or infinity is found at every place of a row", T, float, double, f16,
+                   bf16) {
+  for (double const poison :
+       {std::numeric_limits<double>::quiet_NaN(), std::numeric_limits<double>::infinity(),
+        -std::numeric_limits<double>::infinity()})
+    for (std::ptrdiff_t const d : {1, 31, 32, 33, 67}) {
+      CAPTURE(d);
+      for (std::ptrdiff_t at = 0; at < d; ++at) {
+        std::vector<T> values(static_cast<std::size_t>(5 * d), reference::stored<T>(1));
+        values[static_cast<std::size_t>(3 * d + at)] = reference::stored<T>(poison);
+        rflow::layer_stack<T> const stack(values.data(), {1, 5, d});
+        rflow::position const flow = rflow::on_cpu{1}.flow(stack).non_finite[0];
+        rflow::position const gram = rflow::on_cpu{1}.gram(rflow::linear{}, stack).non_finite[0];
+        if (flow.token != 3 || flow.feature != at || gram.token != 3 || gram.feature != at) {
+          CAPTURE(at);
+          CHECK(flow.token == 3);
+          CHECK(flow.feature == at);
+          CHECK(gram.token == 3);
+          CHECK(gram.feature == at);
+        }
+      }
+    }
+}
+
+TEST_CASE_TEMPLATE("the input stays as it was", T, float, double, f16, bf16) {
+  std::mt19937 bits(6);
+  reference::stack x = reference::random_stack(bits, 4, 37, 53);
+  std::vector<T> const values = reference::pack<T>(x);
+  std::vector<unsigned char> const before = bytes_of(values);
+  auto const stack = reference::stack_of(values, x);
+  static_cast<void>(rflow::flow(stack, {.per_token = true}));
+  static_cast<void>(rflow::cka_matrix(stack));
+  static_cast<void>(rflow::cka(stack[0], stack[3]));
+  static_cast<void>(rflow::adjacent_cosine(stack[0], stack[1]));
+  CHECK(bytes_of(values) == before);
+}
+
+TEST_CASE("layouts of Eigen give the same figures") {
+  Eigen::MatrixXd const x = Eigen::MatrixXd::Random(23, 41), y = Eigen::MatrixXd::Random(23, 41);
+  Eigen::Matrix<double, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor> const xr = x, yr = y;
+  CHECK(rflow::adjacent_cosine(x, yr).mean ==
+        Approx(rflow::adjacent_cosine(xr, y).mean).epsilon(1e-14));
+  CHECK(rflow::cka(x, y) == Approx(rflow::cka(xr, yr)).epsilon(1e-13));
+  Eigen::MatrixXd big = Eigen::MatrixXd::Random(50, 90);
+  big.block(3, 5, 23, 41) = x;
+  CHECK(rflow::cka(big.block(3, 5, 23, 41), y) == Approx(rflow::cka(x, y)).epsilon(1e-13));
+  CHECK(rflow::inter_token_cosine(big.block(3, 5, 23, 41)) ==
+        Approx(rflow::inter_token_cosine(x)).epsilon(1e-13));
+}
