@@ -1,0 +1,1382 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+// Gram moments of many layers on the CPU: the kernel matrix of every site is formed once, tile by
+// tile, and all pairs of sites are multiplied from those tiles. Not a public interface: on_cpu in
+// eigen.hpp and on_blas in blas.hpp call it.
+//
+//     for each site                           column means, norms of the centred rows, a scale
+//     for each macro tile (I, J), I ≥ J       a square of tokens; its size is set by the memory bound
+//       for each site p
+//         for each range of features          shared panels: centred, widened, packed
+//           for each block of the tile        one task: 192 × 256 inner products, kept in L2
+//             for each depth block, column strip, row strip
+//               micro-kernel                  48 × 8 inner products in registers (AVX-512 floats)
+//               at the last depth             G = kernel(inner product), sums per token
+//       products += 2 · (tile buffer, S rows) · (the same)ᵀ
+//
+// Only entries below the diagonal are kept, the rest of the tiles on the diagonal is exactly zero.
+// Every sum has its own place and is added up in a fixed order, and sizes depend on the shape and
+// the memory bound alone: the result is the same to the last bit for any number of threads.
+
+#include <Eigen/Core>
+
+#include <algorithm>
+#include <bit>
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <new>
+#include <stdexcept>
+#include <string>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+#include <rflow/moments.hpp>
+#include <rflow/threads.hpp>
+#include <rflow/view.hpp>
+
+namespace rflow::detail {
+
+using integer = std::ptrdiff_t;
+
+constexpr integer ceil_div(integer a, integer b) { return (a + b - 1) / b; }
+constexpr integer round_up(integer a, integer b) { return ceil_div(a, b) * b; }
+
+/// Memory aligned to cache lines, left as it comes.
+template <class T>
+class aligned_array {
+  static_assert(std::is_trivial_v<T>);
+
+ public:
+  aligned_array() = default;
+  explicit aligned_array(integer count)
+      : data_(static_cast<T*>(::operator new(bytes(count), alignment)), release) {}
+  aligned_array(integer count, T value) : aligned_array(count) {
+    std::fill_n(data_.get(), count, value);
+  }
+  T* data() { return data_.get(); }
+  T const* data() const { return data_.get(); }
+  T& operator[](integer i) { return data_.get()[i]; }
+  T const& operator[](integer i) const { return data_.get()[i]; }
+
+ private:
+  static constexpr std::align_val_t alignment{128};
+  static std::size_t bytes(integer count) { return static_cast<std::size_t>(count) * sizeof(T); }
+  static void release(T* p) { ::operator delete(p, alignment); }
+
+  std::unique_ptr<T, void (*)(T*)> data_{nullptr, release};
+};
+
+// ---- what a caller may choose -------------------------------------------------------------------
+
+/// How the products come about; `automatic` takes the one with fewer operations (gram_cost).
+enum class gram_path {
+  automatic,
+  gram,     ///< n × n kernel matrices in tiles
+  feature,  ///< d × d cross-covariances; linear kernels only, no squares per token
+};
+
+struct gram_options {
+  int threads = 1;
+  std::size_t memory_bound = std::size_t{256} << 20;  ///< bytes beyond input and result
+  gram_path path = gram_path::automatic;
+};
+
+/// Multiply-adds of the two paths.
+struct gram_cost {
+  double gram, feature;
+};
+
+/// @param widths  d of each site
+inline gram_cost count_operations(integer tokens, std::vector<integer> const& widths) {
+  double const n = static_cast<double>(tokens), sites = static_cast<double>(widths.size());
+  double total = 0;
+  for (integer const d : widths) total += static_cast<double>(d);
+  return {n * n / 2 * (total + sites * (sites + 1) / 2), total * total / 2 * n};
+}
+
+// ---- where the numbers come from ----------------------------------------------------------------
+
+/// A site of any type and layout: copies a block of it, widened to C, into rows ld apart.
+template <class C>
+struct panel_source {
+  void const* self = nullptr;
+  void (*load)(void const* self, integer row, integer rows, integer col, integer cols, C* to,
+               integer ld) = nullptr;
+  integer cols = 0;
+
+  void operator()(integer row, integer rows, integer col, integer count, C* to, integer ld) const {
+    load(self, row, rows, col, count, to, ld);
+  }
+};
+
+/// A view, seen through a list of selected rows if there is one.
+template <class T>
+struct site_rows {
+  view<T> x;
+  integer const* selected = nullptr;
+
+  T const* row(integer i) const { return x.data + (selected ? selected[i] : i) * x.row_stride; }
+};
+
+/// Widens a contiguous row. Fixed trip counts vectorise at -O2 as well.
+template <class C, class T>
+void widen(T const* from, integer count, C* to) {
+  if constexpr (std::is_same_v<C, T>) {
+    std::memcpy(to, from, static_cast<std::size_t>(count) * sizeof(T));
+  } else {
+    integer i = 0;
+    for (; i + 32 <= count; i += 32)
+      for (integer k = 0; k < 32; ++k) to[i + k] = static_cast<C>(static_cast<float>(from[i + k]));
+    for (; i < count; ++i) to[i] = static_cast<C>(static_cast<float>(from[i]));
+  }
+}
+inline void widen(double const* from, integer count, float* to) {
+  for (integer i = 0; i < count; ++i) to[i] = static_cast<float>(from[i]);
+}
+
+/// The panel_source of a site; `site` must outlive it.
+template <class C, class T>
+panel_source<C> source_of(site_rows<T> const& site) {
+  auto const load = [](void const* self, integer row, integer rows, integer col, integer cols, C* to,
+                       integer ld) {
+    auto const& s = *static_cast<site_rows<T> const*>(self);
+    integer const step = s.x.col_stride;
+    if (step == 1) {
+      for (integer i = 0; i < rows; ++i) {
+        T const* const from = s.row(row + i) + col;
+        widen(from, cols, to + i * ld);
+        for (integer k = 0; k < cols; k += integer{64 / sizeof(T)})  // most likely wanted next
+          Eigen::internal::prefetch(from + cols + k);
+      }
+    } else if (!s.selected && std::abs(step) > std::abs(s.x.row_stride)) {
+      for (integer k = 0; k < cols; ++k)  // column-major: walk along its columns
+        for (integer i = 0; i < rows; ++i) to[i * ld + k] = static_cast<C>(s.x(row + i, col + k));
+    } else {
+      for (integer i = 0; i < rows; ++i)
+        for (integer k = 0; k < cols; ++k)
+          to[i * ld + k] = static_cast<C>(s.row(row + i)[(col + k) * step]);
+    }
+  };
+  return {&site, load, site.x.cols};
+}
+
+// ---- the micro-kernel ---------------------------------------------------------------------------
+
+template <class C>
+using packet_t = typename Eigen::internal::packet_traits<C>::type;
+
+template <class C>
+inline constexpr integer lanes_v = Eigen::internal::packet_traits<C>::size;
+
+/// f(0), …, f(Count − 1) written out, so that arrays indexed by them stay in registers at any -O.
+template <integer Count, class F>
+EIGEN_ALWAYS_INLINE void unrolled(F const& f) {
+  [&]<integer... I>(std::integer_sequence<integer, I...>) __attribute__((always_inline)) { (f(I), ...); }
+  (std::make_integer_sequence<integer, Count>{});
+}
+
+/// Inner products of a strip of rows with a strip of columns, in registers.
+///
+/// Rows are packed side by side, depth by depth, and loaded as packets. Columns lie one after the
+/// other and are read value by value: broadcasting costs nothing, so they need no interleaving.
+struct packed_product {
+  static constexpr bool many_registers = EIGEN_ARCH_DEFAULT_NUMBER_OF_REGISTERS >= 32;
+
+  /// Row packets × columns of the register tile: 3 × 8 accumulators of 32 registers, 3 × 4 of 16.
+  template <class C>
+  static constexpr integer packets = many_registers || sizeof(packet_t<C>) > 16 ? 3 : 2;
+  template <class C>
+  static constexpr integer rows = packets<C> * lanes_v<C>;
+  template <class C>
+  static constexpr integer cols = many_registers ? 8 : 4;
+
+  static constexpr bool interleaved_rows = true;
+  /// Depth of a block in bytes: a column strip of it stays in L1, a few row strips in L2.
+  static constexpr integer depth_bytes = 2048;
+  /// Row strips and columns of one task.
+  static constexpr integer block_strips = 4, block_cols = 256;
+
+  /// out = (accumulate ? out : 0) + rows · colsᵀ, a column after the other. `next` is prefetched: the
+  /// columns of the call that follows.
+  template <class C>
+  static void multiply(C const* a, C const* b, integer depth, bool accumulate, C const* next,
+                       C* out) {
+    using namespace Eigen::internal;
+    using P = packet_t<C>;
+    constexpr integer R = packets<C>, N = cols<C>, W = lanes_v<C>;
+    P sum[R * N];
+    unrolled<R * N>([&](integer i) __attribute__((always_inline)) {
+      sum[i] = pset1<P>(C(0));
+      prefetch(out + i * W);
+    });
+    for (integer k = 0; k < depth; ++k, a += R * W) {
+      P x[R];
+      prefetch(next + k * N);
+      unrolled<R>([&](integer r) __attribute__((always_inline)) {
+        x[r] = pload<P>(a + r * W);
+        prefetch(a + (16 * R + r) * W);
+      });
+      unrolled<N>([&](integer j) __attribute__((always_inline)) {
+        P const y = pset1<P>(b[j * depth + k]);
+        unrolled<R>([&](integer r) __attribute__((always_inline)) { sum[j * R + r] = pmadd(x[r], y, sum[j * R + r]); });
+      });
+    }
+    if (accumulate)
+      unrolled<R * N>([&](integer i) __attribute__((always_inline)) { sum[i] = padd(sum[i], pload<P>(out + i * W)); });
+    unrolled<R * N>([&](integer i) __attribute__((always_inline)) { pstore(out + i * W, sum[i]); });
+  }
+};
+
+// ---- preparation: means, norms, scale -----------------------------------------------------------
+
+/// A site, ready for its tiles. Centred, scaled values are (x·scale + minus_high) + minus_low: the
+/// mean in two parts, so that subtracting it is as exact as C allows. The scale is a power of two
+/// that brings the largest norm to about 1, so that nothing over- or underflows later on.
+template <class C>
+struct prepared_site {
+  panel_source<C> source;
+  C scale = 1;                 // 0 if the site is constant
+  aligned_array<C> minus_high;  // d, padded with zeros to whole packets
+  aligned_array<C> minus_low;
+  std::vector<double> norms;   // n: a_i = ‖x_i − mean‖² · scale²
+  position non_finite;
+
+  /// Factor from kernel values of scaled data to those of the data.
+  double unit() const {
+    double const s = static_cast<double>(scale);
+    return s > 0 ? 1 / s / s : 1;
+  }
+
+  /// Centred, scaled values of a block of rows, filled up with zeros to whole packets of columns.
+  void fetch(integer row, integer rows, integer col, integer cols, C* to, integer ld) const {
+    using namespace Eigen::internal;
+    using P = packet_t<C>;
+    source(row, rows, col, cols, to, ld);
+    integer const padded = round_up(cols, lanes_v<C>);
+    P const s = pset1<P>(scale);
+    for (integer i = 0; i < rows; ++i) {
+      C* const x = to + i * ld;
+      for (integer k = cols; k < padded; ++k) x[k] = C(0);
+      for (integer k = 0; k < padded; k += lanes_v<C>) {
+        P const high = ploadu<P>(minus_high.data() + col + k);
+        P const low = ploadu<P>(minus_low.data() + col + k);
+        pstoreu(x + k, padd(pmadd(ploadu<P>(x + k), s, high), low));
+      }
+    }
+  }
+};
+
+template <class C>
+void load_zeros(void const*, integer, integer rows, integer, integer cols, C* to, integer ld) {
+  for (integer i = 0; i < rows; ++i) std::fill_n(to + i * ld, cols, C(0));
+}
+
+/// sums = the column sums of x·pre over a slice of rows; returns the largest |x|.
+template <class C>
+double add_columns(panel_source<C> const& x, integer row, integer rows, double pre, double* sums) {
+  constexpr integer chunk = 1024, step = 32;
+  alignas(128) C raw[4 * chunk];
+  C largest[step] = {};
+  std::fill_n(sums, x.cols, 0.);
+  for (integer i = row; i < row + rows; i += 4) {
+    integer const count = std::min<integer>(4, row + rows - i);
+    for (integer k0 = 0; k0 < x.cols; k0 += chunk) {
+      integer const cols = std::min(chunk, x.cols - k0);
+      if (count < 4) std::fill_n(raw + count * chunk, (4 - count) * chunk, C(0));
+      x(i, count, k0, cols, raw, chunk);
+      auto const add = [&](integer k, C& most) {
+        C const p = raw[k], q = raw[k + chunk], r = raw[k + 2 * chunk], s = raw[k + 3 * chunk];
+        sums[k0 + k] += pre * ((static_cast<double>(p) + static_cast<double>(q)) +
+                               (static_cast<double>(r) + static_cast<double>(s)));
+        most = std::max(most, std::max(std::max(std::abs(p), std::abs(q)),
+                                       std::max(std::abs(r), std::abs(s))));
+      };
+      integer k = 0;
+      for (; k + step <= cols; k += step)
+        for (integer m = 0; m < step; ++m) add(k + m, largest[m]);
+      for (; k < cols; ++k) add(k, largest[0]);
+    }
+  }
+  return static_cast<double>(*std::max_element(largest, largest + step));
+}
+
+/// ‖·‖² of the rows of a block: packets in C over a few terms, double beyond.
+template <class C>
+void add_norms(C const* x, integer rows, integer cols, integer ld, double* norms) {
+  using namespace Eigen::internal;
+  using P = packet_t<C>;
+  constexpr integer W = lanes_v<C>;
+  for (integer i = 0; i < rows; ++i, x += ld) {
+    double wide[W] = {};
+    alignas(128) C narrow[W];
+    for (integer k = 0; k < cols; k += 8 * W) {
+      P sum = pset1<P>(C(0));
+      for (integer m = k; m < std::min(cols, k + 8 * W); m += W) {
+        P const y = ploadu<P>(x + m);
+        sum = pmadd(y, y, sum);
+      }
+      pstore(narrow, sum);
+      for (integer w = 0; w < W; ++w) wide[w] += static_cast<double>(narrow[w]);
+    }
+    for (double const w : wide) norms[i] += w;
+  }
+}
+
+/// The first NaN or infinity of a site, if there is one.
+template <class C>
+position find_non_finite(panel_source<C> const& x, integer tokens) {
+  constexpr integer chunk = 512;
+  C raw[chunk];
+  for (integer i = 0; i < tokens; ++i)
+    for (integer k0 = 0; k0 < x.cols; k0 += chunk) {
+      integer const cols = std::min(chunk, x.cols - k0);
+      x(i, 1, k0, cols, raw, chunk);
+      for (integer k = 0; k < cols; ++k)
+        if (!is_finite(raw[k])) return {i, k0 + k};
+    }
+  return {};
+}
+
+/// Column means of x·pre (false if one is not finite) and the largest |x|.
+template <class C>
+bool find_means(team& threads, panel_source<C> const& x, integer tokens, double pre,
+                std::vector<double>& means, double& largest) {
+  integer const slice = std::max<integer>(16, round_up(ceil_div(tokens, 32), 4));
+  integer const slices = ceil_div(tokens, slice), d = x.cols;
+  aligned_array<double> sums(slices * d), most(slices);
+  threads.run(slices, [&](integer s) {
+    integer const row = s * slice;
+    most[s] = add_columns(x, row, std::min(slice, tokens - row), pre, sums.data() + s * d);
+  });
+  means.assign(static_cast<std::size_t>(d), 0.);
+  for (integer s = 0; s < slices; ++s)
+    for (integer k = 0; k < d; ++k) means.data()[k] += sums[s * d + k];
+  bool finite = true;
+  for (double& mean : means) {
+    finite = finite && is_finite(mean);
+    mean /= static_cast<double>(tokens);
+  }
+  largest = *std::max_element(most.data(), most.data() + slices);
+  return finite;
+}
+
+/// 2^e with e kept where C has normal numbers to spare.
+template <class C>
+double power_of_two(int e) {
+  constexpr int limit = std::numeric_limits<C>::max_exponent - 8;
+  return std::ldexp(1., std::clamp(e, -limit, limit));
+}
+
+template <class C>
+prepared_site<C> prepare(team& threads, panel_source<C> const& source, integer tokens) {
+  prepared_site<C> site;
+  site.source = source;
+  integer const d = source.cols;
+  site.norms.assign(static_cast<std::size_t>(tokens), 0.);
+  site.minus_high = aligned_array<C>(round_up(d, lanes_v<C>) + lanes_v<C>, C(0));
+  site.minus_low = aligned_array<C>(round_up(d, lanes_v<C>) + lanes_v<C>, C(0));
+  auto const drop = [&] {  // a site of zeros
+    site.scale = 0;
+    site.source.load = load_zeros<C>;
+    std::fill_n(site.minus_high.data(), d, C(0));
+    std::fill_n(site.minus_low.data(), d, C(0));
+  };
+
+  std::vector<double> means;
+  double largest = 0, pre = 1;
+  if (!find_means(threads, source, tokens, pre, means, largest)) {
+    site.non_finite = find_non_finite(source, tokens);
+    if (site.non_finite.found()) {
+      drop();
+      return site;
+    }
+    pre = std::ldexp(1., -64);  // finite doubles whose sum is not
+    find_means(threads, source, tokens, pre, means, largest);
+  }
+
+  // A first scale, by which the centred values are at most 2 or so: their norms are safe in C.
+  if (!(largest > 0)) {
+    drop();
+    return site;
+  }
+  double scale = power_of_two<C>(-std::ilogb(largest) - 1);
+  for (integer k = 0; k < d; ++k) {
+    double const mean = means.data()[k] / pre * scale;
+    site.minus_high[k] = static_cast<C>(-mean);
+    site.minus_low[k] = static_cast<C>(-mean - static_cast<double>(site.minus_high[k]));
+  }
+  site.scale = static_cast<C>(scale);
+  constexpr integer group = 16, rows_at_once = 4, chunk = 1024;
+  threads.run(ceil_div(tokens, group), [&](integer g) {
+    alignas(128) C x[rows_at_once * chunk];
+    integer const end = std::min((g + 1) * group, tokens);
+    for (integer row = g * group; row < end; row += rows_at_once)
+      for (integer k = 0; k < d; k += chunk) {
+        integer const rows = std::min(rows_at_once, end - row), cols = std::min(chunk, d - k);
+        site.fetch(row, rows, k, cols, x, chunk);
+        add_norms(x, rows, round_up(cols, lanes_v<C>), chunk, site.norms.data() + row);
+      }
+  });
+
+  // What the rounding of the means alone may leave is a constant site, not a signal.
+  double const rounding = (64 + static_cast<double>(tokens) / 128) *
+                          std::numeric_limits<double>::epsilon() * largest * scale;
+  double const norm = *std::max_element(site.norms.begin(), site.norms.end());
+  if (norm <= rounding * rounding * static_cast<double>(d)) {
+    std::fill(site.norms.begin(), site.norms.end(), 0.);
+    drop();
+    return site;
+  }
+  double const wanted = scale * std::ldexp(1., -std::ilogb(norm) / 2);
+  double const most = power_of_two<C>(std::numeric_limits<C>::max_exponent - std::ilogb(largest));
+  double const final_scale = std::min(std::min(wanted, most), power_of_two<C>(1 << 20));
+  double const rescale = final_scale / scale;
+  for (integer k = 0; k < d; ++k) {
+    site.minus_high[k] = static_cast<C>(static_cast<double>(site.minus_high[k]) * rescale);
+    site.minus_low[k] = static_cast<C>(static_cast<double>(site.minus_low[k]) * rescale);
+  }
+  for (double& a : site.norms) a *= rescale * rescale;
+  site.scale = static_cast<C>(final_scale);
+  return site;
+}
+
+// ---- kernels ------------------------------------------------------------------------------------
+//
+// kernel.bind<C>(p, site) returns what turns inner products of site p into G:
+//
+//     C token(double a)                  a number per token, from a_i
+//     P operator()(P k, P ti, P tj)      G from the inner product and both tokens' numbers
+//     double diagonal(double a)          G_ii
+//     double unit                        G times this is in units of the data
+//     static constexpr bool row_sums     false if they vanish
+
+/// U_ij = K_ij − u_i − u_j, the U-centred linear kernel: its row sums without the diagonal are 0.
+struct linear_kernel {
+  template <class C>
+  struct bound {
+    static constexpr bool row_sums = false;
+    double unit, slope, offset;
+
+    double shift(double a) const { return slope * a + offset; }
+    C token(double a) const { return static_cast<C>(shift(a)); }
+    double diagonal(double a) const { return a - 2 * shift(a); }
+    template <class P>
+    P operator()(P const& k, P const& ti, P const& tj) const {
+      return Eigen::internal::psub(k, Eigen::internal::padd(ti, tj));
+    }
+  };
+
+  template <class C>
+  bound<C> bind(integer, prepared_site<C> const& site) const {
+    double const n = static_cast<double>(site.norms.size());
+    if (n < 3) return {site.unit(), 0, 0};
+    double trace = 0;
+    for (double const a : site.norms) trace += a;
+    return {site.unit(), -1 / (n - 2), trace / (2 * (n - 1) * (n - 2))};
+  }
+};
+
+/// exp(−‖x_i − x_j‖² / 2σ²) − c, with c near the mean so that little cancels later.
+struct rbf_kernel {
+  std::vector<double> sigma;  // one a site
+  double centre = 0;
+
+  template <class C>
+  struct bound {
+    static constexpr bool row_sums = true;
+    double unit, rate, centre;
+
+    C token(double a) const { return static_cast<C>(a * rate / 2); }
+    double diagonal(double) const { return 1 - centre; }
+    template <class P>
+    P operator()(P const& k, P const& ti, P const& tj) const {
+      using namespace Eigen::internal;
+      P const exponent = psub(pmul(k, pset1<P>(static_cast<C>(rate))), padd(ti, tj));
+      P const value = pexp(pmin(exponent, pset1<P>(C(0))));
+      return psub(value, pset1<P>(static_cast<C>(centre)));
+    }
+  };
+
+  template <class C>
+  bound<C> bind(integer p, prepared_site<C> const& site) const {
+    double const s = sigma[static_cast<std::size_t>(p)];
+    constexpr double most = 1e30;  // a_i ≤ 4: the exponent stays finite
+    return {1, std::min(site.unit() / s / s, most), centre};
+  }
+};
+
+/// Any function f(⟨x, y⟩, ‖x‖², ‖y‖²) of centred features, in double, value by value.
+template <class F>
+struct function_kernel {
+  F f;
+
+  template <class C>
+  struct bound {
+    static constexpr bool row_sums = true;
+    double unit;
+    F const& f;
+    double factor, centre;
+
+    double value(double k, double a, double b) const {
+      return static_cast<double>(f(k * factor, a * factor, b * factor)) - centre;
+    }
+    C token(double a) const { return static_cast<C>(a); }
+    double diagonal(double a) const { return value(a, a, a); }
+    template <class P>
+    P operator()(P const& k, P const& ti, P const& tj) const {
+      using namespace Eigen::internal;
+      C x[3][lanes_v<C>];
+      pstoreu(x[0], k), pstoreu(x[1], ti), pstoreu(x[2], tj);
+      for (integer w = 0; w < lanes_v<C>; ++w)
+        x[0][w] = static_cast<C>(value(static_cast<double>(x[0][w]), static_cast<double>(x[1][w]),
+                                       static_cast<double>(x[2][w])));
+      return ploadu<P>(x[0]);
+    }
+  };
+
+  template <class C>
+  bound<C> bind(integer, prepared_site<C> const& site) const {
+    double trace = 0;
+    for (double const a : site.norms) trace += a;
+    double const typical = trace / static_cast<double>(site.norms.size()) * site.unit();
+    double const centre = static_cast<double>(f(0., typical, typical));
+    return {1, f, site.unit(), is_finite(centre) ? centre : 0};
+  }
+};
+
+// ---- panels -------------------------------------------------------------------------------------
+
+/// Depths of one step of work, in blocks of `block`; the last block is shorter.
+struct depth_range {
+  integer first, count, block;
+
+  integer blocks() const { return ceil_div(count, block); }
+  integer size(integer b) const { return std::min(block, count - b * block); }
+};
+
+/// Part of a site's rows, packed. Block b of the depths starts at b · block · rows.
+template <class C>
+struct panel {
+  aligned_array<C> values;
+  integer rows = 0;
+
+  C* block(integer b, depth_range const& k) { return values.data() + b * k.block * rows; }
+  C const* block(integer b, depth_range const& k) const {
+    return values.data() + b * k.block * rows;
+  }
+};
+
+/// At most four lanes: larger transposes gain nothing here.
+template <class C>
+using small_packet_t = typename Eigen::internal::find_best_packet<C, 4>::type;
+template <class C>
+inline constexpr integer small_lanes = std::min<integer>(4, lanes_v<C>);
+
+/// to = fromᵀ, a square of packets of the type of the first argument.
+template <class P, class C>
+void transpose(P const&, C const* from, integer from_ld, C* to, integer to_ld) {
+  using namespace Eigen::internal;
+  constexpr int W = unpacket_traits<P>::size;
+  PacketBlock<P, W> square;
+  for (int w = 0; w < W; ++w) square.packet[w] = pload<P>(from + w * from_ld);
+  if constexpr (W > 1) ptranspose(square);
+  for (int w = 0; w < W; ++w) pstore(to + w * to_ld, square.packet[w]);
+}
+
+/// Packs one strip of rows (strip · R to (strip + 1) · R of the panels), the first `available` of
+/// which exist: side by side for `rows`, one after the other for `cols`. Either panel may be absent.
+/// Missing rows are zeros, and depths are filled up with zeros to whole packets.
+template <class Product, class C, class Fetch>
+void pack_strip(Fetch const& fetch, integer row, integer available, integer strip, depth_range const& k,
+                panel<C>* rows, panel<C>* cols) {
+  using namespace Eigen::internal;
+  using P = packet_t<C>;
+  constexpr integer R = Product::template rows<C>, W = lanes_v<C>, S = small_lanes<C>;
+  constexpr integer chunk = 1024 / sizeof(C);  // long enough for the hardware's prefetch
+  alignas(128) C x[W * chunk];
+  for (integer b = 0; b < k.blocks(); ++b) {
+    integer const size = k.size(b), depth = round_up(size, W);
+    for (integer c = 0; c < size; c += chunk) {
+      integer const count = std::min(chunk, size - c), padded = round_up(count, W);
+      for (integer i = 0; i < R; i += W) {
+        integer const here = std::clamp<integer>(available - i, 0, W);
+        if (here > 0) fetch(row + i, here, k.first + b * k.block + c, count, x, chunk);
+        std::fill(x + here * chunk, x + W * chunk, C(0));
+        if (cols) {
+          C* const to = cols->block(b, k) + (strip * R + i) * depth + c;
+          for (integer r = 0; r < W; ++r)
+            for (integer m = 0; m < padded; m += W)
+              pstoreu(to + r * depth + m, pload<P>(x + r * chunk + m));
+        }
+        if (rows) {
+          C* const to = rows->block(b, k) + strip * R * depth + c * R + i;
+          for (integer m = 0; m < padded; m += S)
+            for (integer r = 0; r < W; r += S)
+              transpose(pset1<small_packet_t<C>>(C(0)), x + r * chunk + m, chunk, to + m * R + r,
+                        R);
+        }
+      }
+    }
+  }
+}
+
+// ---- tiles --------------------------------------------------------------------------------------
+
+/// One task: strips of rows times strips of columns. Micro tiles wholly above the diagonal are left
+/// out; the others follow each other in the tile buffer, from `first` on.
+struct block {
+  integer row, rows, col, cols, first, sums;
+};
+
+/// A macro tile and its blocks; `area` values of the buffer, `sums` doubles of sums per token.
+struct tile {
+  integer row, rows, col, cols;
+  bool lower;
+  std::vector<block> blocks = {};
+  integer area = 0, sums = 0;
+
+  bool diagonal() const { return row == col; }
+};
+
+template <class Product, class C>
+struct tiling {
+  static constexpr integer R = Product::template rows<C>, N = Product::template cols<C>;
+
+  /// Whether a micro tile has an entry below the diagonal.
+  static bool below(integer i, integer j) { return i + R - 1 > j; }
+
+  /// Calls f(i, j, position in the buffer) for the micro tiles of a block, column strips outermost.
+  template <class F>
+  static integer each(block const& b, bool lower, F const& f) {
+    integer at = b.first;
+    for (integer j = b.col; j < b.col + b.cols; j += N)
+      for (integer i = b.row; i < b.row + b.rows; i += R)
+        if (!lower || below(i, j)) {
+          f(i, j, at);
+          at += R * N;
+        }
+    return at;
+  }
+
+  /// @param sums_of  how many doubles of sums a block needs
+  template <class F>
+  static tile plan(integer row, integer rows, integer col, integer cols, bool lower,
+                   F const& sums_of) {
+    tile t{row, rows, col, cols, lower};
+    integer const height = Product::block_strips * R, width = Product::block_cols;
+    for (integer i = 0; i < rows; i += height)
+      for (integer j = 0; j < cols; j += width) {
+        block b{row + i, std::min(height, rows - i), col + j, std::min(width, cols - j), t.area,
+                t.sums};
+        integer const end = each(b, lower, [](integer, integer, integer) {});
+        if (end == t.area) continue;
+        t.area = end;
+        t.sums += sums_of(b);
+        t.blocks.push_back(b);
+      }
+    return t;
+  }
+};
+
+/// All micro tiles of a block over the depths of one step; `finish` sees each at the last depth.
+template <class Product, class C, class Finish>
+void multiply_block(tile const& t, block const& b, panel<C> const& rows, panel<C> const& cols,
+                    depth_range const& k, bool first, bool last, C* buffer, Finish const& finish) {
+  constexpr integer R = Product::template rows<C>, N = Product::template cols<C>;
+  for (integer d = 0; d < k.blocks(); ++d) {
+    integer const depth = round_up(k.size(d), lanes_v<C>);
+    C const* const x = rows.block(d, k) - t.row * depth;
+    C const* const y = cols.block(d, k) - t.col * depth;
+    bool const start = first && d == 0, end = last && d + 1 == k.blocks();
+    tiling<Product, C>::each(b, t.lower, [&](integer i, integer j, integer at) {
+      bool const turn = i + R >= b.row + b.rows;  // the next one is of the next strip of columns
+      Product::multiply(x + i * depth, y + j * depth, depth, !start,
+                        y + (turn ? j + N : j) * depth, buffer + at);
+      if (end) finish(i, j, buffer + at);
+    });
+  }
+}
+
+/// Where the sums of one block go: squares of its rows and columns, then their plain sums.
+struct block_sums {
+  double *row_squares, *col_squares, *row_sums, *col_sums;
+};
+
+/// Turns inner products into G, zeroes what is not below the diagonal, adds up sums per token.
+template <class Product, class C, class Bound>
+void finish_tile(Bound const& kernel, C const* token, integer i0, integer j0, integer n, C* g,
+                 block_sums const& to) {
+  using namespace Eigen::internal;
+  using P = packet_t<C>;
+  constexpr integer W = lanes_v<C>, R = Product::template rows<C>, N = Product::template cols<C>;
+  constexpr integer packets = R / W;
+  for (integer j = 0; j < N; ++j) {
+    P const tj = pset1<P>(token[j0 + j]);
+    for (integer r = 0; r < packets; ++r) {
+      C* const x = g + j * R + r * W;
+      pstore(x, kernel(P(pload<P>(x)), P(ploadu<P>(token + i0 + r * W)), tj));
+    }
+  }
+  if (i0 < j0 + N || i0 + R > n)
+    for (integer j = 0; j < N; ++j)
+      for (integer i = 0; i < R; ++i)
+        if (i0 + i <= j0 + j || i0 + i >= n) g[j * R + i] = C(0);
+
+  P squares[packets], sums[packets];
+  for (integer r = 0; r < packets; ++r) squares[r] = sums[r] = pset1<P>(C(0));
+  for (integer j = 0; j < N; ++j) {
+    P square = pset1<P>(C(0)), sum = square;
+    for (integer r = 0; r < packets; ++r) {
+      P const x = pload<P>(g + j * R + r * W);
+      square = pmadd(x, x, square);
+      squares[r] = pmadd(x, x, squares[r]);
+      if constexpr (Bound::row_sums) sum = padd(sum, x), sums[r] = padd(sums[r], x);
+    }
+    to.col_squares[j] += static_cast<double>(predux(square));
+    if constexpr (Bound::row_sums) to.col_sums[j] += static_cast<double>(predux(sum));
+  }
+  alignas(128) C narrow[R];
+  for (integer r = 0; r < packets; ++r) pstore(narrow + r * W, squares[r]);
+  for (integer i = 0; i < R; ++i) to.row_squares[i] += static_cast<double>(narrow[i]);
+  if constexpr (Bound::row_sums) {
+    for (integer r = 0; r < packets; ++r) pstore(narrow + r * W, sums[r]);
+    for (integer i = 0; i < R; ++i) to.row_sums[i] += static_cast<double>(narrow[i]);
+  }
+}
+
+// ---- all pairs of sites -------------------------------------------------------------------------
+
+/// The products of all pairs of rows of a buffer: inner products along contiguous rows, in register
+/// blocks of 4 × 4 or 4 × 2 packets of partial sums. No packing: the rows are used as they lie.
+template <class C>
+class row_products {
+  static constexpr integer W = lanes_v<C>, R = 4, N = packed_product::many_registers ? 4 : 2;
+  static constexpr integer flush = 8192;  // terms before partial sums go over to double
+
+ public:
+  explicit row_products(integer rows)
+      : rows_(rows),
+        chunk_(std::clamp<integer>(8192 / rows / 64 * 64, 64, 1024)),
+        partial_(ceil_div(rows, R) * ceil_div(rows, N) * R * N * W) {}
+
+  /// out[p · rows + q] = Σ x_p x_q for q ≤ p over `count` columns, a multiple of W.
+  void operator()(C const* x, integer ld, integer count, double* out) {
+    std::fill_n(out, rows_ * rows_, 0.);
+    for (integer c = 0; c < count; c += flush) {
+      integer const part = std::min(flush, count - c);
+      for (integer k = 0; k < part; k += chunk_)
+        each_block([&](integer p, integer q, C* sums) {
+          multiply(x + c + k, ld, p, q, std::min(chunk_, part - k), k > 0, sums);
+        });
+      each_block([&](integer p, integer q, C const* sums) {
+        for (integer r = 0; r < R; ++r)
+          for (integer s = 0; s < N; ++s, sums += W)
+            if (p + r < rows_ && q + s < rows_) {
+              double total = 0;
+              for (integer w = 0; w < W; ++w) total += static_cast<double>(sums[w]);
+              out[(p + r) * rows_ + q + s] += total;
+            }
+      });
+    }
+  }
+
+ private:
+  template <class F>
+  void each_block(F const& f) {
+    C* sums = partial_.data();
+    for (integer p = 0; p < rows_; p += R)
+      for (integer q = 0; q < std::min(rows_, p + R); q += N, sums += R * N * W) f(p, q, sums);
+  }
+
+  void multiply(C const* x, integer ld, integer p, integer q, integer count, bool accumulate,
+                C* sums) const {
+    using namespace Eigen::internal;
+    using P = packet_t<C>;
+    C const *a[R], *b[N];
+    for (integer r = 0; r < R; ++r) a[r] = x + std::min(p + r, rows_ - 1) * ld;
+    for (integer s = 0; s < N; ++s) b[s] = x + std::min(q + s, rows_ - 1) * ld;
+    P sum[R][N];
+    for (integer r = 0; r < R; ++r)
+      for (integer s = 0; s < N; ++s)
+        sum[r][s] = accumulate ? pload<P>(sums + (r * N + s) * W) : pset1<P>(C(0));
+    for (integer k = 0; k < count; k += W) {
+      P y[N];
+      for (integer s = 0; s < N; ++s) y[s] = pload<P>(b[s] + k);
+      for (integer r = 0; r < R; ++r) {
+        P const v = pload<P>(a[r] + k);
+        for (integer s = 0; s < N; ++s) sum[r][s] = pmadd(v, y[s], sum[r][s]);
+      }
+    }
+    for (integer r = 0; r < R; ++r)
+      for (integer s = 0; s < N; ++s) pstore(sums + (r * N + s) * W, sum[r][s]);
+  }
+
+  integer rows_, chunk_;
+  aligned_array<C> partial_;
+};
+
+/// Fills in the other half of the products, goes over to units of the data, and writes NaN where the
+/// data are not finite.
+template <class C>
+void deliver(std::vector<prepared_site<C>> const& sites, std::vector<double> units,
+             gram_moments& m) {
+  for (integer p = 0; p < m.sites; ++p) {
+    auto const& site = sites[static_cast<std::size_t>(p)];
+    m.non_finite.data()[p] = site.non_finite;
+    if (!(site.scale > 0)) m.why.data()[p] = status::constant_layer;
+    if (site.non_finite.found()) {
+      m.why.data()[p] = status::non_finite;
+      units.data()[p] = std::numeric_limits<double>::quiet_NaN();
+    }
+    double const unit = units.data()[p];
+    for (integer q = 0; q <= p; ++q) {
+      double const product = m.products.data()[p * m.sites + q] * unit * units.data()[q];
+      m.products.data()[p * m.sites + q] = m.products.data()[q * m.sites + p] = product;
+    }
+    for (integer i = p * m.tokens; i < (p + 1) * m.tokens; ++i) {
+      m.row_sums.data()[i] *= unit;
+      m.diagonal.data()[i] *= unit;
+      if (!m.squares.empty()) m.squares.data()[i] *= unit * unit;
+    }
+  }
+}
+
+// ---- the engine ---------------------------------------------------------------------------------
+
+[[noreturn]] inline void reject_bound(double bound, double smallest) {
+  throw std::invalid_argument("rflow: a memory bound of " + std::to_string(std::llround(bound)) +
+                              " bytes is below the " + std::to_string(std::llround(smallest)) +
+                              " bytes of the smallest tile");
+}
+
+/// Sizes, from the shape and the memory bound alone.
+struct gram_sizes {
+  integer side;         // tokens along a macro tile
+  integer depth;        // features of a step
+  integer depth_block;  // features of a block
+  integer slices;       // of the tile buffer, for the product of all pairs
+};
+
+template <class Product, class C>
+class gram_engine {
+  static constexpr integer R = Product::template rows<C>, N = Product::template cols<C>;
+  using tiles = tiling<Product, C>;
+
+ public:
+  gram_engine(team& threads, std::vector<prepared_site<C>> const& sites, integer tokens,
+              std::size_t memory_bound)
+      : threads_(threads),
+        tokens_(tokens),
+        site_count_(static_cast<integer>(sites.size())),
+        sites_(sites),
+        sizes_(choose_sizes(static_cast<double>(memory_bound))) {}
+
+  gram_sizes const& sizes() const { return sizes_; }
+
+  template <class Kernel>
+  gram_moments operator()(Kernel const& kernel) {
+    using bound = decltype(kernel.template bind<C>(0, sites_[0]));
+    std::vector<bound> kernels;
+    std::vector<aligned_array<C>> token;
+    gram_moments m(site_count_, tokens_);
+    m.squares.resize(m.diagonal.size());
+    for (integer p = 0; p < site_count_; ++p) {
+      auto const& site = sites_[static_cast<std::size_t>(p)];
+      kernels.push_back(kernel.template bind<C>(p, site));
+      token.emplace_back(round_up(tokens_, R) + R + N, C(0));
+      for (integer i = 0; i < tokens_; ++i) {
+        double const a = site.norms.data()[i];
+        token.back()[i] = kernels.back().token(a);
+        m.diagonal.data()[p * tokens_ + i] = kernels.back().diagonal(a);
+      }
+    }
+    allocate<bound::row_sums>();
+    integer const side = sizes_.side;
+    for (integer row = 0; row < tokens_; row += side)
+      for (integer col = 0; col <= row; col += side) {
+        tile const t = plan<bound::row_sums>(row, std::min(side, tokens_ - row), col,
+                                             std::min(side, tokens_ - col));
+        fill(t, kernels, token);
+        reduce<bound::row_sums>(t, m);
+      }
+    for (double& x : m.products) x *= 2;
+    std::vector<double> units;
+    for (auto const& k : kernels) units.push_back(k.unit);
+    deliver(sites_, units, m);
+    return m;
+  }
+
+ private:
+  struct step {
+    integer site;
+    depth_range k;
+    bool first, last;
+  };
+
+  double bytes(integer side, integer depth) const {
+    double const s = static_cast<double>(site_count_), c = sizeof(C);
+    double const b = static_cast<double>(round_up(side, R));
+    double const area = side < tokens_ ? b * (b + N) : b * (b + R + N) / 2;
+    double const blocks = 1 / static_cast<double>(Product::block_cols) +
+                          1 / static_cast<double>(Product::block_strips * R);
+    double const sums = s * 2 * (b * b * blocks + 2 * b) * sizeof(double);
+    return s * area * c + 4 * b * static_cast<double>(depth) * c + sums;
+  }
+
+  gram_sizes choose_sizes(double memory_bound) const {
+    gram_sizes z{};
+    integer widest = 1;
+    for (auto const& site : sites_) widest = std::max(widest, site.source.cols);
+    integer const block = Product::depth_bytes / static_cast<integer>(sizeof(C));
+    integer const blocks = ceil_div(widest, block);
+    z.depth_block = round_up(ceil_div(widest, blocks), lanes_v<C>);
+    for (integer count = 1;; ++count) {
+      z.side = round_up(ceil_div(tokens_, count), R);
+      integer const most = std::max<integer>(1, panel_bytes / (z.side * z.depth_block * integer{sizeof(C)}));
+      z.depth = z.depth_block * std::min(most, blocks);
+      if (z.side <= side_limit && bytes(z.side, z.depth) <= memory_bound) break;
+      if (z.side == R) reject_bound(memory_bound, bytes(R, z.depth));
+    }
+    integer const pairs = site_count_ * site_count_ * integer{sizeof(double)};
+    z.slices = std::clamp<integer>((integer{4} << 20) / pairs, 8, 64);
+    return z;
+  }
+
+  template <bool RowSums>
+  static tile plan(integer row, integer rows, integer col, integer cols) {
+    return tiles::plan(row, rows, col, cols, true, [](block const& b) {
+      return (RowSums ? 2 : 1) * (round_up(b.rows, R) + round_up(b.cols, N));
+    });
+  }
+
+  template <bool RowSums>
+  void allocate() {
+    integer const side = sizes_.side;
+    tile const whole = side < tokens_ ? plan<RowSums>(side, side, 0, side)
+                                      : plan<RowSums>(0, tokens_, 0, tokens_);
+    stride_ = whole.area;
+    sums_stride_ = whole.sums;
+    buffer_ = aligned_array<C>(site_count_ * stride_);
+    sums_ = aligned_array<double>(site_count_ * sums_stride_);
+    for (int k = 0; k < 2; ++k) {
+      rows_[k].values = aligned_array<C>(side * (sizes_.depth + lanes_v<C>));
+      cols_[k].values = aligned_array<C>(side * (sizes_.depth + lanes_v<C>));
+      rows_[k].rows = cols_[k].rows = side;
+    }
+    slice_products_ = aligned_array<double>(sizes_.slices * site_count_ * site_count_);
+  }
+
+  std::vector<step> steps() const {
+    std::vector<step> all;
+    for (integer p = 0; p < site_count_; ++p) {
+      integer const d = sites_[static_cast<std::size_t>(p)].source.cols;
+      for (integer k = 0; k < d; k += sizes_.depth) {
+        integer const count = std::min(sizes_.depth, d - k);
+        all.push_back({p, {k, count, sizes_.depth_block}, k == 0, k + count == d});
+      }
+    }
+    return all;
+  }
+
+  /// Fills the buffer with G of every site. Panels of the next step are packed along with the
+  /// products of this one: no thread waits while another packs.
+  template <class Bound>
+  void fill(tile const& t, std::vector<Bound> const& kernels,
+            std::vector<aligned_array<C>> const& token) {
+    std::vector<step> const all = steps();
+    integer const row_strips = ceil_div(t.rows, R);
+    integer const col_strips = t.diagonal() ? 0 : ceil_div(t.cols, R);
+    integer const strips = row_strips + col_strips, blocks = static_cast<integer>(t.blocks.size());
+    auto const pack = [&](integer s, integer strip) {
+      step const& now = all[static_cast<std::size_t>(s)];
+      auto const& site = sites_[static_cast<std::size_t>(now.site)];
+      auto const fetch = [&](auto... where) { site.fetch(where...); };
+      panel<C>& rows = rows_[s % 2];
+      panel<C>& cols = cols_[s % 2];
+      bool const of_rows = strip < row_strips;
+      integer const at = of_rows ? strip : strip - row_strips;
+      integer const row = (of_rows ? t.row : t.col) + at * R;
+      pack_strip<Product, C>(fetch, row, std::min(R, tokens_ - row), at, now.k,
+                             of_rows ? &rows : nullptr,
+                             !of_rows || t.diagonal() ? &cols : nullptr);
+    };
+    auto const multiply = [&](integer s, integer which) {
+      step const& now = all[static_cast<std::size_t>(s)];
+      auto const p = static_cast<std::size_t>(now.site);
+      block const& b = t.blocks[static_cast<std::size_t>(which)];
+      integer const height = round_up(b.rows, R), width = round_up(b.cols, N);
+      double* const sums = sums_.data() + now.site * sums_stride_ + b.sums;
+      if (now.first) std::fill_n(sums, (Bound::row_sums ? 2 : 1) * (height + width), 0.);
+      multiply_block<Product>(
+          t, b, rows_[s % 2], cols_[s % 2], now.k, now.first, now.last,
+          buffer_.data() + now.site * stride_, [&](integer i, integer j, C* g) {
+            double* const r = sums + (i - b.row);
+            double* const c = sums + height + (j - b.col);
+            integer const plain = Bound::row_sums ? height + width : 0;
+            finish_tile<Product>(kernels[p], token[p].data(), i, j, tokens_, g,
+                                 block_sums{r, c, r + plain, c + plain});
+          });
+    };
+    integer const count = static_cast<integer>(all.size());
+    threads_.run(strips, [&](integer i) { pack(0, i); });
+    for (integer s = 0; s < count; ++s) {
+      integer const ahead = s + 1 < count ? strips : 0;
+      threads_.run(ahead + blocks, [&](integer i) {
+        if (i < ahead) pack(s + 1, i);
+        else multiply(s, i - ahead);
+      });
+    }
+  }
+
+  /// Adds the tile's products of all pairs and its sums per token to the moments.
+  template <bool RowSums>
+  void reduce(tile const& t, gram_moments& m) {
+    integer const slice = round_up(ceil_div(t.area, sizes_.slices), R * N);
+    integer const slices = ceil_div(t.area, slice), pairs = site_count_ * site_count_;
+    threads_.run(slices + site_count_, [&](integer i) {
+      if (i < slices) {
+        row_products<C> multiply(site_count_);
+        multiply(buffer_.data() + i * slice, stride_, std::min(slice, t.area - i * slice),
+                 slice_products_.data() + i * pairs);
+      } else {
+        add_sums<RowSums>(t, i - slices, m);
+      }
+    });
+    for (integer s = 0; s < slices; ++s)
+      for (integer k = 0; k < pairs; ++k) m.products.data()[k] += slice_products_[s * pairs + k];
+  }
+
+  template <bool RowSums>
+  void add_sums(tile const& t, integer p, gram_moments& m) const {
+    double* const squares = m.squares.data() + p * tokens_;
+    double* const row_sums = m.row_sums.data() + p * tokens_;
+    for (block const& b : t.blocks) {
+      double const* from = sums_.data() + p * sums_stride_ + b.sums;
+      auto const add = [&](double* to, integer count, integer padded) {
+        for (integer i = 0; i < count; ++i) to[i] += from[i];
+        from += padded;
+      };
+      add(squares + b.row, b.rows, round_up(b.rows, R));
+      add(squares + b.col, b.cols, round_up(b.cols, N));
+      if constexpr (RowSums) {
+        add(row_sums + b.row, b.rows, round_up(b.rows, R));
+        add(row_sums + b.col, b.cols, round_up(b.cols, N));
+      }
+    }
+  }
+
+  static constexpr integer panel_bytes = integer{4} << 20;  // a panel; four of them stay in L3
+  static constexpr integer side_limit = 2304;
+
+  team& threads_;
+  integer tokens_, site_count_;
+  std::vector<prepared_site<C>> const& sites_;
+  gram_sizes sizes_;
+  integer stride_ = 0, sums_stride_ = 0;
+  aligned_array<C> buffer_;
+  aligned_array<double> sums_, slice_products_;
+  panel<C> rows_[2], cols_[2];
+};
+
+// ---- the feature path ---------------------------------------------------------------------------
+
+/// Linear moments from d × d cross-covariances, for many tokens and few features:
+/// Σ_{i≠j} K^p_ij K^q_ij = ‖X_pᵀ X_q‖² − Σ_i a_i b_i. The rows of a tile are features of all sites,
+/// one after the other; the depth of the products is tokens.
+template <class Product, class C>
+class feature_engine {
+  static constexpr integer R = Product::template rows<C>, N = Product::template cols<C>;
+  static constexpr integer W = lanes_v<C>;
+  using tiles = tiling<Product, C>;
+
+ public:
+  feature_engine(team& threads, std::vector<prepared_site<C>> const& sites, integer tokens,
+                 std::size_t memory_bound)
+      : threads_(threads), sites_(sites), tokens_(tokens) {
+    starts_.push_back(0);
+    for (integer p = 0; p < static_cast<integer>(sites.size()); ++p) {
+      integer const d = sites[static_cast<std::size_t>(p)].source.cols;
+      starts_.push_back(starts_.back() + d);
+      owner_.insert(owner_.end(), static_cast<std::size_t>(d), p);
+    }
+    depth_ = round_up(std::min(tokens, Product::depth_bytes / integer{sizeof(C)}), W);
+    side_ = round_up(std::min<integer>(features(), 1536), R);
+    double const bound = static_cast<double>(memory_bound);
+    auto const bytes = [&] {
+      return static_cast<double>((side_ + 4 * depth_) * side_ * integer{sizeof(C)});
+    };
+    while (side_ > R && bytes() > bound) side_ = std::max(R, side_ / 2 / R * R);
+    if (bytes() > bound) reject_bound(bound, bytes());
+  }
+
+  gram_moments operator()() {
+    gram_moments m(static_cast<integer>(sites_.size()), tokens_);
+    buffer_ = aligned_array<C>(side_ * round_up(side_, N));
+    for (int k = 0; k < 2; ++k) {
+      rows_[k] = {aligned_array<C>(side_ * depth_), side_};
+      cols_[k] = {aligned_array<C>(side_ * depth_), side_};
+    }
+    for (integer row = 0; row < features(); row += side_)
+      for (integer col = 0; col <= row; col += side_)
+        add_tile(tiles::plan(row, std::min(side_, features() - row), col,
+                             std::min(side_, features() - col), true,
+                             [&](block const& b) {
+                               return sites_of(b.row, b.rows).count * sites_of(b.col, b.cols).count;
+                             }),
+                 m);
+    std::vector<double> units;
+    for (integer p = 0; p < m.sites; ++p) {
+      auto const& a = norms(p);
+      for (integer q = 0; q <= p; ++q)
+        for (integer i = 0; i < tokens_; ++i)
+          m.products.data()[p * m.sites + q] -= a.data()[i] * norms(q).data()[i];
+      for (integer i = 0; i < tokens_; ++i) {
+        m.row_sums.data()[p * tokens_ + i] = -a.data()[i];
+        m.diagonal.data()[p * tokens_ + i] = a.data()[i];
+      }
+      units.push_back(sites_[static_cast<std::size_t>(p)].unit());
+    }
+    deliver(sites_, units, m);
+    return m;
+  }
+
+ private:
+  struct site_range {
+    integer first, count;
+  };
+
+  integer features() const { return starts_.back(); }
+  std::vector<double> const& norms(integer p) const {
+    return sites_[static_cast<std::size_t>(p)].norms;
+  }
+  site_range sites_of(integer feature, integer count) const {
+    integer const first = owner_.data()[feature];
+    return {first, owner_.data()[feature + count - 1] - first + 1};
+  }
+
+  /// Features in rows, tokens in columns; at most W features.
+  void fetch(integer feature, integer count, integer token, integer tokens, C* to,
+             integer ld) const {
+    constexpr integer S = small_lanes<C>, chunk = 64;
+    alignas(128) C x[chunk * W];
+    std::fill_n(x, chunk * W, C(0));
+    for (integer f = feature; f < feature + count;) {
+      integer const p = owner_.data()[f];
+      integer const end = std::min(feature + count, starts_.data()[p + 1]);
+      for (integer t = 0; t < tokens; t += chunk) {
+        integer const here = std::min(chunk, tokens - t);
+        std::fill(x + here * W, x + chunk * W, C(0));
+        sites_[static_cast<std::size_t>(p)].fetch(token + t, here, f - starts_.data()[p], end - f, x,
+                                                  W);
+        C* const row = to + (f - feature) * ld + t;
+        if (end - f == W) {
+          for (integer i = 0; i < W; i += S)
+            for (integer k = 0; k < round_up(here, S); k += S)
+              transpose(Eigen::internal::pset1<small_packet_t<C>>(C(0)), x + k * W + i, W,
+                        row + i * ld + k, ld);
+        } else {
+          for (integer i = 0; i < end - f; ++i)
+            for (integer k = 0; k < here; ++k) row[i * ld + k] = x[k * W + i];
+        }
+        for (integer i = 0; i < end - f; ++i)
+          for (integer k = here; t + k < round_up(tokens, W); ++k) row[i * ld + k] = C(0);
+      }
+      f = end;
+    }
+  }
+
+  void add_tile(tile const& t, gram_moments& m) {
+    integer const row_strips = ceil_div(t.rows, R);
+    integer const strips = row_strips + (t.diagonal() ? 0 : ceil_div(t.cols, R));
+    integer const blocks = static_cast<integer>(t.blocks.size());
+    integer const steps = ceil_div(tokens_, depth_);
+    aligned_array<double> sums(t.sums, 0.);
+    auto const range = [&](integer s) {
+      return depth_range{s * depth_, std::min(depth_, tokens_ - s * depth_), depth_};
+    };
+    auto const pack = [&](integer s, integer strip) {
+      bool const of_rows = strip < row_strips;
+      integer const at = of_rows ? strip : strip - row_strips;
+      integer const row = (of_rows ? t.row : t.col) + at * R;
+      pack_strip<Product, C>([&](auto... where) { fetch(where...); }, row,
+                             std::min(R, features() - row), at, range(s),
+                             of_rows ? &rows_[s % 2] : nullptr,
+                             !of_rows || t.diagonal() ? &cols_[s % 2] : nullptr);
+    };
+    auto const multiply = [&](integer s, block const& b) {
+      multiply_block<Product>(t, b, rows_[s % 2], cols_[s % 2], range(s), s == 0, s + 1 == steps,
+                              buffer_.data(), [&](integer i, integer j, C const* g) {
+                                add_squares(b, i, j, g, sums.data() + b.sums);
+                              });
+    };
+    threads_.run(strips, [&](integer i) { pack(0, i); });
+    for (integer s = 0; s < steps; ++s) {
+      integer const ahead = s + 1 < steps ? strips : 0;
+      threads_.run(ahead + blocks, [&](integer i) {
+        if (i < ahead) pack(s + 1, i);
+        else multiply(s, t.blocks[static_cast<std::size_t>(i - ahead)]);
+      });
+    }
+    for (block const& b : t.blocks) {
+      site_range const p = sites_of(b.row, b.rows), q = sites_of(b.col, b.cols);
+      for (integer i = 0; i < p.count; ++i)
+        for (integer j = 0; j < q.count; ++j)
+          if (p.first + i >= q.first + j)
+            m.products.data()[(p.first + i) * m.sites + q.first + j] +=
+                sums[b.sums + i * q.count + j];
+    }
+  }
+
+  /// Squares of a micro tile, by the sites of its row and column. Entries above the diagonal are
+  /// left out; within one site the others count twice.
+  void add_squares(block const& b, integer i0, integer j0, C const* g, double* sums) const {
+    site_range const p = sites_of(b.row, b.rows), q = sites_of(b.col, b.cols);
+    integer const last = b.row + b.rows;
+    for (integer j = j0; j < std::min(j0 + N, b.col + b.cols); ++j, g += R) {
+      integer const of_col = owner_.data()[j];
+      for (integer i = std::max(i0, j); i < std::min(i0 + R, last);) {
+        integer const of_row = owner_.data()[i];
+        integer const end = std::min(std::min(i0 + R, last), starts_.data()[of_row + 1]);
+        double sum = 0, diagonal = 0;
+        if (i == j) {
+          double const x = static_cast<double>(g[i - i0]);
+          diagonal = x * x;
+          ++i;
+        }
+        for (; i < end; ++i) {
+          double const x = static_cast<double>(g[i - i0]);
+          sum += x * x;
+        }
+        sums[(of_row - p.first) * q.count + of_col - q.first] +=
+            (of_row == of_col ? 2 : 1) * sum + diagonal;
+      }
+    }
+  }
+
+  team& threads_;
+  std::vector<prepared_site<C>> const& sites_;
+  integer tokens_, depth_ = 0, side_ = 0;
+  std::vector<integer> starts_, owner_;  // first feature of each site; site of each feature
+  aligned_array<C> buffer_;
+  panel<C> rows_[2], cols_[2];
+};
+
+// ---- the bandwidth ------------------------------------------------------------------------------
+
+/// The median of the squared distances between a site's tokens, in units of the data: exact for up
+/// to 512 tokens, above that over 512 evenly strided ones.
+template <class Product, class C>
+double median_distance(prepared_site<C> const& site, integer tokens, rbf::median convention) {
+  integer const m = std::min<integer>(tokens, 512), d = site.source.cols;
+  if (m < 2) return 0;
+  auto const row = [&](integer i) { return i * tokens / m; };
+  auto const fetch = [&](integer r, integer rows, integer col, integer cols, C* to, integer ld) {
+    for (integer i = 0; i < rows; ++i) site.fetch(row(r + i), 1, col, cols, to + i * ld, ld);
+  };
+  constexpr integer R = Product::template rows<C>, depth = 128;
+  tile const t = tiling<Product, C>::plan(0, m, 0, m, true, [](block const&) { return 0; });
+  panel<C> rows{aligned_array<C>(round_up(m, R) * depth), round_up(m, R)};
+  panel<C> cols{aligned_array<C>(round_up(m, R) * depth), round_up(m, R)};
+  aligned_array<C> products(t.area);
+  std::vector<C> distances;
+  distances.reserve(static_cast<std::size_t>(m * (m - 1) / 2));
+
+  // Below this share of the norms a distance is rounding: copies of a token are at distance 0.
+  double const rounding = (8 + std::sqrt(static_cast<double>(d))) *
+                          static_cast<double>(std::numeric_limits<C>::epsilon());
+  auto const collect = [&](integer i0, integer j0, C const* g) {
+    for (integer j = j0; j < j0 + Product::template cols<C>; ++j, g += R)
+      for (integer i = std::max(i0, j + 1); i < std::min(i0 + R, m); ++i) {
+        double const norms = site.norms.data()[row(i)] + site.norms.data()[row(j)];
+        double const distance = norms - 2 * static_cast<double>(g[i - i0]);
+        distances.push_back(distance > rounding * norms ? static_cast<C>(distance) : C(0));
+      }
+  };
+  for (integer k = 0; k < d; k += depth) {
+    depth_range const range{k, std::min(depth, d - k), depth};
+    for (integer s = 0; s < ceil_div(m, R); ++s)
+      pack_strip<Product, C>(fetch, s * R, std::min(R, m - s * R), s, range, &rows, &cols);
+    for (block const& b : t.blocks)
+      multiply_block<Product>(t, b, rows, cols, range, k == 0, k + depth >= d, products.data(),
+                              collect);
+  }
+
+  // All pairs: m zeros of the diagonal, then every distance twice.
+  bool const all = convention == rbf::median::all_pairs;
+  integer const count = static_cast<integer>(distances.size());
+  integer const size = all ? m * m : count;
+  auto const at = [&](integer k) {
+    if (all) k = k < m ? -1 : (k - m) / 2;
+    if (k < 0) return 0.;
+    std::nth_element(distances.begin(), distances.begin() + k, distances.end());
+    return static_cast<double>(distances[static_cast<std::size_t>(k)]);
+  };
+  double const low = at((size - 1) / 2);
+  return (low + at(size / 2)) / 2 * site.unit();
+}
+
+// ---- what backends call -------------------------------------------------------------------------
+
+template <class C>
+std::vector<prepared_site<C>> prepare_all(team& threads,
+                                          std::vector<panel_source<C>> const& sources,
+                                          integer tokens) {
+  std::vector<prepared_site<C>> sites;
+  for (auto const& source : sources) sites.push_back(prepare(threads, source, tokens));
+  return sites;
+}
+
+/// Whether linear moments take the feature path.
+template <class C>
+bool by_features(std::vector<panel_source<C>> const& sources, integer tokens, gram_path path) {
+  if (path != gram_path::automatic) return path == gram_path::feature;
+  std::vector<integer> widths;
+  for (auto const& source : sources) widths.push_back(source.cols);
+  gram_cost const cost = count_operations(tokens, widths);
+  return cost.feature < cost.gram;
+}
+
+/// The Gram moments of all sites over the same tokens (at least one), for linear_kernel,
+/// rbf_kernel or function_kernel.
+template <class C, class Kernel, class Product = packed_product>
+gram_moments gram(std::vector<panel_source<C>> const& sources, integer tokens, Kernel const& kernel,
+                  gram_options const& options) {
+  if (sources.empty()) return gram_moments(0, tokens);
+  team threads(options.threads);
+  auto const sites = prepare_all(threads, sources, tokens);
+  if constexpr (std::is_same_v<Kernel, linear_kernel>)
+    if (by_features(sources, tokens, options.path))
+      return feature_engine<Product, C>(threads, sites, tokens, options.memory_bound)();
+  return gram_engine<Product, C>(threads, sites, tokens, options.memory_bound)(kernel);
+}
+
+/// The same for an RBF kernel: with the σ given, or from the medians of this data.
+template <class C, class Product = packed_product>
+gram_moments gram_rbf(std::vector<panel_source<C>> const& sources, integer tokens,
+                      rbf const& kernel, gram_options const& options) {
+  if (sources.empty()) return gram_moments(0, tokens);
+  team threads(options.threads);
+  auto const sites = prepare_all(threads, sources, tokens);
+  rbf_kernel k{kernel.sigma, std::exp(-0.5 / (kernel.fraction * kernel.fraction))};
+  if (k.sigma.empty()) {
+    k.sigma.resize(sites.size());
+    threads.run(static_cast<integer>(sites.size()), [&](integer p) {
+      k.sigma.data()[p] =
+          kernel.fraction * std::sqrt(median_distance<Product>(
+                                sites[static_cast<std::size_t>(p)], tokens, kernel.convention));
+    });
+  }
+  gram_moments m = gram_engine<Product, C>(threads, sites, tokens, options.memory_bound)(k);
+  for (std::size_t p = 0; p < sites.size(); ++p)
+    if (!(k.sigma[p] > 0) && m.why[p] == status::ok) m.why[p] = status::zero_bandwidth;
+  m.sigma = std::move(k.sigma);
+  return m;
+}
+
+}  // namespace rflow::detail
