@@ -1,4 +1,4 @@
-// expect: memory
+// expect: rflow: the two sets of activations live in different memory spaces
 // SPDX-License-Identifier: Apache-2.0
 // One operand on the host and the other on a device.
 #include <rflow/cka.hpp>
