@@ -10,6 +10,7 @@
 #include <cmath>
 #include <cstddef>
 #include <limits>
+#include <numeric>
 #include <string>
 #include <utility>
 #include <vector>
@@ -46,6 +47,11 @@ struct biased {
     double const count = static_cast<double>(n);
     return m.product(p, q) + diagonals - 2 / count * rows + total_p * total_q / (count * count);
   }
+
+  /// The mean of hsic over all permutations of the tokens of q.
+  static double chance(gram_moments const& m, std::ptrdiff_t p, std::ptrdiff_t q) {
+    return m.centred_trace(p) * m.centred_trace(q) / static_cast<double>(m.tokens - 1);
+  }
 };
 
 /// Unbiased HSIC: ⟨U(K), U(L)⟩. Needs 4 tokens. About 0 for independent data; may be negative.
@@ -69,60 +75,9 @@ struct debiased {
     return m.product(p, q) + total_p * total_q / ((count - 1) * (count - 2)) -
            2 / (count - 2) * rows;
   }
-};
 
-// ---- the table ----------------------------------------------------------------------------------
-
-/// CKA of every pair of sites, each cell with its status.
-class cka_table {
- public:
-  cka_table() = default;
-  cka_table(std::ptrdiff_t rows, std::ptrdiff_t cols)
-      : rows_(rows),
-        cols_(cols),
-        values_(static_cast<std::size_t>(rows * cols)),
-        chance_(static_cast<std::size_t>(rows * cols)) {}
-
-  std::ptrdiff_t rows() const { return rows_; }
-  std::ptrdiff_t cols() const { return cols_; }
-  std::ptrdiff_t tokens = 0;
-
-  /// Site i of the first stack against site j of the second (or of the same).
-  measured operator()(std::ptrdiff_t i, std::ptrdiff_t j) const { return values_[cell(i, j)]; }
-  rflow::status status(std::ptrdiff_t i, std::ptrdiff_t j) const { return values_[cell(i, j)].why; }
-
-  /// What this estimator gives on average if the tokens of one side are shuffled: the exact mean
-  /// over all permutations. About 0 for debiased (exactly 0 up to the self terms).
-  measured chance(std::ptrdiff_t i, std::ptrdiff_t j) const { return chance_[cell(i, j)]; }
-
-  /// The RBF bandwidth of a site; not_requested for kernels without one.
-  measured sigma(std::ptrdiff_t row) const { return at(sigma_, row); }
-  measured col_sigma(std::ptrdiff_t col) const { return at(sigma_, col_site(col)); }
-
-  /// The share of ‖K̃‖² that pairs with its most extreme token make up, in [0, 1], and that token
-  /// (an index among the tokens that count). Near 1, one token decides the whole row of the table.
-  measured top_token_share(std::ptrdiff_t row) const { return at(top_share_, row); }
-  std::ptrdiff_t top_token(std::ptrdiff_t row) const {
-    return top_token_.empty() ? -1 : top_token_[static_cast<std::size_t>(row)];
-  }
-
- private:
-  template <class Estimator>
-  friend cka_table cka_matrix(gram_moments const& m, Estimator, std::ptrdiff_t split);
-
-  std::size_t cell(std::ptrdiff_t i, std::ptrdiff_t j) const {
-    return static_cast<std::size_t>(i * cols_ + j);
-  }
-  std::ptrdiff_t col_site(std::ptrdiff_t col) const { return crossed_ ? rows_ + col : col; }
-  static measured at(std::vector<measured> const& values, std::ptrdiff_t i) {
-    return values.empty() ? measured(rflow::status::not_requested)
-                          : values[static_cast<std::size_t>(i)];
-  }
-
-  std::ptrdiff_t rows_ = 0, cols_ = 0;
-  bool crossed_ = false;
-  std::vector<measured> values_, chance_, sigma_, top_share_;
-  std::vector<std::ptrdiff_t> top_token_;
+  /// The mean of hsic over all permutations of the tokens of q: the rows of U sum to 0.
+  static double chance(gram_moments const&, std::ptrdiff_t, std::ptrdiff_t) { return 0; }
 };
 
 namespace detail {
@@ -140,77 +95,104 @@ measured self_term(gram_moments const& m, std::ptrdiff_t p) {
   return self > rounding ? measured(self) : measured(status::constant_layer);
 }
 
-/// tr(HKH) of a site.
-inline double centred_trace(gram_moments const& m, std::ptrdiff_t p) {
-  auto const n = static_cast<std::size_t>(m.tokens);
-  double trace = 0, total = 0;
-  for (std::size_t i = 0; i < n; ++i) {
-    double const d = m.diagonal[static_cast<std::size_t>(p) * n + i];
-    trace += d;
-    total += m.row_sums[static_cast<std::size_t>(p) * n + i] + d;
-  }
-  return trace - total / static_cast<double>(n);
-}
-
 }  // namespace detail
 
-/// The table from moments: arithmetic on S × S numbers, so that both estimators cost one pass.
-///
-/// @param  m      moments of all sites
-/// @param  split  0: every site against every site. Else the first `split` sites are rows, the
-///                others columns
-template <class Estimator = debiased>
-cka_table cka_matrix(gram_moments const& m, Estimator = {}, std::ptrdiff_t split = 0) {
-  std::ptrdiff_t const rows = split > 0 ? split : m.sites;
-  std::ptrdiff_t const first_col = split;
-  cka_table out(rows, m.sites - first_col);
-  out.crossed_ = split > 0;
-  out.tokens = m.tokens;
+// ---- the table ----------------------------------------------------------------------------------
 
-  std::vector<measured> self;
-  std::vector<double> trace;
-  for (std::ptrdiff_t p = 0; p < m.sites; ++p) {
-    self.push_back(detail::self_term<Estimator>(m, p));
-    trace.push_back(detail::centred_trace(m, p));
-  }
-  auto const n = static_cast<double>(m.tokens);
-  for (std::ptrdiff_t i = 0; i < rows; ++i)
-    for (std::ptrdiff_t j = 0; j < out.cols(); ++j) {
-      std::ptrdiff_t const q = first_col + j;
-      measured const a = self[static_cast<std::size_t>(i)], b = self[static_cast<std::size_t>(q)];
-      measured& value = out.values_[out.cell(i, j)];
-      measured& chance = out.chance_[out.cell(i, j)];
-      if (!a.ok() || !b.ok()) {
-        value = chance = a.ok() ? b.why : a.why;
-        continue;
+/// CKA of every pair of sites, each cell with its status.
+class cka_table {
+ public:
+  cka_table() = default;
+
+  /// Arithmetic on moments, so that both estimators cost one pass.
+  /// @param  m      moments of all sites
+  /// @param  split  0: every site against every site. Else the first `split` sites are rows, the
+  ///                others columns
+  template <class Estimator>
+  cka_table(gram_moments const& m, Estimator, std::ptrdiff_t split = 0)
+      : rows_(split > 0 ? split : m.sites),
+        cols_(m.sites - split),
+        first_col_(split),
+        tokens_(m.tokens),
+        values_(static_cast<std::size_t>(rows_ * cols_)),
+        chance_(values_.size()) {
+    std::vector<measured> self;
+    for (std::ptrdiff_t p = 0; p < m.sites; ++p)
+      self.push_back(detail::self_term<Estimator>(m, p));
+    for (std::ptrdiff_t i = 0; i < rows_; ++i)
+      for (std::ptrdiff_t j = 0; j < cols_; ++j) {
+        std::ptrdiff_t const q = first_col_ + j;
+        measured const a = self[static_cast<std::size_t>(i)], b = self[static_cast<std::size_t>(q)];
+        if (!a.ok() || !b.ok()) {
+          values_[cell(i, j)] = chance_[cell(i, j)] = a.ok() ? b.why : a.why;
+          continue;
+        }
+        double const norms = std::sqrt(a.value) * std::sqrt(b.value);
+        values_[cell(i, j)] = i == q ? 1.0 : Estimator::hsic(m, i, q) / norms;
+        chance_[cell(i, j)] = Estimator::chance(m, i, q) / norms;
       }
-      double const norms = std::sqrt(a.value) * std::sqrt(b.value);
-      value = i == q ? 1.0 : Estimator::hsic(m, i, q) / norms;
-      if constexpr (std::same_as<Estimator, biased>)
-        chance = trace[static_cast<std::size_t>(i)] * trace[static_cast<std::size_t>(q)] /
-                 ((n - 1) * norms);
-      else
-        chance = 0.0;
-    }
-
-  for (double const sigma : m.sigma) out.sigma_.push_back(sigma);
-  for (std::ptrdiff_t p = 0; p < m.sites && !m.squares.empty(); ++p) {
-    auto const begin = m.squares.begin() + p * m.tokens;
-    auto const top = std::max_element(begin, begin + m.tokens);
-    double total = 0;
-    for (auto it = begin; it != begin + m.tokens; ++it) total += *it;
-    out.top_token_.push_back(top - begin);
-    if (m.why[static_cast<std::size_t>(p)] != status::ok)
-      out.top_share_.push_back(m.why[static_cast<std::size_t>(p)]);
-    else if (!(total > 0))
-      out.top_share_.push_back(status::constant_layer);
-    else  // a pair stands in the rows of both its tokens
-      out.top_share_.push_back(std::min(1.0, 2 * *top / total));
+    for (double const sigma : m.sigma) sigma_.push_back(sigma);
+    if (!m.squares.empty()) find_top_tokens(m);
   }
-  return out;
-}
+
+  std::ptrdiff_t rows() const { return rows_; }
+  std::ptrdiff_t cols() const { return cols_; }
+  /// Tokens that counted.
+  std::ptrdiff_t tokens() const { return tokens_; }
+
+  /// Site i of the first stack against site j of the second (or of the same).
+  measured operator()(std::ptrdiff_t i, std::ptrdiff_t j) const { return values_[cell(i, j)]; }
+  rflow::status status(std::ptrdiff_t i, std::ptrdiff_t j) const { return values_[cell(i, j)].why; }
+
+  /// What this estimator gives on average if the tokens of one side are shuffled: the exact mean
+  /// over all permutations. 0 for debiased.
+  measured chance(std::ptrdiff_t i, std::ptrdiff_t j) const { return chance_[cell(i, j)]; }
+
+  /// The RBF bandwidth of a site; not_requested for kernels without one.
+  measured sigma(std::ptrdiff_t row) const { return at(sigma_, row); }
+  measured col_sigma(std::ptrdiff_t col) const { return at(sigma_, first_col_ + col); }
+
+  /// The share of ‖K̃‖² that pairs with its most extreme token make up, in [0, 1], and that token
+  /// (an index among the tokens that count). Near 1, one token decides the whole row of the table.
+  measured top_token_share(std::ptrdiff_t row) const { return at(top_share_, row); }
+  std::ptrdiff_t top_token(std::ptrdiff_t row) const {
+    return top_token_.empty() ? -1 : top_token_[static_cast<std::size_t>(row)];
+  }
+
+ private:
+  std::size_t cell(std::ptrdiff_t i, std::ptrdiff_t j) const {
+    return static_cast<std::size_t>(i * cols_ + j);
+  }
+  static measured at(std::vector<measured> const& values, std::ptrdiff_t i) {
+    return values.empty() ? measured(rflow::status::not_requested)
+                          : values[static_cast<std::size_t>(i)];
+  }
+
+  void find_top_tokens(gram_moments const& m) {
+    for (std::ptrdiff_t p = 0; p < m.sites; ++p) {
+      auto const begin = m.squares.begin() + p * m.tokens, end = begin + m.tokens;
+      auto const top = std::max_element(begin, end);
+      double const total = std::accumulate(begin, end, 0.0);
+      rflow::status const why = m.why[static_cast<std::size_t>(p)];
+      top_token_.push_back(top - begin);
+      if (why != rflow::status::ok) top_share_.push_back(why);
+      else if (!(total > 0)) top_share_.push_back(rflow::status::constant_layer);
+      else top_share_.push_back(2 * *top / total);  // a pair stands in the rows of both its tokens
+    }
+  }
+
+  std::ptrdiff_t rows_ = 0, cols_ = 0, first_col_ = 0, tokens_ = 0;
+  std::vector<measured> values_, chance_, sigma_, top_share_;
+  std::vector<std::ptrdiff_t> top_token_;
+};
 
 // ---- the metrics --------------------------------------------------------------------------------
+
+/// The table of moments already at hand.
+template <class Estimator = debiased>
+cka_table cka_matrix(gram_moments const& moments, Estimator estimator = {}) {
+  return cka_table(moments, estimator);
+}
 
 /// CKA of every pair of sites of one model.
 ///
@@ -229,7 +211,7 @@ template <class T, class Memory, class Kernel = linear, class Estimator = debias
 cka_table cka_matrix(layer_stack<T, Memory> const& stack, Kernel const& kernel = {},
                      Estimator estimator = {}, On const& on = {}) {
   static_assert(backend_for<On, Memory>, "rflow: this backend cannot read where the stack lives");
-  return cka_matrix(on.gram(kernel, stack), estimator);
+  return cka_table(on.gram(kernel, stack), estimator);
 }
 
 /// CKA of every site of one model with every site of another, over the same tokens in the same
@@ -244,7 +226,7 @@ cka_table cka_matrix(layer_stack<T, Memory> const& a, layer_stack<U, Memory> con
   if (a.size() != b.size())
     detail::reject("rflow::cka_matrix", "the stacks have " + std::to_string(a.size()) + " and " +
                                             std::to_string(b.size()) + " tokens");
-  return cka_matrix(on.gram(kernel, a, b), estimator, a.sites());
+  return cka_table(on.gram(kernel, a, b), estimator, a.sites());
 }
 
 /// Centred kernel alignment of two sets of activations.
@@ -281,7 +263,7 @@ measured cka(X const& x, Y const& y, Kernel const& kernel = {}, Estimator = {},
   for (std::size_t p = 0; p < 2; ++p)
     if (m.non_finite[p].found())
       detail::throw_non_finite(where, p == 0 ? "x" : "y", m.non_finite[p]);
-  return cka_matrix(m, Estimator{}, 1)(0, 0);
+  return cka_table(m, Estimator{}, 1)(0, 0);
 }
 
 // ---- minibatches --------------------------------------------------------------------------------

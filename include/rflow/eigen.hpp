@@ -265,29 +265,47 @@ class flow_walker {
       chain_products* const to = &product(k, site);
       C* const mean = mean_.data() + k * padded_;
       constexpr std::ptrdiff_t block = 64 * chunk<T>::width;  // features summed in C, then in double
+      T const* next[Sites];
+      for (std::ptrdiff_t s = 0; s < Sites; ++s) next[s] = wanted_next(k, site + Sites + s);
       for (std::ptrdiff_t j = 0; j < body_; j += block)
-        add_chunks<Sites>(&row(k, site), row(k, p), row(k, q), j, std::min(body_, j + block), mean,
-                          site, to);
+        add_chunks<Sites>(&row(k, site), next, row(k, p), row(k, q), j, std::min(body_, j + block),
+                          mean, site, to);
       if (body_ < padded_) {
         T const* tails[Sites];
         for (std::ptrdiff_t s = 0; s < Sites; ++s) tails[s] = tail(k, site + s);
-        add_chunks<Sites>(tails, tail(k, p), tail(k, q), 0, chunk<T>::width, mean + body_, site, to);
+        add_chunks<Sites>(tails, tails, tail(k, p), tail(k, q), 0, chunk<T>::width, mean + body_,
+                          site, to);
       }
     }
     for (std::ptrdiff_t s = 0; s < Sites; ++s) add_units(site + s);
   }
 
-  /// Features begin … end of `Sites` rows x[0], x[1], … whose predecessors are p and q.
+  /// The row that will be read after this one, as far as it can be told: the same token some sites
+  /// on, or the next group's at the first sites.
+  T const* wanted_next(std::ptrdiff_t k, std::ptrdiff_t site) const {
+    std::ptrdiff_t i = first_ + k;
+    if (site >= sites_) {
+      site -= sites_;
+      i += group;
+    }
+    if (site >= sites_ || i >= stack_.size()) return stack_[0].data;
+    return stack_[site].data + stack_.token(i) * stack_[site].row_stride;
+  }
+
+  /// Features begin … end of `Sites` rows x[0], x[1], … whose predecessors are p and q. The same
+  /// features of the rows in `next` are asked for from memory.
   template <std::ptrdiff_t Sites>
-  static void add_chunks(T const* const* x, T const* p, T const* q, std::ptrdiff_t begin,
-                         std::ptrdiff_t end, C* mean, std::ptrdiff_t site, chain_products* to) {
+  static void add_chunks(T const* const* x, T const* const* next, T const* p, T const* q,
+                         std::ptrdiff_t begin, std::ptrdiff_t end, C* mean, std::ptrdiff_t site,
+                         chain_products* to) {
     P const zero = packet::pset1<P>(C(0));
     P norm2[Sites], dot[Sites], step2[Sites], turn[Sites], away2[Sites], weight[Sites];
-    T const* rows[Sites];
+    T const *rows[Sites], *wanted[Sites];
     for (std::ptrdiff_t s = 0; s < Sites; ++s) {
       norm2[s] = dot[s] = step2[s] = turn[s] = away2[s] = zero;
       weight[s] = packet::pset1<P>(C(1) / static_cast<C>(site + s + 1));
       rows[s] = x[s];
+      wanted[s] = next[s];
     }
     for (std::ptrdiff_t j = begin; j < end; j += chunk<T>::width) {
       chunk<T> before = load_chunk(p + j);
@@ -299,6 +317,7 @@ class flow_walker {
       }
       for (std::ptrdiff_t s = 0; s < Sites; ++s) {
         chunk<T> const here = load_chunk(rows[s] + j);
+        packet::prefetch(wanted[s] + j);
         for (std::ptrdiff_t i = 0; i < chunk<T>::packets; ++i) {
           P const step = packet::psub(here.at[i], before.at[i]);
           P const away = packet::psub(here.at[i], average.at[i]);
@@ -528,18 +547,25 @@ gram_moments host_gram(char const* where, Kernel const& kernel, gram_options con
   (add(stacks), ...);
   if (tokens == 0) return gram_moments(static_cast<std::ptrdiff_t>(sources.size()), 0);
 
+  gram_moments m;
   if constexpr (std::same_as<Kernel, linear>) {
-    return gram<C, linear_kernel, Product>(sources, tokens, linear_kernel{}, options);
+    m = gram<C, linear_kernel, Product>(sources, tokens, linear_kernel{}, options);
   } else if constexpr (std::same_as<Kernel, rbf>) {
     if (!kernel.sigma.empty() && kernel.sigma.size() != sources.size())
       reject(where, std::to_string(kernel.sigma.size()) + " bandwidths for " +
                         std::to_string(sources.size()) + " sites");
-    return gram_rbf<C, Product>(sources, tokens, kernel, options);
+    m = gram_rbf<C, Product>(sources, tokens, kernel, options);
   } else {
     static_assert(pair_kernel<Kernel>, "rflow: a kernel is linear, rbf, or a function object "
                                        "k(inner product, squared norm, squared norm) -> double");
-    return gram<C, function_kernel<Kernel>, Product>(sources, tokens, {kernel}, options);
+    m = gram<C, function_kernel<Kernel>, Product>(sources, tokens, {kernel}, options);
   }
+  m.epsilon = static_cast<double>(std::numeric_limits<C>::epsilon()) / 2;
+  for (std::ptrdiff_t p = 0; p < m.sites; ++p)
+    m.trace[static_cast<std::size_t>(p)] = std::same_as<Kernel, rbf>
+                                               ? static_cast<double>(tokens)
+                                               : std::abs(m.centred_trace(p));
+  return m;
 }
 
 }  // namespace detail

@@ -197,6 +197,17 @@ struct gram_moments {
   double product(std::ptrdiff_t p, std::ptrdiff_t q) const {
     return products[static_cast<std::size_t>(p * sites + q)];
   }
+
+  /// tr(HK_pH), H = I − 11ᵀ/n.
+  double centred_trace(std::ptrdiff_t p) const {
+    double diagonals = 0, total = 0;
+    for (auto i = static_cast<std::size_t>(p * tokens); i < static_cast<std::size_t>((p + 1) * tokens);
+         ++i) {
+      diagonals += diagonal[i];
+      total += row_sums[i] + diagonal[i];
+    }
+    return diagonals - total / static_cast<double>(tokens);
+  }
 };
 
 // ---- what a backend provides --------------------------------------------------------------------
