@@ -1,0 +1,298 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "measure.hpp"
+
+#include <rflow/cka.hpp>
+
+#include <algorithm>
+#include <cmath>
+
+#include "text.hpp"
+
+namespace report {
+namespace {
+
+using rflow::layer_stack;
+using rflow::measured;
+using rflow::status;
+
+/// Calls f with a stack in the type of the capture: the chain, or the chain and the final norm.
+template <class F>
+auto with_stack(capture const& c, std::ptrdiff_t skip_first, bool final_norm, F&& f) {
+  rflow::site_set sites = c.sites;
+  if (final_norm && sites.final_norm) sites.chain.push_back(*sites.final_norm);
+  return rflow::visit(sites, [&]<class T>(layer_stack<T> const& stack) {
+    if (skip_first == 0) return f(stack);
+    std::vector<bool> mask(static_cast<std::size_t>(stack.all_tokens()), true);
+    std::fill_n(mask.begin(), skip_first, false);
+    return f(stack.tokens(mask));
+  });
+}
+
+cka_grid part_of(rflow::cka_table const& table, std::ptrdiff_t row, std::ptrdiff_t rows,
+                 std::ptrdiff_t col, std::ptrdiff_t cols) {
+  cka_grid out{rows, cols, {}, {}};
+  for (std::ptrdiff_t i = row; i < row + rows; ++i)
+    for (std::ptrdiff_t j = col; j < col + cols; ++j) {
+      out.value.push_back(table(i, j));
+      out.chance.push_back(table.chance(i, j));
+    }
+  return out;
+}
+
+/// Rows and columns of both estimators' tables, with what is known of the rows' sites.
+cka_result part_of(std::string const& kernel, rflow::cka_table const& debiased,
+                   rflow::cka_table const& biased, std::ptrdiff_t row, std::ptrdiff_t rows,
+                   std::ptrdiff_t col, std::ptrdiff_t cols, std::ptrdiff_t skip_first) {
+  cka_result out{kernel,
+                 part_of(debiased, row, rows, col, cols),
+                 part_of(biased, row, rows, col, cols),
+                 {},
+                 {},
+                 {}};
+  for (std::ptrdiff_t i = row; i < row + rows; ++i) {
+    out.sigma.push_back(debiased.sigma(i));
+    out.top_share.push_back(debiased.top_token_share(i));
+    std::ptrdiff_t const token = debiased.top_token(i);
+    out.top_token.push_back(token < 0 ? -1 : token + skip_first);
+  }
+  return out;
+}
+
+/// Multiply-adds of the passes, for the progress bar.
+struct cost {
+  double flow = 0, gram = 0;
+
+  cost(capture const& c, std::ptrdiff_t skip_first) {
+    double const n = static_cast<double>(c.sites.tokens() - skip_first);
+    double const d = static_cast<double>(c.sites.width());
+    double const sites = static_cast<double>(c.sites.chain.size() + 1);
+    flow = 10 * sites * n * d;
+    gram = sites * n * n * (d + sites) / 2;
+  }
+};
+
+/// Adds the CKA tables of the captures to their models, or of both together, with what is between.
+template <class Kernel>
+void add_cka(char const* name, Kernel const& kernel, std::vector<capture> const& captures,
+             bool together, options const& asked, rflow::on_cpu const& on, result& out) {
+  std::ptrdiff_t const skip = asked.skip_first;
+  auto const sites = [&](std::size_t k) {
+    return static_cast<std::ptrdiff_t>(out.models[k].cka_sites().size());
+  };
+  if (together) {
+    rflow::gram_moments const m = with_stack(captures[0], skip, true, [&](auto const& a) {
+      return with_stack(captures[1], skip, true,
+                        [&](auto const& b) { return on.gram(kernel, a, b); });
+    });
+    auto const debiased = rflow::cka_matrix(m, rflow::debiased{});
+    auto const biased = rflow::cka_matrix(m, rflow::biased{});
+    std::ptrdiff_t const a = sites(0), b = sites(1);
+    out.models[0].cka.push_back(part_of(name, debiased, biased, 0, a, 0, a, skip));
+    out.models[1].cka.push_back(part_of(name, debiased, biased, a, b, a, b, skip));
+    out.cross.push_back(part_of(name, debiased, biased, 0, a, a, b, skip));
+    return;
+  }
+  for (std::size_t k = 0; k < captures.size(); ++k) {
+    rflow::gram_moments const m = with_stack(
+        captures[k], skip, true, [&](auto const& stack) { return on.gram(kernel, stack); });
+    out.models[k].cka.push_back(part_of(name, rflow::cka_matrix(m, rflow::debiased{}),
+                                        rflow::cka_matrix(m, rflow::biased{}), 0, sites(k), 0,
+                                        sites(k), skip));
+  }
+}
+
+/// Why the layers of two captures cannot be compared token by token; empty if they can.
+std::string why_not_comparable(capture const& a, capture const& b) {
+  for (capture const* c : {&a, &b})
+    if (c->token_hash().empty())
+      return c->path + " does not say which tokens it saw (no token_hash in its metadata)";
+  if (a.token_hash() != b.token_hash())
+    return "the token hashes differ: the two models did not see the same tokens";
+  if (a.sites.tokens() != b.sites.tokens())
+    return "the token hashes agree, but " + a.path + " holds " + plural(a.sites.tokens(), "token") +
+           " and " + b.path + " " + std::to_string(b.sites.tokens());
+  return "";
+}
+
+/// "embed, block.3 … block.30": names of sites, runs shortened.
+std::string list_sites(std::vector<std::string> const& names,
+                       std::vector<std::size_t> const& which) {
+  std::string out;
+  for (std::size_t i = 0; i < which.size();) {
+    std::size_t end = i + 1;
+    while (end < which.size() && which[end] == which[end - 1] + 1) ++end;
+    if (end - i < 3) end = i + 1;
+    out += (out.empty() ? "" : ", ") + names[which[i]];
+    if (end - i >= 3) out += " … " + names[which[end - 1]];
+    i = end;
+  }
+  return out;
+}
+
+/// One warning for each quantity and reason, with the sites that lack it. Sites with a NaN or
+/// infinity have a warning of their own, which speaks for all that follows from it.
+void note_missing(std::string const& quantity, std::vector<measured> const& values,
+                  std::vector<std::string> const& names, std::vector<warning>& out) {
+  std::vector<std::pair<status, std::vector<std::size_t>>> groups;
+  for (std::size_t i = 0; i < values.size(); ++i) {
+    status const why = values[i].why;
+    if (why == status::ok || why == status::not_requested || why == status::non_finite) continue;
+    auto group =
+        std::find_if(groups.begin(), groups.end(), [&](auto const& g) { return g.first == why; });
+    if (group == groups.end()) group = groups.insert(groups.end(), {why, {}});
+    group->second.push_back(i);
+  }
+  for (auto const& [why, which] : groups)
+    out.push_back({true, list_sites(names, which) + ": no " + quantity + ", " +
+                             std::string(explain(why)) + " (" + std::string(to_string(why)) + ")"});
+}
+
+void note_non_finite(std::vector<rflow::position> const& at, std::vector<std::string> const& names,
+                     std::vector<warning>& out) {
+  for (std::size_t l = 0; l < at.size(); ++l)
+    if (at[l].found())
+      out.push_back({true, names[l] + ": NaN or infinity, first at token " +
+                               std::to_string(at[l].token) + ", feature " +
+                               std::to_string(at[l].feature) +
+                               "; whatever this site takes part in has no answer (non_finite)"});
+}
+
+/// Names of what lies between neighbouring sites.
+std::vector<std::string> pairs_of(std::vector<std::string> const& names, std::size_t count) {
+  std::vector<std::string> out;
+  for (std::size_t l = 0; l < count; ++l) out.push_back(names[l] + " → " + names[l + 1]);
+  return out;
+}
+
+void add_warnings(model_result& m, rflow::flow_report const& final_norm,
+                  std::ptrdiff_t skip_first) {
+  std::vector<std::string> const all = m.cka_sites();
+  std::vector<warning>& out = m.warnings;
+  rflow::flow_report const& f = m.flow;
+
+  std::vector<rflow::position> non_finite = f.non_finite;
+  std::vector<measured> inter_token = f.inter_token;
+  std::vector<std::ptrdiff_t> zero_rows = f.zero_rows;
+  if (m.has_final_norm()) {
+    non_finite.push_back(final_norm.non_finite[0]);
+    inter_token.push_back(final_norm.inter_token[0]);
+    zero_rows.push_back(final_norm.zero_rows[0]);
+  }
+  note_non_finite(non_finite, all, out);
+  note_missing("inter-token cosine", inter_token, all, out);
+
+  std::vector<measured> adjacent;
+  for (auto const& pair : f.adjacent) adjacent.push_back(pair.mean);
+  note_missing("adjacent cosine", adjacent, pairs_of(m.sites, adjacent.size()), out);
+  note_missing("step", f.variance.steps, pairs_of(m.sites, f.variance.steps.size()), out);
+  std::vector<std::string> turns(m.sites.begin() + std::min<std::ptrdiff_t>(1, m.blocks()),
+                                 m.sites.end());
+  note_missing("curvature", f.variance.curvature, turns, out);
+  note_missing("St1", {f.variance.st1}, {"the chain"}, out);
+  note_missing("St2", {f.variance.st2}, {"the chain"}, out);
+
+  for (cka_result const& cka : m.cka)
+    for (estimator const e : {estimator::debiased, estimator::biased}) {
+      std::vector<measured> self;
+      for (std::ptrdiff_t i = 0; i < cka.grid(e).rows; ++i) self.push_back(cka.grid(e).at(i, i));
+      note_missing(cka.kernel + " CKA (" + std::string(to_string(e)) + ")", self, all, out);
+    }
+
+  for (std::size_t l = 0; l < all.size(); ++l)
+    if (zero_rows[l] > 0)
+      out.push_back({false, all[l] + ": " + plural(zero_rows[l], "token") +
+                                " of zeros, left out of the cosines"});
+
+  // Advice: one token that decides everything.
+  std::map<std::ptrdiff_t, std::vector<std::size_t>> ruled_by;
+  double largest = 0;
+  if (!m.cka.empty() && m.cka.front().kernel == "linear" && f.tokens >= 8)
+    for (std::size_t l = 0; l < all.size(); ++l)
+      if (measured const share = m.cka.front().top_share[l]; share.ok() && share.value > 0.5) {
+        ruled_by[m.cka.front().top_token[l]].push_back(l);
+        largest = std::max(largest, share.value);
+      }
+  for (auto const& [token, which] : ruled_by)
+    out.push_back(
+        {false, list_sites(all, which) + ": token " + std::to_string(token) +
+                    " alone makes up more than half of the linear kernel matrix (at most " +
+                    number(100 * largest) + " %), so linear CKA, St1 and St2 there speak of " +
+                    "that token" +
+                    (token == skip_first ? ". An attention sink? Compare with --skip-first " +
+                                               std::to_string(skip_first + 1)
+                                         : "")});
+}
+
+}  // namespace
+
+result measure(std::vector<capture> const& captures, options const& asked, progress const& tell) {
+  rflow::on_cpu const on{.threads = asked.threads};
+  result out;
+  bool together = false;
+  if (captures.size() == 2) {
+    out.why_no_cross = why_not_comparable(captures[0], captures[1]);
+    together = out.why_no_cross.empty();
+    if (asked.cross_cka && !together)
+      throw unusable(captures[0].path + ", " + captures[1].path,
+                     "--cross-cka: " + out.why_no_cross);
+  }
+
+  double total = 0, done = 0;
+  int const kernels = (asked.linear ? 1 : 0) + (asked.rbf ? 1 : 0);
+  double gram = 0;
+  for (capture const& c : captures) {
+    cost const work(c, asked.skip_first);
+    total += work.flow + kernels * work.gram;
+    gram += work.gram;
+  }
+  tell(0, total);
+
+  std::vector<rflow::flow_report> final_norms;
+  for (capture const& c : captures) {
+    model_result m;
+    m.path = c.path;
+    m.label = c.label;
+    m.dtype = to_string(c.sites.type());
+    m.token_hash = c.token_hash();
+    m.metadata = c.metadata;
+    m.sites = c.sites.names();
+    m.stored_tokens = c.sites.tokens();
+    m.flow = with_stack(c, asked.skip_first, false, [&](auto const& stack) {
+      return rflow::flow(stack, {.normalize = asked.normalize, .per_token = true}, on);
+    });
+    final_norms.emplace_back();
+    if (c.sites.final_norm) {
+      m.final_norm_name = c.sites.final_norm->name;
+      rflow::site_set alone;
+      alone.chain.push_back(*c.sites.final_norm);
+      capture const last{c.path, c.label, {}, {}, std::move(alone)};
+      final_norms.back() = with_stack(last, asked.skip_first, false, [&](auto const& stack) {
+        return rflow::flow(stack, {}, on);
+      });
+      m.final_inter_token = final_norms.back().inter_token[0];
+    }
+    out.models.push_back(std::move(m));
+    tell(done += cost(c, asked.skip_first).flow, total);
+  }
+
+  if (asked.linear) {
+    add_cka("linear", rflow::linear{}, captures, together, asked, on, out);
+    tell(done += gram, total);
+  }
+  if (asked.rbf) {
+    add_cka("rbf", rflow::rbf{.fraction = asked.rbf_fraction}, captures, together, asked, on, out);
+    tell(done += gram, total);
+  }
+
+  for (std::size_t k = 0; k < out.models.size(); ++k)
+    add_warnings(out.models[k], final_norms[k], asked.skip_first);
+  if (out.models.size() == 2) {
+    auto const& a = out.models[0].flow.variance.path_energy;
+    auto const& b = out.models[1].flow.variance.path_energy;
+    if (a.ok() && b.ok())
+      out.order = rflow::order(a, out.models[0].flow.sites, b, out.models[1].flow.sites);
+  }
+  return out;
+}
+
+}  // namespace report

@@ -1,0 +1,97 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+// Runs the library on captures. Everything that is written afterwards comes from these structs.
+
+#include <rflow/flow.hpp>
+#include <rflow/poincare.hpp>
+
+#include <functional>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "load.hpp"
+#include "options.hpp"
+
+namespace report {
+
+/// CKA of sites against sites under one estimator.
+struct cka_grid {
+  std::ptrdiff_t rows = 0, cols = 0;
+  std::vector<rflow::measured> value, chance;  // row-major
+
+  rflow::measured at(std::ptrdiff_t i, std::ptrdiff_t j) const {
+    return value[static_cast<std::size_t>(i * cols + j)];
+  }
+  rflow::measured chance_at(std::ptrdiff_t i, std::ptrdiff_t j) const {
+    return chance[static_cast<std::size_t>(i * cols + j)];
+  }
+};
+
+/// CKA under one kernel.
+struct cka_result {
+  std::string kernel;  // "linear" or "rbf"
+  cka_grid debiased, biased;
+  std::vector<rflow::measured> sigma;      // per row
+  std::vector<rflow::measured> top_share;  // per row: share of the top token in the kernel matrix
+  std::vector<std::ptrdiff_t> top_token;   // per row: that token, counted in the file; -1 if none
+
+  cka_grid const& grid(estimator e) const { return e == estimator::debiased ? debiased : biased; }
+};
+
+struct warning {
+  bool no_answer;    // a value is missing, which --strict does not forgive; else advice
+  std::string text;  // begins with the site or sites
+};
+
+struct model_result {
+  std::string path, label, dtype, token_hash;
+  std::map<std::string, std::string> metadata;
+  std::vector<std::string> sites;  // of the chain
+  std::string final_norm_name;     // empty if there is none
+  std::ptrdiff_t stored_tokens = 0;
+  rflow::flow_report flow;
+  rflow::measured final_inter_token;  // not_requested if there is none
+  std::vector<cka_result> cka;        // rows and columns: the chain, then the final norm
+  std::vector<warning> warnings;
+
+  std::ptrdiff_t blocks() const { return static_cast<std::ptrdiff_t>(sites.size()) - 1; }
+  bool has_final_norm() const { return !final_norm_name.empty(); }
+  std::vector<std::string> cka_sites() const {
+    std::vector<std::string> out = sites;
+    if (has_final_norm()) out.push_back(final_norm_name);
+    return out;
+  }
+  /// Normalised layer index l/L of a site of the chain.
+  double position(std::size_t site) const {
+    return blocks() > 0 ? static_cast<double>(site) / static_cast<double>(blocks()) : 0;
+  }
+  /// Bounds on St2² from the path energy alone.
+  rflow::bounds st2_squared_bounds() const {
+    auto const s = static_cast<double>(sites.size());
+    return {flow.spread_bounds.lower / s, flow.spread_bounds.upper / s};
+  }
+};
+
+struct result {
+  std::vector<model_result> models;
+  std::vector<cka_result> cross;         // rows: the first model's sites; columns: the second's
+  std::string why_no_cross;              // two models whose layers are not compared
+  std::optional<rflow::ordering> order;  // of the two St2, from path energies alone
+
+  bool all_answered() const {
+    for (model_result const& m : models)
+      for (warning const& w : m.warnings)
+        if (w.no_answer) return false;
+    return true;
+  }
+};
+
+/// Multiply-adds so far and in all.
+using progress = std::function<void(double done, double total)>;
+
+/// @throws unusable if the captures cannot be compared though --cross-cka asks for it
+result measure(std::vector<capture> const& captures, options const& asked, progress const& tell);
+
+}  // namespace report

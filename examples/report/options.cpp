@@ -1,0 +1,159 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "options.hpp"
+
+#include <CLI/CLI.hpp>
+
+#include <cmath>
+#include <filesystem>
+#include <memory>
+#include <stdexcept>
+
+#include "text.hpp"
+
+namespace report {
+namespace {
+
+/// "a-report", "a-vs-b-report".
+std::string default_output(std::vector<std::string> const& inputs) {
+  std::string out;
+  for (std::string const& input : inputs) {
+    std::filesystem::path path = std::filesystem::path(input).lexically_normal();
+    if (!path.has_filename()) path = path.parent_path();  // "captures/"
+    std::error_code ignored;
+    std::string name = std::filesystem::is_directory(path, ignored) ? path.filename().string()
+                                                                    : path.stem().string();
+    if (name.empty() || name == "." || name == "..") name = "input";
+    out += (out.empty() ? "" : "-vs-") + name;
+  }
+  return out + "-report";
+}
+
+/// An option that takes one of a few words.
+class choice {
+ public:
+  choice(CLI::App& app, char const* name, std::string description,
+         std::vector<std::string> const& words, char const* usual, char const* group = "Metrics")
+      : word_(std::make_unique<std::string>(usual)) {
+    for (std::string const& word : words)
+      description += (&word == &words.front() ? "" : ", ") + word;
+    CLI::Option* const option = app.add_option(name, *word_, description)
+                                    ->check(CLI::IsMember(words).description(""))
+                                    ->type_name("WORD")
+                                    ->group(group);
+    if (*usual != 0) option->default_str(usual);
+  }
+  bool is(std::string_view word) const { return *word_ == word; }
+
+ private:
+  std::unique_ptr<std::string> word_;  // CLI11 keeps its address
+};
+
+}  // namespace
+
+std::optional<options> parse(int argc, char const* const* argv) {
+  options o;
+  CLI::App app(
+      "Measures how representations flow through the layers of a neural network, and writes\n"
+      "report.html, metrics.json, CSV files and cka.npy into one folder.",
+      "rflow_report");
+  app.get_formatter()->column_width(34);
+  app.set_version_flag("--version", "rflow_report " + std::to_string(rflow::version.major) + "." +
+                                        std::to_string(rflow::version.minor) + "." +
+                                        std::to_string(rflow::version.patch));
+
+  app.add_option("input", o.inputs,
+                 "One or two captures: a safetensors file with one tensor per site, a folder of "
+                 ".npy files, or one .npy with axes sites, tokens, hidden")
+      ->required()
+      ->expected(1, 2)
+      ->type_name("FILE");
+
+  app.add_option("-o,--output", o.output, "Folder for the report; default NAME-report")
+      ->type_name("DIR")
+      ->group("Output");
+  app.add_flag("--force", o.force, "Replace that folder if it is there")->group("Output");
+  app.add_flag("!--no-plots", o.plots, "Leave out the figures that need gnuplot")->group("Output");
+  app.add_flag("--strict", o.strict, "Exit with status 2 if a layer has no answer")
+      ->group("Output");
+  app.add_flag("-q,--quiet", o.quiet, "No summary, no progress; errors only")->group("Output");
+
+  app.add_option("--skip-first", o.skip_first,
+                 "Leave the first K tokens out of every metric (BOS, attention sinks)")
+      ->check(CLI::NonNegativeNumber)
+      ->type_name("K")
+      ->group("Metrics");
+  choice const normalization(app, "--normalization", "What St1, St2 and the path are divided by: ",
+                             {"none", "per_token", "per_element", "relative"}, "per_element");
+  choice const main_estimator(
+      app, "--estimator",
+      "CKA estimator shown first and saved in cka.npy: ", {"debiased", "biased"}, "debiased");
+  choice const kernel(app, "--kernel", "CKA kernel: ", {"linear", "rbf", "both"}, "both");
+  app.add_option("--rbf-fraction", o.rbf_fraction,
+                 "RBF bandwidth: this times the root of the median squared distance")
+      ->default_str("1")
+      ->type_name("F")
+      ->group("Metrics");
+  app.add_flag("--cross-cka", o.cross_cka,
+               "Two captures: fail unless they saw the same tokens (default: compare their layers "
+               "if they did)")
+      ->group("Metrics");
+  app.add_option("--threads", o.threads, "Threads; 0 is as many as the machine has")
+      ->check(CLI::Range(0, 4096).description(""))
+      ->default_str("0")
+      ->type_name("N")
+      ->group("Metrics");
+
+  app.add_option("--pattern-embed", o.pattern.embed, "Name of the embedding output")
+      ->default_str(o.pattern.embed)
+      ->type_name("NAME")
+      ->group("Names in the file");
+  app.add_option("--pattern-block", o.pattern.block, "Name of a block's output; {} is its number")
+      ->default_str(o.pattern.block)
+      ->type_name("NAME")
+      ->group("Names in the file");
+  app.add_option("--pattern-final-norm", o.pattern.final_norm, "Name of the final norm's output")
+      ->default_str(o.pattern.final_norm)
+      ->type_name("NAME")
+      ->group("Names in the file");
+  app.add_option("--first-block", o.pattern.first_block, "Number of the first block")
+      ->check(CLI::NonNegativeNumber)
+      ->default_str("1")
+      ->type_name("N")
+      ->group("Names in the file");
+  choice const bits(app, "--npy-bits",
+                    "What 16-bit integers or |V2 in .npy files really are: ", {"f16", "bf16"}, "",
+                    "Names in the file");
+  app.footer(
+      "Exit status: 0 done, 1 no report (the reason is on stderr), 2 a layer without an answer and "
+      "--strict.\nWhat the figures mean: docs/report.md.");
+
+  try {
+    app.parse(argc, argv);
+  } catch (CLI::Success const& asked) {
+    app.exit(asked);
+    return std::nullopt;
+  } catch (CLI::ParseError const& error) {
+    throw std::invalid_argument(std::string(error.what()) + " (see rflow_report --help)");
+  }
+
+  o.normalize = normalization.is("none")        ? rflow::normalization::none
+                : normalization.is("per_token") ? rflow::normalization::per_token
+                : normalization.is("relative")  ? rflow::normalization::relative
+                                                : rflow::normalization::per_element;
+  o.main_estimator = main_estimator.is("biased") ? estimator::biased : estimator::debiased;
+  o.linear = !kernel.is("rbf");
+  o.rbf = !kernel.is("linear");
+  if (bits.is("f16")) o.bits = rflow::reinterpret::as_f16;
+  if (bits.is("bf16")) o.bits = rflow::reinterpret::as_bf16;
+  if (!(std::isfinite(o.rbf_fraction) && o.rbf_fraction > 0))
+    throw std::invalid_argument("--rbf-fraction: a number above 0 expected");
+  if (o.cross_cka && o.inputs.size() != 2)
+    throw std::invalid_argument("--cross-cka needs two captures");
+  if (auto const mark = o.pattern.block.find("{}");
+      mark == std::string::npos || o.pattern.block.find("{}", mark + 2) != std::string::npos)
+    throw std::invalid_argument("--pattern-block: '" + o.pattern.block + "' does not hold {} once");
+  if (o.output.empty()) o.output = default_output(o.inputs);
+  return o;
+}
+
+}  // namespace report

@@ -1,0 +1,47 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+// What the user asked for.
+
+#include <rflow/npy.hpp>
+#include <rflow/sites.hpp>
+#include <rflow/variance.hpp>
+
+#include <optional>
+#include <string>
+#include <vector>
+
+namespace report {
+
+enum class estimator { debiased, biased };
+
+struct options {
+  std::vector<std::string> inputs;  // one or two
+  std::string output;               // directory; made from the inputs' names if not given
+  bool force = false;
+
+  std::ptrdiff_t skip_first = 0;
+  rflow::normalization normalize = rflow::normalization::per_element;
+  estimator main_estimator = estimator::debiased;
+  bool linear = true, rbf = true;
+  double rbf_fraction = 1;
+  bool cross_cka = false;
+
+  rflow::site_pattern pattern;
+  rflow::reinterpret bits = rflow::reinterpret::nothing;
+
+  int threads = 0;
+  bool plots = true;
+  bool strict = false;
+  bool quiet = false;
+};
+
+inline std::string_view to_string(estimator e) {
+  return e == estimator::debiased ? "debiased" : "biased";
+}
+
+/// The options on the command line; none if help or the version was asked for and printed.
+/// @throws std::invalid_argument with one line of text if they make no sense
+std::optional<options> parse(int argc, char const* const* argv);
+
+}  // namespace report

@@ -1,0 +1,469 @@
+// SPDX-License-Identifier: Apache-2.0
+// Curves and the token heat map, drawn by gnuplot's SVG terminal. gnuplot gets numbers only: names
+// never enter a script. It reads the script from, and writes to, files without a name.
+
+#include <fcntl.h>
+#include <spawn.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <memory>
+#include <stdexcept>
+
+#include "palette.hpp"
+#include "text.hpp"
+#include "write.hpp"
+
+extern char** environ;
+
+namespace report {
+namespace {
+
+using rflow::measured;
+
+// ---- running gnuplot ----------------------------------------------------------------------------
+
+struct close_file {
+  void operator()(std::FILE* f) const { std::fclose(f); }
+};
+using scratch = std::unique_ptr<std::FILE, close_file>;
+
+scratch make_scratch() {
+  scratch file(std::tmpfile());
+  if (!file) throw std::runtime_error(std::string("no temporary file: ") + std::strerror(errno));
+  return file;
+}
+
+std::string contents(std::FILE* file) {
+  std::string out;
+  std::rewind(file);
+  char block[1 << 16];
+  while (std::size_t const n = std::fread(block, 1, sizeof block, file)) out.append(block, n);
+  return out;
+}
+
+/// What gnuplot writes on its standard output, given a script.
+std::string run_gnuplot(std::string const& script) {
+  scratch const in = make_scratch(), out = make_scratch(), err = make_scratch();
+  if (std::fwrite(script.data(), 1, script.size(), in.get()) != script.size() ||
+      std::fflush(in.get()) != 0 || std::fseek(in.get(), 0, SEEK_SET) != 0)
+    throw std::runtime_error(std::string("gnuplot's script: ") + std::strerror(errno));
+
+  posix_spawn_file_actions_t actions;
+  ::posix_spawn_file_actions_init(&actions);
+  ::posix_spawn_file_actions_adddup2(&actions, ::fileno(in.get()), STDIN_FILENO);
+  ::posix_spawn_file_actions_adddup2(&actions, ::fileno(out.get()), STDOUT_FILENO);
+  ::posix_spawn_file_actions_adddup2(&actions, ::fileno(err.get()), STDERR_FILENO);
+  char program[] = "gnuplot", defaults[] = "-d", from_stdin[] = "-";
+  char* const arguments[] = {program, defaults, from_stdin, nullptr};
+  ::pid_t child = 0;
+  int const error = ::posix_spawnp(&child, program, &actions, nullptr, arguments, environ);
+  ::posix_spawn_file_actions_destroy(&actions);
+  if (error == ENOENT)
+    throw std::runtime_error(
+        "gnuplot is not on the PATH: install it (Debian: gnuplot-nox), or use --no-plots");
+  if (error != 0) throw std::runtime_error(std::string("gnuplot: ") + std::strerror(error));
+  int state = 0;
+  while (::waitpid(child, &state, 0) < 0)
+    if (errno != EINTR) throw std::runtime_error(std::string("gnuplot: ") + std::strerror(errno));
+
+  std::string svg = contents(out.get());
+  if (!WIFEXITED(state) || WEXITSTATUS(state) != 0 || svg.find("</svg>") == std::string::npos) {
+    std::string why = contents(err.get());
+    if (auto const start = why.find_first_not_of(" \n"); start != std::string::npos)
+      why.erase(0, start);
+    std::string const how = WIFSIGNALED(state) ? "signal " + std::to_string(WTERMSIG(state))
+                                               : "status " + std::to_string(WEXITSTATUS(state));
+    throw std::runtime_error("gnuplot failed with " + how +
+                             (why.empty() ? "" : ": " + one_line(why.substr(0, 300))));
+  }
+  return svg;
+}
+
+// ---- gnuplot's SVG as a part of a page ----------------------------------------------------------
+
+// Colours by role. In scripts they are near-blacks that stand for the page's variables.
+struct role {
+  char const* script;
+  char const* page;
+};
+constexpr role ink{"#010101", "var(--ink)"}, text_ink{"#020202", "var(--soft)"},
+    grid_ink{"#030303", "var(--line)"};
+constexpr role model_ink[2] = {{"#040404", "var(--a)"}, {"#050505", "var(--b)"}};
+
+void replace_all(std::string& text, std::string_view from, std::string_view to) {
+  for (std::size_t at = 0; (at = text.find(from, at)) != std::string::npos; at += to.size())
+    text.replace(at, from.size(), to);
+}
+
+std::string between(std::string const& text, std::string_view before, std::string_view after) {
+  auto const begin = text.find(before);
+  if (begin == std::string::npos) return "";
+  auto const end = text.find(after, begin + before.size());
+  return end == std::string::npos ? ""
+                                  : text.substr(begin + before.size(), end - begin - before.size());
+}
+
+/// gnuplot's SVG with the page's colours and fonts, without ids, and with the texts of points: point k
+/// carries the label "k", whose text is hover[k].
+std::string inline_svg(std::string const& svg, std::string const& label,
+                       std::vector<std::string> const& hover) {
+  std::string out;
+  std::vector<std::string> lines;
+  for (std::size_t at = 0; at < svg.size();) {
+    std::size_t const end = std::min(svg.find('\n', at), svg.size());
+    lines.push_back(svg.substr(at, end - at));
+    at = end + 1;
+  }
+  bool inside = false, in_defs = false;
+  for (std::size_t i = 0; i < lines.size(); ++i) {
+    std::string& line = lines[i];
+    if (line.starts_with("<g id=\"gnuplot_canvas\"")) {
+      inside = true;
+      line = "<g>";
+    }
+    if (line.find("<defs>") != std::string::npos) in_defs = true;
+    bool const skip = !inside || in_defs;
+    if (line.find("</defs>") != std::string::npos) in_defs = false;
+    if (skip || line.empty() || line.starts_with("<rect x=\"0\" y=\"0\"")) continue;
+    if (line.starts_with("<g fill=") && i + 1 < lines.size() && lines[i + 1] == "</g>") {
+      ++i;  // an empty group
+      continue;
+    }
+    if (line.find("id=\"gnuplot_plot_") != std::string::npos) line = "<g>";
+    if (line.find("showHypertext") != std::string::npos) {
+      std::string const key = between(line, "evt,'", "')");
+      line = "<g class=\"point\"><title>" + hover.at(std::stoul(key)) + "</title>";
+    }
+    out += line + "\n";
+  }
+  auto const paint = [&](role const& r) {
+    int const level = r.script[2] - '0';
+    char spaced[40], tight[40];
+    std::snprintf(spaced, sizeof spaced, "rgb(%3d, %3d, %3d)", level, level, level);
+    std::snprintf(tight, sizeof tight, "rgb(%d,%d,%d)", level, level, level);
+    replace_all(out, spaced, r.page);
+    replace_all(out, tight, r.page);
+  };
+  for (role const& r : {ink, text_ink, grid_ink, model_ink[0], model_ink[1]}) paint(r);
+  replace_all(out, " font-family=\"sans\"", "");
+  replace_all(out, " stroke-linecap=\"butt\" stroke-linejoin=\"miter\"", "");
+  replace_all(out, "color=\"black\" stroke=\"currentColor\"", "stroke=\"var(--ink)\"");
+  replace_all(out, "color=\"gray\" stroke=\"currentColor\"", "stroke=\"var(--line)\"");
+  return "<svg class=\"plot\" role=\"img\" aria-label=\"" + label + "\" viewBox=\"" +
+         between(svg, "viewBox=\"", "\"") + "\">\n" + out;  // the closing tag is gnuplot's
+}
+
+// ---- scripts ------------------------------------------------------------------------------------
+
+constexpr int half_width = 500;
+
+/// One figure under construction: settings, data, what to plot, texts of its points.
+class figure {
+ public:
+  figure(std::string label, int width, int height) : label_(std::move(label)) {
+    script_ = "set terminal svg noenhanced font 'sans,13' size " + std::to_string(width) + "," +
+              std::to_string(height) + "\n" +
+              "set encoding utf8\nunset key\nunset colorbox\nset border 3 lc rgb '" + ink.script +
+              "'\nset tics nomirror scale 0.5 textcolor rgb '" + text_ink.script +
+              "'\nset grid ytics lt 1 lw 1 lc rgb '" + grid_ink.script + "'\n";
+  }
+
+  void set(std::string const& line) { script_ += "set " + line + "\n"; }
+  void axis_label(char axis, std::string const& text) {  // text is ours, never the user's
+    set(std::string(1, axis) + "label '" + text + "' textcolor rgb '" + text_ink.script + "'");
+  }
+  std::string point(std::string text) {
+    hover_.push_back(std::move(text));
+    return std::to_string(hover_.size() - 1);
+  }
+  /// A block of data, whose name is returned.
+  std::string data(std::string const& rows) {
+    std::string const name = "$d" + std::to_string(++blocks_);
+    script_ += name + " << end_of_data\n" + rows + "end_of_data\n";
+    return name;
+  }
+  void draw(std::string const& what) { plots_.push_back(what); }
+
+  /// A curve with points that show their text.
+  void curve(std::string const& rows, role const& colour, char const* point_type = "7") {
+    std::string const name = data(rows);
+    draw(name + " using 1:2 with lines lw 2 lc rgb '" + colour.script + "'");
+    draw(name + " using 1:2:3 with labels hypertext point pt " + point_type + " ps 0.45 lc rgb '" +
+         colour.script + "'");
+  }
+
+  std::string render() const {
+    std::string all = script_ + "plot ";
+    for (std::size_t i = 0; i < plots_.size(); ++i) all += (i == 0 ? "" : ", \\\n  ") + plots_[i];
+    return inline_svg(run_gnuplot(all + "\n"), label_, hover_);
+  }
+
+ private:
+  std::string label_, script_;
+  std::vector<std::string> plots_, hover_;
+  int blocks_ = 0;
+};
+
+std::string digits(double x) {
+  char text[32];
+  std::snprintf(text, sizeof text, "%.9g", x);
+  return text;
+}
+
+/// Text of a point: which model, which site, which value.
+std::string point_text(result const& r, model_result const& m, std::string const& site,
+                       std::string const& value) {
+  return (r.models.size() > 1 ? html(m.label) + ", " : "") + html(site) + ": " + value;
+}
+
+std::string value_text(measured x) {
+  std::string out = number(x, 4);
+  return out[0] == '-' ? "−" + out.substr(1) : out;
+}
+
+std::string adjacent_heat_map(model_result const& m, std::ptrdiff_t skip_first) {
+  constexpr std::ptrdiff_t most_columns = 2048;
+  std::ptrdiff_t const n = m.flow.tokens, rows = m.blocks();
+  std::ptrdiff_t const columns = std::min(n, most_columns);
+  std::vector<double> shown;
+  std::string matrix;
+  for (std::ptrdiff_t l = 0; l < rows; ++l) {
+    auto const& cosines = m.flow.adjacent[static_cast<std::size_t>(l)].per_token;
+    for (std::ptrdiff_t c = 0; c < columns; ++c) {
+      double sum = 0, count = 0;
+      for (std::ptrdiff_t t = n * c / columns; t < n * (c + 1) / columns; ++t)
+        if (double const x = cosines[static_cast<std::size_t>(t)]; std::isfinite(x))
+          sum += x, ++count;
+      matrix += (c == 0 ? "" : " ") + (count > 0 ? digits(sum / count) : std::string("nan"));
+      if (count > 0) shown.push_back(sum / count);
+    }
+    matrix += "\n";
+  }
+  if (shown.empty()) return "";
+  // The colours are for the bulk of the values: 2 % may lie below the ramp.
+  auto const nth = shown.begin() + static_cast<std::ptrdiff_t>(shown.size() / 50);
+  std::nth_element(shown.begin(), nth, shown.end());
+  double const low = std::clamp(std::floor(*nth * 10) / 10, -1.0, 0.9);
+
+  int const height = std::clamp(static_cast<int>(rows) * 8, 90, 420) + 60;
+  figure f("Cosine of each token with itself one layer before", 2 * half_width, height);
+  std::string palette;
+  for (std::size_t i = 0; i < ramp.size(); ++i)
+    palette += (i == 0 ? "" : ", ") + std::to_string(i) + " '" + hex(ramp[i]) + "'";
+  f.set("palette defined (" + palette + ")");
+  f.set("cbrange [" + digits(low) + ":1]");
+  f.set("tics out");
+  f.set("lmargin 7");
+  double const step = static_cast<double>(n) / static_cast<double>(columns);
+  double const first = static_cast<double>(skip_first);
+  f.set("xrange [" + digits(first - 0.5) + ":" + digits(first + static_cast<double>(n) - 0.5) +
+        "]");
+  f.set("yrange [0.5:" + digits(static_cast<double>(rows) + 0.5) + "]");
+  f.axis_label('x', "token");
+  f.axis_label('y', "block");
+  f.draw(f.data(matrix) + " matrix using (" + digits(first) + " + ($1 + 0.5)*" + digits(step) +
+         " - 0.5):($2 + 1):3 with image");
+  return "<div class=\"wide\">" + f.render() + "</div>" +
+         legend("≤ " + html_number(low, 2), "1",
+                "no value" + (columns < n ? "; " + plural(n, "token") + " in " +
+                                                std::to_string(columns) + " columns, each a mean"
+                                          : ""));
+}
+
+}  // namespace
+
+figures plot(result const& r, options const& asked) {
+  figures out;
+  auto const colour = [](std::size_t k) -> role const& { return model_ink[k]; };
+
+  {
+    figure f("Inter-token cosine by normalised layer index", half_width, 300);
+    bool any = false, final_norm = false;
+    for (std::size_t k = 0; k < r.models.size(); ++k) {
+      model_result const& m = r.models[k];
+      std::string rows;
+      for (std::size_t l = 0; l < m.sites.size(); ++l)
+        if (measured const x = m.flow.inter_token[l]; x.ok()) {
+          rows += digits(m.position(l)) + " " + digits(x) + " " +
+                  f.point(point_text(r, m, m.sites[l], value_text(x))) + "\n";
+        } else {
+          rows += "\n";  // a gap
+        }
+      if (rows.find(' ') != std::string::npos) f.curve(rows, colour(k)), any = true;
+      if (m.final_inter_token.ok()) {
+        std::string const name = f.data(
+            "1.09 " + digits(m.final_inter_token) + " " +
+            f.point(point_text(r, m, m.final_norm_name, value_text(m.final_inter_token))) + "\n");
+        f.draw(name + " using 1:2:3 with labels hypertext point pt 13 ps 0.8 lc rgb '" +
+               colour(k).script + "'");
+        any = final_norm = true;
+      }
+    }
+    f.set(final_norm ? "xrange [-0.02:1.13]" : "xrange [-0.02:1.02]");
+    if (final_norm)
+      f.set("arrow from 1.045, graph 0 to 1.045, graph 1 nohead dt 3 lc rgb '" +
+            std::string(grid_ink.script) + "'");
+    f.set("xtics (0, 0.2, 0.4, 0.6, 0.8, 1" + std::string(final_norm ? ", 'norm' 1.09)" : ")"));
+    f.axis_label('x', "layer l/L");
+    f.axis_label('y', "mean cosine between tokens");
+    if (any) out["inter_token"] = f.render();
+  }
+
+  {
+    figure f("Cosine between adjacent layers", half_width, 300);
+    bool any = false;
+    for (std::size_t k = 0; k < r.models.size(); ++k) {
+      model_result const& m = r.models[k];
+      std::string band, rows;
+      for (std::size_t l = 0; l < m.flow.adjacent.size(); ++l) {
+        auto const& pair = m.flow.adjacent[l];
+        if (!pair.mean.ok()) {
+          band += "\n", rows += "\n";
+          continue;
+        }
+        std::string const x = digits(m.position(l + 1)) + " ";
+        band += x + digits(std::max(-1.0, pair.mean - pair.stddev)) + " " +
+                digits(std::min(1.0, pair.mean + pair.stddev)) + "\n";
+        rows += x + digits(pair.mean) + " " +
+                f.point(point_text(r, m, m.sites[l] + " → " + m.sites[l + 1],
+                                   value_text(pair.mean) + " ± " + value_text(pair.stddev))) +
+                "\n";
+      }
+      if (rows.find(' ') == std::string::npos) continue;
+      any = true;
+      f.draw(f.data(band) + " using 1:2:3 with filledcurves fs solid 0.18 noborder fc rgb '" +
+             colour(k).script + "'");
+      f.curve(rows, colour(k));
+    }
+    f.set("xrange [-0.02:1.02]");
+    f.axis_label('x', "layer l/L");
+    f.axis_label('y', "cosine with the layer before");
+    if (any) out["adjacent"] = f.render();
+  }
+
+  for (std::size_t k = 0; k < r.models.size(); ++k)
+    if (std::string map = adjacent_heat_map(r.models[k], asked.skip_first); !map.empty())
+      out["tokens_" + std::to_string(k)] = std::move(map);
+
+  {
+    figure f("St2 inside its Poincaré interval", 2 * half_width, r.models.size() > 1 ? 130 : 100);
+    bool any = false;
+    double least = 0, most = 0;
+    for (std::size_t k = 0; k < r.models.size(); ++k) {
+      model_result const& m = r.models[k];
+      auto const& v = m.flow.variance;
+      if (!v.st2.ok() || !v.path_energy.ok() || !(v.st2 > 0)) continue;
+      double const low = std::sqrt(m.st2_squared_bounds().lower),
+                   high = std::sqrt(m.st2_squared_bounds().upper);
+      std::string const y = std::to_string(r.models.size() - k);
+      std::string const who = r.models.size() > 1 ? html(m.label) + ", " : "";
+      auto const end_text = [&](char const* what, double x) { return who + what + value_text(x); };
+      std::string const ends =
+          f.data(digits(low) + " " + y + " " + f.point(end_text("lower bound: ", low)) + "\n" +
+                 digits(high) + " " + y + " " + f.point(end_text("upper bound: ", high)) + "\n");
+      std::string const middle =
+          f.data(digits(v.st2) + " " + y + " " + f.point(who + "St2: " + value_text(v.st2)) + "\n");
+      f.draw(ends + " using 1:2 with lines lw 4 lc rgb '" + colour(k).script + "'");
+      f.draw(ends + " using 1:2:3 with labels hypertext point pt 5 ps 0.5 lc rgb '" +
+             colour(k).script + "'");
+      f.draw(middle + " using 1:2:3 with labels hypertext point pt 7 ps 1 lc rgb '" +
+             colour(k).script + "'");
+      least = any ? std::min(least, low) : low;
+      most = any ? std::max(most, high) : high;
+      any = true;
+    }
+    if (any) {
+      f.set("logscale x");
+      f.set("xrange [" + digits(least / 1.3) + ":" + digits(most * 1.3) + "]");
+      f.set("yrange [0.3:" + digits(static_cast<double>(r.models.size()) + 0.7) + "]");
+      f.set("border 1");
+      f.set("ytics ()");
+      f.set("grid xtics noytics lt 1 lc rgb '" + std::string(grid_ink.script) + "'");
+      f.axis_label('x', "St2, logarithmic");
+      out["poincare"] = "<div class=\"wide\">" + f.render() + "</div>";
+    }
+  }
+
+  /// A curve over sites or blocks for each model.
+  auto const curves = [&](char const* name, char const* label, char const* axis, bool positive,
+                          std::vector<std::string> const& settings, auto&& values_of) {
+    figure f(label, half_width, 260);
+    bool any = false;
+    double least = 0, most = 0;
+    for (std::size_t k = 0; k < r.models.size(); ++k) {
+      std::string rows;
+      for (auto const& [position, value, site, unit] : values_of(r.models[k])) {
+        if (!value.ok()) {
+          rows += "\n";
+          continue;
+        }
+        rows += digits(position) + " " + digits(value) + " " +
+                f.point(point_text(r, r.models[k], site, value_text(value) + unit)) + "\n";
+        least = any ? std::min(least, value.value) : value.value;
+        most = any ? std::max(most, value.value) : value.value;
+        any = true;
+      }
+      if (rows.find(' ') != std::string::npos) f.curve(rows, colour(k));
+    }
+    if (!any) return;
+    f.set("xrange [-0.02:1.02]");
+    f.axis_label('x', "layer l/L");
+    bool const logarithmic = positive && least > 0 && most > 20 * least;
+    f.axis_label('y', std::string(axis) + (logarithmic ? ", logarithmic" : ""));
+    if (logarithmic)
+      f.set("logscale y");
+    else if (positive)
+      f.set("yrange [0:*]");
+    for (std::string const& s : settings) f.set(s);
+    out[name] = f.render();
+  };
+  struct item {
+    double position;
+    measured value;
+    std::string site, unit;
+  };
+
+  curves("steps", "Length of the step that each block makes", "step", true, {},
+         [](model_result const& m) {
+           std::vector<item> items;
+           for (std::size_t l = 0; l < m.flow.variance.steps.size(); ++l)
+             items.push_back({m.position(l + 1), m.flow.variance.steps[l],
+                              m.sites[l] + " → " + m.sites[l + 1], ""});
+           return items;
+         });
+  curves("curvature", "Angle between consecutive steps", "angle, degrees", false,
+         {"yrange [0:180]", "ytics 45"}, [](model_result const& m) {
+           std::vector<item> items;
+           for (std::size_t l = 0; l < m.flow.variance.curvature.size(); ++l) {
+             measured angle = m.flow.variance.curvature[l];
+             if (angle.ok()) angle.value *= 57.29577951308232;
+             items.push_back({m.position(l + 1), angle, "at " + m.sites[l + 1], "°"});
+           }
+           return items;
+         });
+  curves("norms", "Root mean square norm of the tokens", "norm of a token", true, {},
+         [](model_result const& m) {
+           std::vector<item> items;
+           for (std::size_t l = 0; l < m.sites.size(); ++l)
+             items.push_back({m.position(l), m.flow.mean_norm[l], m.sites[l], ""});
+           return items;
+         });
+  if (asked.linear)
+    curves("top_share", "Share of one token in the kernel matrix", "share of one token", false,
+           {"yrange [0:1]"}, [](model_result const& m) {
+             std::vector<item> items;
+             for (std::size_t l = 0; l < m.sites.size(); ++l)
+               items.push_back({m.position(l), m.cka.front().top_share[l], m.sites[l],
+                                " (token " + std::to_string(m.cka.front().top_token[l]) + ")"});
+             return items;
+           });
+  return out;
+}
+
+}  // namespace report

@@ -1,0 +1,78 @@
+// SPDX-License-Identifier: Apache-2.0
+// What is printed at the end.
+
+#include <algorithm>
+#include <cmath>
+
+#include "text.hpp"
+#include "write.hpp"
+
+namespace report {
+namespace {
+
+using rflow::measured;
+
+std::string padded(std::string text, std::size_t width) {
+  // Names may hold characters of several bytes, of which each but the first is 10xxxxxx.
+  auto const columns = static_cast<std::size_t>(std::count_if(text.begin(), text.end(), [](char c) {
+    return (static_cast<unsigned char>(c) & 0xc0) != 0x80;
+  }));
+  return columns < width ? text + std::string(width - columns, ' ') : text + " ";
+}
+
+}  // namespace
+
+std::string summary(result const& r, options const& asked) {
+  std::vector<std::pair<std::string, std::vector<std::string>>> rows;
+  auto const row = [&](std::string const& name, auto&& value) {
+    std::vector<std::string> values;
+    for (model_result const& m : r.models) values.push_back(value(m));
+    rows.emplace_back(name, std::move(values));
+  };
+  row("", [](model_result const& m) { return one_line(m.label).substr(0, 40); });
+  row("blocks x tokens x features", [](model_result const& m) {
+    return std::to_string(m.blocks()) + " x " + std::to_string(m.flow.tokens) + " x " +
+           std::to_string(m.flow.width) + ", " + m.dtype;
+  });
+  row("inter-token cosine", [](model_result const& m) {
+    return number(m.flow.inter_token.front()) + " -> " + number(m.flow.inter_token.back());
+  });
+  row("  after the final norm", [](model_result const& m) {
+    return m.has_final_norm() ? number(m.final_inter_token) : std::string("-");
+  });
+  row("adjacent cosine, mean", [](model_result const& m) {
+    double sum = 0, count = 0;
+    for (auto const& pair : m.flow.adjacent)
+      if (pair.mean.ok()) sum += pair.mean, ++count;
+    return count > 0 ? number(sum / count) : std::string("-");
+  });
+  std::string const by = " (" + std::string(to_string(asked.normalize)) + ")";
+  row("St1" + by, [](model_result const& m) { return number(m.flow.variance.st1); });
+  row("St2" + by, [](model_result const& m) { return number(m.flow.variance.st2); });
+  row("  Poincare interval", [](model_result const& m) {
+    if (!m.flow.variance.path_energy.ok()) return number(m.flow.variance.path_energy);
+    return number(std::sqrt(m.st2_squared_bounds().lower)) + " ... " +
+           number(std::sqrt(m.st2_squared_bounds().upper));
+  });
+  row("path energy", [](model_result const& m) { return number(m.flow.variance.path_energy, 4); });
+  for (std::size_t c = 0; c < r.models.front().cka.size(); ++c)
+    row(r.models.front().cka[c].kernel + " CKA, first to last", [&](model_result const& m) {
+      return number(m.cka[c].grid(asked.main_estimator).at(0, m.blocks()));
+    });
+
+  std::string out;
+  for (auto const& [name, values] : rows) {
+    std::string line = padded(name, 30);
+    for (std::string const& value : values) line += padded(value, 28);
+    out += line.substr(0, line.find_last_not_of(' ') + 1) + "\n";
+  }
+  if (r.models.size() > 1 && r.cross.empty())
+    out += "layers not compared across models: " + one_line(r.why_no_cross) + "\n";
+  for (model_result const& m : r.models)
+    for (warning const& w : m.warnings)
+      out += "note: " + (r.models.size() > 1 ? one_line(m.label) + ": " : "") + one_line(w.text) +
+             "\n";
+  return out;
+}
+
+}  // namespace report

@@ -1,0 +1,264 @@
+// SPDX-License-Identifier: Apache-2.0
+// metrics.json, the CSV files and the arrays.
+
+#include <cmath>
+#include <limits>
+#include <nlohmann/json.hpp>
+
+#include "text.hpp"
+#include "write.hpp"
+
+namespace report {
+namespace {
+
+using json = nlohmann::ordered_json;
+using rflow::measured;
+
+json value_of(measured x) { return x.ok() && std::isfinite(x.value) ? json(x.value) : json(); }
+
+json scalar(measured x) { return {{"value", value_of(x)}, {"status", to_string(x.why)}}; }
+
+json series(std::vector<measured> const& xs) {
+  json values = json::array(), statuses = json::array();
+  for (measured const x : xs) {
+    values.push_back(value_of(x));
+    statuses.push_back(to_string(x.why));
+  }
+  return {{"values", std::move(values)}, {"status", std::move(statuses)}};
+}
+
+measured square(measured x) { return x.ok() ? measured(x.value * x.value) : x; }
+
+json grid(cka_grid const& g) {
+  json values = json::array(), statuses = json::array(), chance = json::array();
+  for (std::ptrdiff_t i = 0; i < g.rows; ++i) {
+    json value_row = json::array(), status_row = json::array(), chance_row = json::array();
+    for (std::ptrdiff_t j = 0; j < g.cols; ++j) {
+      value_row.push_back(value_of(g.at(i, j)));
+      status_row.push_back(to_string(g.at(i, j).why));
+      chance_row.push_back(value_of(g.chance_at(i, j)));
+    }
+    values.push_back(std::move(value_row));
+    statuses.push_back(std::move(status_row));
+    chance.push_back(std::move(chance_row));
+  }
+  return {{"values", std::move(values)},
+          {"status", std::move(statuses)},
+          {"chance", std::move(chance)}};
+}
+
+json cka(cka_result const& c, options const& asked, std::vector<std::string> const& rows,
+         std::vector<std::string> const& cols) {
+  json out;
+  out["kernel"] = c.kernel;
+  out["fraction"] = c.kernel == "rbf" ? json(asked.rbf_fraction) : json();
+  out["rows"] = rows;
+  out["columns"] = cols;
+  out["debiased"] = grid(c.debiased);
+  out["biased"] = grid(c.biased);
+  out["sigma"] = series(c.sigma);
+  json share = series(c.top_share);
+  share["token"] = c.top_token;
+  out["top_token_share"] = std::move(share);
+  return out;
+}
+
+std::vector<std::string> utf8(std::vector<std::string> names) {
+  for (std::string& name : names) name = report::utf8(name);
+  return names;
+}
+
+json model(model_result const& m, options const& asked) {
+  json out;
+  out["name"] = report::utf8(m.label);
+  out["file"] = report::utf8(m.path);
+  out["dtype"] = m.dtype;
+  json metadata = json::object();
+  for (auto const& [key, value] : m.metadata) metadata[report::utf8(key)] = report::utf8(value);
+  out["metadata"] = std::move(metadata);
+  out["tokens"] = {
+      {"stored", m.stored_tokens}, {"skip_first", asked.skip_first}, {"used", m.flow.tokens}};
+  out["hidden"] = m.flow.width;
+  out["blocks"] = m.blocks();
+  out["sites"] = utf8(m.sites);
+  json positions = json::array();
+  for (std::size_t l = 0; l < m.sites.size(); ++l) positions.push_back(m.position(l));
+  out["positions"] = std::move(positions);
+
+  rflow::flow_report const& f = m.flow;
+  out["inter_token_cosine"] = series(f.inter_token);
+  std::vector<measured> mean, stddev;
+  json left_out = json::array();
+  for (auto const& pair : f.adjacent) {
+    mean.push_back(pair.mean);
+    stddev.push_back(pair.stddev);
+    left_out.push_back(pair.left_out);
+  }
+  out["adjacent_cosine"] = {
+      {"mean", series(mean)}, {"stddev", series(stddev)}, {"left_out", left_out}};
+  out["mean_norm"] = series(f.mean_norm);
+  out["zero_rows"] = f.zero_rows;
+
+  rflow::layer_variance const& v = f.variance;
+  rflow::bounds const bounds = m.st2_squared_bounds();
+  auto const bound = [&](double x) { return v.path_energy.ok() ? measured(x) : v.path_energy; };
+  out["variance"] = {{"normalization", to_string(v.by)},
+                     {"factor", scalar(v.factor)},
+                     {"st1", scalar(v.st1)},
+                     {"st1_squared", scalar(square(v.st1))},
+                     {"st2", scalar(v.st2)},
+                     {"st2_squared", scalar(square(v.st2))},
+                     {"st2_squared_lower", scalar(bound(bounds.lower))},
+                     {"st2_squared_upper", scalar(bound(bounds.upper))},
+                     {"path_energy", scalar(v.path_energy)},
+                     {"path_length", scalar(v.path_length)},
+                     {"steps", series(v.steps)},
+                     {"curvature", series(v.curvature)}};
+  out["final_norm"] = json();
+  if (m.has_final_norm())
+    out["final_norm"] = {{"site", report::utf8(m.final_norm_name)},
+                         {"inter_token_cosine", scalar(m.final_inter_token)}};
+  json tables = json::array();
+  for (cka_result const& c : m.cka)
+    tables.push_back(cka(c, asked, utf8(m.cka_sites()), utf8(m.cka_sites())));
+  out["cka"] = std::move(tables);
+  json warnings = json::array();
+  for (warning const& w : m.warnings)
+    warnings.push_back(
+        {{"kind", w.no_answer ? "no_answer" : "advice"}, {"text", report::utf8(w.text)}});
+  out["warnings"] = std::move(warnings);
+  return out;
+}
+
+/// Indented, but with arrays of plain values on one line.
+void print(json const& x, std::size_t indent, std::string& out) {
+  auto const plain = [](json const& v) { return !v.is_structured() || v.empty(); };
+  std::string const line = "\n" + std::string(indent + 2, ' ');
+  if (plain(x) || (x.is_array() && std::all_of(x.begin(), x.end(), plain))) {
+    out += x.dump();
+    return;
+  }
+  bool first = true;
+  out += x.is_array() ? "[" : "{";
+  for (auto const& [key, value] : x.items()) {
+    out += (first ? "" : ",") + line;
+    if (x.is_object()) out += json(key).dump() + ": ";
+    print(value, indent + 2, out);
+    first = false;
+  }
+  out += line.substr(0, indent + 1) + (x.is_array() ? "]" : "}");
+}
+
+std::string csv_text(std::string const& text) {
+  std::string out = "\"";
+  for (char const c : report::utf8(text)) out += c == '"' ? std::string("\"\"") : std::string(1, c);
+  return out + "\"";
+}
+
+/// All digits; empty where there is no value.
+std::string csv_number(measured x) { return x.ok() ? json(x.value).dump() : ""; }
+
+}  // namespace
+
+std::string version_text() {
+  return std::to_string(rflow::version.major) + "." + std::to_string(rflow::version.minor) + "." +
+         std::to_string(rflow::version.patch);
+}
+
+std::string metrics_json(result const& r, options const& asked) {
+  json out;
+  out["schema"] = "rflow-metrics";
+  out["schema_version"] = schema_version;
+  out["program"] = {{"name", "rflow_report"}, {"version", version_text()}};
+  json kernels = json::array();
+  if (asked.linear) kernels.push_back("linear");
+  if (asked.rbf) kernels.push_back("rbf");
+  out["options"] = {{"skip_first", asked.skip_first},
+                    {"normalization", to_string(asked.normalize)},
+                    {"estimator", to_string(asked.main_estimator)},
+                    {"kernels", kernels},
+                    {"rbf_fraction", asked.rbf_fraction}};
+  json models = json::array();
+  for (model_result const& m : r.models) models.push_back(model(m, asked));
+  out["models"] = std::move(models);
+  out["comparison"] = json();
+  if (r.models.size() == 2) {
+    json tables = json::array();
+    for (cka_result const& c : r.cross)
+      tables.push_back(cka(c, asked, utf8(r.models[0].cka_sites()), utf8(r.models[1].cka_sites())));
+    json order;
+    if (r.order)
+      order = *r.order == rflow::ordering::certified_greater ? "certified_greater"
+              : *r.order == rflow::ordering::certified_less  ? "certified_less"
+                                                             : "undecided";
+    out["comparison"] = {{"same_tokens", !r.cross.empty()},
+                         {"why_not", r.cross.empty() ? json(report::utf8(r.why_no_cross)) : json()},
+                         {"st2_order", order},
+                         {"cka", tables}};
+  }
+  std::string text;
+  print(out, 0, text);
+  return text + "\n";
+}
+
+std::map<std::string, std::string> csv_files(result const& r) {
+  std::string sites = "model,site,position,inter_token_cosine,status,mean_norm,zero_rows";
+  std::string blocks =
+      "model,from,to,position,adjacent_cosine_mean,adjacent_cosine_stddev,left_out,step,curvature,"
+      "status\n";
+  bool linear = false, rbf = false;
+  for (cka_result const& c : r.models.front().cka) (c.kernel == "linear" ? linear : rbf) = true;
+  if (linear) sites += ",top_token,top_token_share";
+  if (rbf) sites += ",rbf_sigma";
+  sites += "\n";
+  for (model_result const& m : r.models) {
+    std::string const name = csv_text(m.label);
+    std::vector<std::string> const all = m.cka_sites();
+    for (std::size_t l = 0; l < all.size(); ++l) {
+      bool const chain = l < m.sites.size();
+      measured const inter = chain ? m.flow.inter_token[l] : m.final_inter_token;
+      sites += name + "," + csv_text(all[l]) + "," + (chain ? csv_number(m.position(l)) : "") +
+               "," + csv_number(inter) + "," + std::string(to_string(inter.why)) + "," +
+               (chain ? csv_number(m.flow.mean_norm[l]) : "") + "," +
+               (chain ? std::to_string(m.flow.zero_rows[l]) : "");
+      for (cka_result const& c : m.cka)
+        sites += c.kernel == "linear"
+                     ? "," + std::to_string(c.top_token[l]) + "," + csv_number(c.top_share[l])
+                     : "," + csv_number(c.sigma[l]);
+      sites += "\n";
+    }
+    for (std::size_t l = 0; l + 1 < m.sites.size(); ++l) {
+      auto const& pair = m.flow.adjacent[l];
+      auto const& v = m.flow.variance;
+      blocks += name + "," + csv_text(m.sites[l]) + "," + csv_text(m.sites[l + 1]) + "," +
+                csv_number(m.position(l + 1)) + "," + csv_number(pair.mean) + "," +
+                csv_number(pair.stddev) + "," + std::to_string(pair.left_out) + "," +
+                csv_number(v.steps[l]) + "," + (l > 0 ? csv_number(v.curvature[l - 1]) : "") + "," +
+                std::string(to_string(pair.mean.why)) + "\n";
+    }
+  }
+  return {{"sites.csv", sites}, {"blocks.csv", blocks}};
+}
+
+std::map<std::string, array> npy_files(result const& r, options const& asked) {
+  auto const table = [&](cka_result const& c) {
+    cka_grid const& g = c.grid(asked.main_estimator);
+    array out{{}, {g.rows, g.cols}};
+    for (measured const x : g.value) out.values.push_back(x.value);
+    return out;
+  };
+  std::map<std::string, array> out;
+  for (std::size_t k = 0; k < r.models.size(); ++k) {
+    model_result const& m = r.models[k];
+    std::string const which = r.models.size() == 1 ? "" : "-" + std::to_string(k + 1);
+    if (!m.cka.empty()) out["cka" + which + ".npy"] = table(m.cka.front());
+    array cosines{{}, {static_cast<std::ptrdiff_t>(m.flow.adjacent.size()), m.flow.tokens}};
+    for (auto const& pair : m.flow.adjacent)
+      cosines.values.insert(cosines.values.end(), pair.per_token.begin(), pair.per_token.end());
+    if (!m.flow.adjacent.empty()) out["adjacent" + which + ".npy"] = std::move(cosines);
+  }
+  if (!r.cross.empty()) out["cka-cross.npy"] = table(r.cross.front());
+  return out;
+}
+
+}  // namespace report

@@ -1,0 +1,525 @@
+// SPDX-License-Identifier: Apache-2.0
+// report.html: one file, nothing loaded from elsewhere.
+
+#include <algorithm>
+#include <cmath>
+#include <functional>
+#include <nlohmann/json.hpp>
+
+#include "page.hpp"
+#include "palette.hpp"
+#include "text.hpp"
+#include "write.hpp"
+
+namespace report {
+namespace {
+
+using nlohmann::json;
+using rflow::measured;
+
+std::string fixed(double x, int decimals = 2) {
+  char text[64];
+  std::snprintf(text, sizeof text, "%.*f", decimals, x);
+  return text;
+}
+
+std::string figure(std::string const& title, std::string const& body, std::string const& caption,
+                   bool full = false) {
+  return std::string("<figure") + (full ? " class=\"full\"" : "") + ">\n<h3>" + title + "</h3>\n" +
+         body + "<figcaption>" + caption + "</figcaption>\n</figure>\n";
+}
+
+std::string model_name(result const& r, std::size_t k) {
+  std::string const swatch =
+      r.models.size() > 1 ? std::string("<i class=\"swatch ") + (k == 0 ? "a" : "b") + "\"></i>"
+                          : "";
+  return swatch + html(r.models[k].label);
+}
+
+// ---- header, warnings, summary ------------------------------------------------------------------
+
+std::string facts_line(model_result const& m) {
+  std::string out = plural(m.blocks(), "block") + " · " + plural(m.flow.tokens, "token");
+  if (m.flow.tokens != m.stored_tokens)
+    out += " (the first " + std::to_string(m.stored_tokens - m.flow.tokens) + " of " +
+           std::to_string(m.stored_tokens) + " left out)";
+  return out + " · " + plural(m.flow.width, "feature") + " · " + m.dtype;
+}
+
+std::string header(result const& r) {
+  std::string title, facts;
+  for (std::size_t k = 0; k < r.models.size(); ++k) {
+    title += (k == 0 ? "" : " <span class=\"vs\">and</span> ") + model_name(r, k);
+    facts += "<p>" + (r.models.size() > 1 ? model_name(r, k) + ": " : "") +
+             facts_line(r.models[k]) + "</p>\n";
+  }
+  return "<header>\n<p class=\"kind\">Representation flow</p>\n<h1>" + title + "</h1>\n" + facts +
+         "</header>\n";
+}
+
+std::string warnings(result const& r) {
+  std::string items;
+  for (std::size_t k = 0; k < r.models.size(); ++k)
+    for (warning const& w : r.models[k].warnings)
+      items +=
+          "<li>" + (r.models.size() > 1 ? model_name(r, k) + ": " : "") + html(w.text) + ".</li>\n";
+  if (items.empty()) return "";
+  return "<section class=\"notes\">\n<h2>Before you read the numbers</h2>\n<ul>\n" + items +
+         "</ul>\n</section>\n";
+}
+
+struct summary_row {
+  char const* name;
+  std::function<std::string(model_result const&)> value;
+  std::string what;
+};
+
+std::string with_square(measured x) {
+  if (!x.ok()) return html_number(x);
+  return html_number(x) + " <small>squared " + html_number(x * x) + "</small>";
+}
+
+std::string cka_ends(model_result const& m, std::string const& kernel, estimator e) {
+  for (cka_result const& c : m.cka)
+    if (c.kernel == kernel) return html_number(c.grid(e).at(0, m.blocks()));
+  return "–";
+}
+
+std::string summary_table(result const& r, options const& asked) {
+  std::string const by = asked.normalize == rflow::normalization::none
+                             ? std::string("summed over tokens and features")
+                         : asked.normalize == rflow::normalization::per_token ? "per token"
+                         : asked.normalize == rflow::normalization::per_element
+                             ? "per token and feature"
+                             : "relative to the mean square of a layer";
+  std::vector<summary_row> rows{
+      {"Inter-token cosine",
+       [](model_result const& m) {
+         return html_number(m.flow.inter_token.front()) + " → " +
+                html_number(m.flow.inter_token.back()) + " <small>embedding → last block</small>";
+       },
+       "1: all tokens point the same way; 0: they are spread out"},
+      {"&emsp;after the final norm",
+       [](model_result const& m) {
+         return m.has_final_norm() ? html_number(m.final_inter_token)
+                                   : std::string("<small>none in the file</small>");
+       },
+       "not part of the chain: in no other row of this table"},
+      {"Adjacent cosine, mean",
+       [](model_result const& m) {
+         double sum = 0, count = 0;
+         for (auto const& pair : m.flow.adjacent)
+           if (pair.mean.ok()) sum += pair.mean, ++count;
+         return count > 0 ? html_number(sum / count) : std::string("–");
+       },
+       "over blocks; 1: blocks do not turn tokens"},
+      {"&emsp;least",
+       [](model_result const& m) {
+         std::size_t least = 0;
+         auto const& pairs = m.flow.adjacent;
+         for (std::size_t l = 0; l < pairs.size(); ++l)
+           if (pairs[l].mean.ok() && (!pairs[least].mean.ok() || pairs[l].mean < pairs[least].mean))
+             least = l;
+         return pairs.empty() ? std::string("–")
+                              : html_number(pairs[least].mean) + " <small>" + html(m.sites[least]) +
+                                    " → " + html(m.sites[least + 1]) + "</small>";
+       },
+       "the block that turns tokens most"},
+      {"St1, layer-local", [](model_result const& m) { return with_square(m.flow.variance.st1); },
+       "root mean square change from one layer to the next, " + by},
+      {"St2, layer-global", [](model_result const& m) { return with_square(m.flow.variance.st2); },
+       "root mean square distance from the mean over layers, " + by},
+      {"&emsp;Poincaré interval",
+       [](model_result const& m) {
+         if (!m.flow.variance.path_energy.ok()) return html_number(m.flow.variance.path_energy);
+         return html_number(std::sqrt(m.st2_squared_bounds().lower)) + " … " +
+                html_number(std::sqrt(m.st2_squared_bounds().upper));
+       },
+       "where St2 must lie, given the path energy alone"},
+      {"Path energy",
+       [](model_result const& m) { return html_number(m.flow.variance.path_energy, 4); },
+       "sum of squared steps, " + by},
+      {"Path length",
+       [](model_result const& m) { return html_number(m.flow.variance.path_length, 4); },
+       "sum of steps, in the unit of St1"},
+  };
+  std::string const name(to_string(asked.main_estimator));
+  if (asked.linear)
+    rows.push_back(
+        {"Linear CKA, first to last layer",
+         [&](model_result const& m) { return cka_ends(m, "linear", asked.main_estimator); },
+         name + "; 1: the same geometry of tokens"});
+  if (asked.rbf)
+    rows.push_back({"RBF CKA, first to last layer",
+                    [&](model_result const& m) { return cka_ends(m, "rbf", asked.main_estimator); },
+                    name + ", bandwidth " + html_number(asked.rbf_fraction) +
+                        " × root of the median squared distance"});
+
+  std::string out = "<section>\n<h2>Summary</h2>\n<div class=\"scroll\"><table>\n";
+  if (r.models.size() > 1) {
+    out += "<thead><tr><th></th>";
+    for (std::size_t k = 0; k < r.models.size(); ++k) out += "<th>" + model_name(r, k) + "</th>";
+    out += "<th></th></tr></thead>\n";
+  }
+  out += "<tbody>\n";
+  for (summary_row const& row : rows) {
+    out += std::string("<tr><th>") + row.name + "</th>";
+    for (model_result const& m : r.models) out += "<td class=\"value\">" + row.value(m) + "</td>";
+    out += "<td class=\"what\">" + row.what + "</td></tr>\n";
+  }
+  out += "</tbody>\n</table></div>\n";
+  if (r.order) {
+    std::string const a = html(r.models[0].label), b = html(r.models[1].label);
+    out += "<p style=\"margin:12px 0 0\">Ordering of St2² by path energies alone: " +
+           (*r.order == rflow::ordering::certified_greater ? a + " is certainly greater than " + b
+            : *r.order == rflow::ordering::certified_less
+                ? a + " is certainly less than " + b
+                : "undecided. That is usual: the certificate needs a very wide gap; compare the "
+                  "measured St2") +
+           ".</p>\n";
+  }
+  return out + "</section>\n";
+}
+
+// ---- CKA ----------------------------------------------------------------------------------------
+
+constexpr double norm_gap = 0.5;  // cells between the chain and the final norm
+
+/// Where a site stands on an axis of a heat map, in cells.
+double place(std::ptrdiff_t i, std::ptrdiff_t count, double gap) {
+  return static_cast<double>(i) + (i == count - 1 ? gap : 0);
+}
+
+struct axis {
+  std::ptrdiff_t count;
+  double gap;  // before the last site, if that is the final norm
+  std::string title;
+
+  double length() const { return static_cast<double>(count) + gap; }
+  std::ptrdiff_t chain() const { return gap > 0 ? count - 1 : count; }
+};
+
+std::string heat_map(cka_grid const& g, axis const& rows, axis const& cols,
+                     std::string const& table, std::string const& css_class,
+                     std::string const& label) {
+  double const left = 44, bottom = 44, top = 6, right = 8, room = 500 - left - right;
+  double const cell = room / std::max(rows.length(), cols.length());
+  double const width = left + right + cell * cols.length(),
+               height = top + bottom + cell * rows.length();
+  std::string out = "<svg class=\"heat " + css_class + "\" role=\"img\" aria-label=\"" + label +
+                    "\" data-table=\"" + table + "\" viewBox=\"0 0 " + fixed(width, 0) + " " +
+                    fixed(height, 0) + "\">\n";
+  out += "<g class=\"cells\" shape-rendering=\"crispEdges\" transform=\"translate(" + fixed(left) +
+         " " + fixed(top + cell * rows.length()) + ") scale(" + fixed(cell, 4) + " -" +
+         fixed(cell, 4) + ")\">\n";
+  for (std::ptrdiff_t i = 0; i < g.rows; ++i) {
+    for (std::ptrdiff_t j = 0; j < g.cols; ++j) {
+      measured const x = g.at(i, j);
+      out += "<path d=\"M" + number(place(j, g.cols, cols.gap), 6) + " " +
+             number(place(i, g.rows, rows.gap), 6) + "h1v1h-1z\" " +
+             (x.ok() ? "fill=\"" + hex(colour(x)) + "\"" : std::string("class=\"hole\"")) + "/>";
+    }
+    out += "\n";
+  }
+  out += "<rect class=\"mark\" width=\"1\" height=\"1\" display=\"none\"/>\n</g>\n";
+
+  auto const ticks = [&](axis const& a, bool horizontal) {
+    std::ptrdiff_t step = 1;
+    for (std::ptrdiff_t const s : {1, 2, 5, 10, 20, 50, 100, 200, 500, 1000})
+      if (step = s; a.chain() / s <= 9) break;
+    auto const tick = [&](std::ptrdiff_t i, std::string const& text) {
+      double const at = cell * (place(i, a.count, a.gap) + 0.5);
+      double const x = horizontal ? left + at : left - 7;
+      double const y =
+          horizontal ? top + cell * rows.length() + 17 : top + cell * rows.length() - at + 4;
+      out += "<text x=\"" + fixed(x, 1) + "\" y=\"" + fixed(y, 1) + "\" text-anchor=\"" +
+             (horizontal ? "middle" : "end") + "\">" + text + "</text>";
+    };
+    for (std::ptrdiff_t i = 0; i < a.chain(); i += step)
+      if (a.gap == 0 || cell * static_cast<double>(a.chain() - i) > (horizontal ? 26 : 14))
+        tick(i, std::to_string(i));
+    if (a.gap > 0) tick(a.count - 1, "norm");
+    double const middle = cell * a.length() / 2;
+    out += horizontal ? "<text x=\"" + fixed(left + middle, 1) + "\" y=\"" + fixed(height - 5, 1) +
+                            "\" text-anchor=\"middle\">" + a.title + "</text>\n"
+                      : "<text transform=\"translate(12 " + fixed(top + middle, 1) +
+                            ") rotate(-90)\" text-anchor=\"middle\">" + a.title + "</text>\n";
+  };
+  ticks(cols, true);
+  ticks(rows, false);
+  return out + "</svg>\n";
+}
+
+json rounded(measured x) { return x.ok() ? json(std::round(x.value * 1e4) / 1e4) : json(); }
+
+json grid_data(cka_grid const& g) {
+  json values = json::array(), chances = json::array(), statuses = json::object();
+  for (std::ptrdiff_t i = 0; i < g.rows; ++i) {
+    json value_row = json::array(), chance_row = json::array();
+    for (std::ptrdiff_t j = 0; j < g.cols; ++j) {
+      value_row.push_back(rounded(g.at(i, j)));
+      chance_row.push_back(rounded(g.chance_at(i, j)));
+      if (!g.at(i, j).ok())
+        statuses[std::to_string(i) + "," + std::to_string(j)] = to_string(g.at(i, j).why);
+    }
+    values.push_back(std::move(value_row));
+    chances.push_back(std::move(chance_row));
+  }
+  return {{"value", values}, {"chance", chances}, {"status", statuses}};
+}
+
+/// Both estimators of one kernel, one of them shown; adds the numbers to `data`.
+std::string cka_figure(cka_result const& c, model_result const& a, model_result const& b,
+                       bool crossed, options const& asked, std::string const& title, json& data) {
+  std::string const key = "t" + std::to_string(data.size());
+  double const row_gap = a.has_final_norm() ? norm_gap : 0,
+               col_gap = b.has_final_norm() ? norm_gap : 0;
+  json entry{{"debiased", grid_data(c.debiased)},
+             {"biased", grid_data(c.biased)},
+             {"row_gap", row_gap},
+             {"col_gap", col_gap}};
+  entry["rows"] = json::array();
+  entry["cols"] = json::array();
+  for (std::string const& name : a.cka_sites()) entry["rows"].push_back(utf8(name));
+  for (std::string const& name : b.cka_sites()) entry["cols"].push_back(utf8(name));
+  bool const rbf = c.kernel == "rbf";
+  if (rbf) {
+    entry["sigma"] = json::array();
+    for (measured const s : c.sigma) entry["sigma"].push_back(rounded(s));
+  }
+  data[key] = std::move(entry);
+
+  axis const rows{c.debiased.rows, row_gap,
+                  crossed ? "layer of " + html(a.label) : "layer (0: embedding)"};
+  axis const cols{c.debiased.cols, col_gap,
+                  crossed ? "layer of " + html(b.label) : "layer (0: embedding)"};
+  std::string body;
+  for (estimator const e : {estimator::debiased, estimator::biased})
+    body += heat_map(c.grid(e), rows, cols, key, std::string(to_string(e)),
+                     html(title) + ", " + std::string(to_string(e)));
+  body += legend("≤ 0", "1", "no value");
+
+  double most_chance = 0;
+  for (measured const x : c.biased.chance)
+    if (x.ok()) most_chance = std::max(most_chance, x.value);
+  std::string caption =
+      rbf ? "<b>Shows</b> whether the same tokens are near neighbours in two layers (Gaussian "
+            "kernel). "
+            "<b>Do not trust</b> biased values with a small bandwidth or few tokens: they tend to "
+            "1."
+          : "<b>Shows</b> whether two layers arrange the tokens alike, up to rotation and scale. "
+            "<b>Do not trust</b> it where one token rules the kernel (last figure below), nor "
+            "biased values near their chance level";
+  if (!rbf)
+    caption += most_chance > 0 ? ", here up to " + html_number(most_chance) + "." : ".";
+  else if (most_chance > 0)
+    caption += " Chance alone gives the biased value up to " + html_number(most_chance) + ".";
+  static_cast<void>(asked);
+  return figure(title, body, caption);
+}
+
+std::string kernel_name(std::string const& kernel) {
+  return kernel == "rbf" ? "RBF kernel" : "Linear kernel";
+}
+
+std::string cka_section(result const& r, options const& asked, json& data) {
+  std::string out =
+      "<section>\n<h2>Do layers see the same geometry?</h2>\n"
+      "<p>Centred kernel alignment (CKA) between every two sites. The debiased estimator is about "
+      "0 for unrelated layers; the "
+      "biased one, which papers often print, is pulled towards 1 when tokens are few. Point at a "
+      "cell for its numbers and what chance alone gives.</p>\n";
+  for (estimator const e : {estimator::debiased, estimator::biased}) {
+    std::string const name(to_string(e));
+    out += "<input class=\"switch\" type=\"radio\" name=\"estimator\" id=\"show-" + name + "\"" +
+           (e == asked.main_estimator ? " checked" : "") + "><label for=\"show-" + name + "\">" +
+           name + "</label>";
+  }
+  out += "\n<div class=\"grids\">\n";
+  for (std::size_t k = 0; k < r.models.size(); ++k) {
+    out += "<div class=\"pair\">\n";
+    for (cka_result const& c : r.models[k].cka)
+      out += cka_figure(
+          c, r.models[k], r.models[k], false, asked,
+          (r.models.size() > 1 ? model_name(r, k) + ", " : "") + kernel_name(c.kernel), data);
+    out += "</div>\n";
+  }
+  if (!r.cross.empty()) {
+    out += "<div class=\"pair\">\n";
+    for (cka_result const& c : r.cross)
+      out += cka_figure(c, r.models[0], r.models[1], true, asked,
+                        "Between the two models, " + kernel_name(c.kernel), data);
+    out += "</div>\n";
+  } else if (r.models.size() > 1) {
+    out +=
+        "<p style=\"color:var(--soft);margin:18px 0 0\">Layers of the two models are not compared "
+        "with each other: " +
+        html(r.why_no_cross) + ".</p>\n";
+  }
+  return out + "</div>\n</section>\n";
+}
+
+// ---- figures ------------------------------------------------------------------------------------
+
+std::string plotted(figures const& plots, std::string const& name, std::string const& title,
+                    std::string const& caption, bool full = false) {
+  auto const found = plots.find(name);
+  if (found == plots.end()) return "";
+  return figure(title, found->second, caption, full);
+}
+
+std::string pair_of(std::string const& a, std::string const& b) {
+  return a.empty() && b.empty() ? "" : "<div class=\"pair\">\n" + a + b + "</div>\n";
+}
+
+std::string token_section(result const& r, figures const& plots) {
+  bool final_norm = false;
+  for (model_result const& m : r.models) final_norm = final_norm || m.final_inter_token.ok();
+  std::string body = pair_of(
+      plotted(plots, "inter_token", "Inter-token cosine",
+              std::string("<b>Shows</b> the mean cosine between two different tokens of a layer: a "
+                          "rise means that tokens grow alike. ") +
+                  (final_norm ? "The diamond is the final norm, which is not part of the chain. "
+                              : "") +
+                  "<b>Do not trust</b> it as a sign of lost information: one large common "
+                  "direction raises it and takes nothing away."),
+      plotted(plots, "adjacent", "Adjacent-layer cosine",
+              "<b>Shows</b> how far each block turns a token: mean over tokens, band of one "
+              "standard deviation. "
+              "<b>Do not trust</b> it as a measure of work done: it is blind to norms, and the "
+              "mean of cosines is not the cosine of mean activations."));
+  for (std::size_t k = 0; k < r.models.size(); ++k)
+    body += plotted(
+        plots, "tokens_" + std::to_string(k),
+        "The same for every token" +
+            (r.models.size() > 1 ? ": " + model_name(r, k) : std::string()),
+        "<b>Shows</b> the cosine of each token with itself one block earlier: columns that stand "
+        "out are special tokens, rows special blocks. "
+        "<b>Do not trust</b> single cells of nearly zero tokens, whose direction is rounding.",
+        true);
+  if (body.empty()) return "";
+  return "<section>\n<h2>How do tokens move?</h2>\n<p>Directions only: cosines between tokens, and "
+         "of each token with itself in the layer before.</p>\n" +
+         body + "</section>\n";
+}
+
+std::string path_section(options const& asked, figures const& plots) {
+  std::string const by(to_string(asked.normalize));
+  std::string interval =
+      plotted(plots, "poincare", "St2 and its Poincaré interval",
+              "<b>Shows</b> the measured St2 (dot) between the bounds that the path energy alone "
+              "imposes (ends of the bar). "
+              "<b>Do not trust</b> the interval to compare two models: it grows with depth, and is "
+              "attained only by a path that swings once or zigzags.",
+              true);
+  std::string steps =
+      pair_of(plotted(plots, "steps", "Step of each block",
+                      "<b>Shows</b> ‖X<sub>l+1</sub> − X<sub>l</sub>‖, normalisation " + by +
+                          ". "
+                          "<b>Do not trust</b> a lone spike before looking at the last figure: one "
+                          "token with massive activations can be all of it."),
+              plotted(plots, "curvature", "Curvature",
+                      "<b>Shows</b> the angle between a block's step and the one before: 90° is "
+                      "unrelated, less carries on, more turns back. "
+                      "<b>Do not trust</b> it where a step is tiny."));
+  std::string single = pair_of(
+      plotted(plots, "norms", "Norm of a token",
+              "<b>Shows</b> the root mean square norm over tokens, without normalisation. <b>Do "
+              "not trust</b> it as a typical norm when one token is far from the rest."),
+      plotted(plots, "top_share", "Share of one token",
+              "<b>Shows</b> how much of the linear kernel matrix is due to pairs with its most "
+              "extreme token. "
+              "Near 1, that token decides linear CKA, St1 and St2: <b>do not trust</b> those "
+              "there, and compare with the token left out (<code>--skip-first</code>)."));
+  std::string const body = interval + steps + single;
+  if (body.empty()) return "";
+  return "<section>\n<h2>How far, and along what path?</h2>\n<p>Sums of squares over the chain, "
+         "embedding to last block, without the final norm.</p>\n" +
+         body + "</section>\n";
+}
+
+std::string facts(result const& r, options const& asked, std::vector<std::string> const& files) {
+  auto const row = [](std::string const& name, std::string const& value) {
+    return value.empty() ? std::string() : "<tr><th>" + name + "</th><td>" + value + "</td></tr>\n";
+  };
+  std::string out = "<section>\n<h2>What was measured</h2>\n";
+  for (std::size_t k = 0; k < r.models.size(); ++k) {
+    model_result const& m = r.models[k];
+    auto const metadata = [&](char const* key) {
+      auto const found = m.metadata.find(key);
+      return found == m.metadata.end() ? std::string() : html(found->second);
+    };
+    out +=
+        "<h3 style=\"margin-top:12px\">" + model_name(r, k) + "</h3>\n<table class=\"facts\">\n" +
+        row("File", "<code>" + html(m.path) + "</code>") + row("Revision", metadata("revision")) +
+        row("Architecture", metadata("architecture")) +
+        row("Text",
+            metadata("text_title") +
+                (metadata("text_origin").empty() ? "" : " (" + metadata("text_origin") + ")")) +
+        row("Token hash", m.token_hash.empty() ? "" : "<code>" + html(m.token_hash) + "</code>") +
+        row("Sites", std::to_string(m.sites.size()) + " in the chain, " + html(m.sites.front()) +
+                         " to " + html(m.sites.back()) +
+                         (m.has_final_norm() ? "; apart: " + html(m.final_norm_name)
+                                             : "; no final norm in the file")) +
+        row("Tokens",
+            std::to_string(m.flow.tokens) + " of " + std::to_string(m.stored_tokens) +
+                (asked.skip_first > 0
+                     ? ", the first " + std::to_string(asked.skip_first) + " left out of everything"
+                     : ", none left out")) +
+        row("Features", std::to_string(m.flow.width)) + row("Stored as", m.dtype) +
+        row("Captured with", metadata("captured_with")) + "</table>\n";
+  }
+  std::string kernels = asked.linear ? "linear" : "";
+  if (asked.rbf)
+    kernels += (kernels.empty() ? "" : ", ") + std::string("RBF with σ = ") +
+               html_number(asked.rbf_fraction) +
+               " × root of the median squared distance between tokens";
+  std::string links;
+  for (std::string const& file : files)
+    links +=
+        (links.empty() ? "" : ", ") + ("<a href=\"" + html(file) + "\">" + html(file) + "</a>");
+  out +=
+      "<h3 style=\"margin-top:16px\">Settings</h3>\n<table class=\"facts\">\n" +
+      row("Normalisation", std::string(to_string(asked.normalize)) +
+                               " (St1, St2, path, steps and bounds carry the same factor)") +
+      row("CKA estimators", "debiased and biased; " + std::string(to_string(asked.main_estimator)) +
+                                " in the summary and in cka.npy") +
+      row("CKA kernels", kernels) +
+      row("Program", "rflow_report " + version_text() + ", metrics schema " + schema_version) +
+      row("Files beside this one", links) + "</table>\n</section>\n";
+  return out;
+}
+
+}  // namespace
+
+std::string report_html(result const& r, options const& asked, figures const& plots,
+                        std::vector<std::string> const& files) {
+  std::string title;
+  for (model_result const& m : r.models) title += (title.empty() ? "" : " and ") + html(m.label);
+  json data = json::object();
+  std::string const cka = cka_section(r, asked, data);
+  std::string numbers = data.dump();
+  for (std::size_t at = 0; (at = numbers.find('<', at)) != std::string::npos;)
+    numbers.replace(at, 1, "\\u003c");
+  return "<!doctype html>\n<html lang=\"en\">\n<head>\n<meta charset=\"utf-8\">\n"
+         "<meta name=\"viewport\" content=\"width=device-width, initial-scale=1\">\n"
+         "<meta name=\"generator\" content=\"rflow_report " +
+         version_text() + "\">\n<title>Representation flow: " + title + "</title>\n<style>" +
+         page_style +
+         "</style>\n</head>\n<body>\n"
+         // What gnuplot's points refer to; once for all figures.
+         "<svg width=\"0\" height=\"0\" style=\"position:absolute\" aria-hidden=\"true\"><defs>"
+         "<circle id=\"gpPt6\" r=\"1\" fill=\"currentColor\"/><rect id=\"gpPt4\" x=\"-1\" y=\"-1\" "
+         "width=\"2\" height=\"2\" fill=\"currentColor\"/>"
+         "<path id=\"gpPt12\" d=\"M0-1.3 1.3 0 0 1.3-1.3 0z\" "
+         "fill=\"currentColor\"/></defs></svg>\n<main>\n" +
+         header(r) + warnings(r) + summary_table(r, asked) + token_section(r, plots) + cka +
+         path_section(asked, plots) + facts(r, asked, files) +
+         "<footer>Made by rflow_report. What each figure means and where it comes from stands in "
+         "docs/report.md of rflow.</footer>\n"
+         "</main>\n<div id=\"tip\" role=\"status\"></div>\n<script type=\"application/json\" "
+         "id=\"cka-data\">" +
+         numbers + "</script>\n<script>" + page_script + "</script>\n</body>\n</html>\n";
+}
+
+}  // namespace report
