@@ -298,15 +298,15 @@ class flow_walker {
   static void add_chunks(T const* const* x, T const* const* next, T const* p, T const* q,
                          std::ptrdiff_t begin, std::ptrdiff_t end, C* mean, std::ptrdiff_t site,
                          chain_products* to) {
+    struct site_sums {
+      P norm2, dot, step2, turn, away2, weight;
+      T const *x, *next;
+    };
+    site_sums sums[Sites];
     P const zero = packet::pset1<P>(C(0));
-    P norm2[Sites], dot[Sites], step2[Sites], turn[Sites], away2[Sites], weight[Sites];
-    T const *rows[Sites], *wanted[Sites];
-    for (std::ptrdiff_t s = 0; s < Sites; ++s) {
-      norm2[s] = dot[s] = step2[s] = turn[s] = away2[s] = zero;
-      weight[s] = packet::pset1<P>(C(1) / static_cast<C>(site + s + 1));
-      rows[s] = x[s];
-      wanted[s] = next[s];
-    }
+    for (std::ptrdiff_t s = 0; s < Sites; ++s)
+      sums[s] = {zero, zero, zero, zero, zero, packet::pset1<P>(C(1) / static_cast<C>(site + s + 1)),
+                 x[s], next[s]};
     for (std::ptrdiff_t j = begin; j < end; j += chunk<T>::width) {
       chunk<T> before = load_chunk(p + j);
       chunk<T> step_before = load_chunk(q + j);
@@ -315,31 +315,35 @@ class flow_walker {
         step_before.at[i] = packet::psub(before.at[i], step_before.at[i]);
         average.at[i] = packet::pload<P>(mean + j + i * chunk<T>::lanes);
       }
-      for (std::ptrdiff_t s = 0; s < Sites; ++s) {
-        chunk<T> const here = load_chunk(rows[s] + j);
-        packet::prefetch(wanted[s] + j);
+      auto const add = [&](site_sums& sum) {
+        chunk<T> const here = load_chunk(sum.x + j);
+        packet::prefetch(sum.next + j);
         for (std::ptrdiff_t i = 0; i < chunk<T>::packets; ++i) {
           P const step = packet::psub(here.at[i], before.at[i]);
           P const away = packet::psub(here.at[i], average.at[i]);
-          norm2[s] = packet::pmadd(here.at[i], here.at[i], norm2[s]);
-          dot[s] = packet::pmadd(here.at[i], before.at[i], dot[s]);
-          step2[s] = packet::pmadd(step, step, step2[s]);
-          turn[s] = packet::pmadd(step, step_before.at[i], turn[s]);
-          away2[s] = packet::pmadd(away, away, away2[s]);
-          average.at[i] = packet::pmadd(away, weight[s], average.at[i]);
+          sum.norm2 = packet::pmadd(here.at[i], here.at[i], sum.norm2);
+          sum.dot = packet::pmadd(here.at[i], before.at[i], sum.dot);
+          sum.step2 = packet::pmadd(step, step, sum.step2);
+          sum.turn = packet::pmadd(step, step_before.at[i], sum.turn);
+          sum.away2 = packet::pmadd(away, away, sum.away2);
+          average.at[i] = packet::pmadd(away, sum.weight, average.at[i]);
           before.at[i] = here.at[i];
           step_before.at[i] = step;
         }
-      }
+      };
+      // Written out, because a loop over sites may leave the sums in memory.
+      add(sums[0]);
+      if constexpr (Sites > 1) add(sums[1]);
+      if constexpr (Sites > 2) add(sums[2]), add(sums[3]);
       for (std::ptrdiff_t i = 0; i < chunk<T>::packets; ++i)
         packet::pstore(mean + j + i * chunk<T>::lanes, average.at[i]);
     }
     for (std::ptrdiff_t s = 0; s < Sites; ++s) {
-      to[s].norm2 += static_cast<double>(packet::predux(norm2[s]));
-      to[s].dot += static_cast<double>(packet::predux(dot[s]));
-      to[s].step2 += static_cast<double>(packet::predux(step2[s]));
-      to[s].turn += static_cast<double>(packet::predux(turn[s]));
-      to[s].away2 += static_cast<double>(packet::predux(away2[s]));
+      to[s].norm2 += static_cast<double>(packet::predux(sums[s].norm2));
+      to[s].dot += static_cast<double>(packet::predux(sums[s].dot));
+      to[s].step2 += static_cast<double>(packet::predux(sums[s].step2));
+      to[s].turn += static_cast<double>(packet::predux(sums[s].turn));
+      to[s].away2 += static_cast<double>(packet::predux(sums[s].away2));
     }
   }
 
