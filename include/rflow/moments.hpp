@@ -85,11 +85,18 @@ struct flow_moments {
         norm2 += u * u;
         u = 0;
       }
-      pair_cosines[l] += norm2 - m;
-      pairs[l] += m * (m - 1);
-      if (m >= 2) sequence_cosine[l].add((norm2 - m) / (m * (m - 1)));
+      end_sequence(l, norm2, m);
       units[l] = 0;
     }
+  }
+
+  /// The same for one site of a sequence that was summed elsewhere.
+  /// @param norm2  ‖Σ x_t/‖x_t‖‖² over its tokens
+  /// @param m      how many of them are not zero
+  void end_sequence(std::size_t site, double norm2, double m) {
+    pair_cosines[site] += norm2 - m;
+    pairs[site] += m * (m - 1);
+    if (m >= 2) sequence_cosine[site].add((norm2 - m) / (m * (m - 1)));
   }
 
   /// Adds the moments of other tokens of the same chain. Open sequences are taken to be parts of
