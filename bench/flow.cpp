@@ -33,8 +33,10 @@ std::vector<T> const& activations() {
     for (T& v : out) {
       bits = bits * 1664525u + 1013904223u;
       float const x = static_cast<float>(static_cast<std::int32_t>(bits)) * 0x1p-30f;
-      if constexpr (sizeof(T) == 2) v = T::nearest(x);
-      else v = static_cast<T>(x);
+      if constexpr (sizeof(T) == 2)
+        v = T::nearest(x);
+      else
+        v = static_cast<T>(x);
     }
     return out;
   }();
@@ -44,8 +46,7 @@ std::vector<T> const& activations() {
 /// Time per iteration, and the floor taken in between, so that both see the same machine.
 template <class T, class Work>
 void beside_the_floor(benchmark::State& state, Work&& work) {
-  double const bytes =
-      static_cast<double>(sites * tokens * width) * static_cast<double>(sizeof(T));
+  double const bytes = static_cast<double>(sites * tokens * width) * static_cast<double>(sizeof(T));
   rflow::detail::team team(threads());
   double best = 1e30, floor = 0;
   for (auto _ : state) {

@@ -30,10 +30,10 @@ void compare_with_definitions(reference::stack x, std::vector<T> const& values,
     CHECK(std::abs(r.inter_token[l] - reference::inter_token(x[l], sequence)) < within);
     double const square = reference::inner(x[l], x[l]);
     squares += square;
-    CHECK(r.mean_norm[l] == Approx(std::sqrt(square / static_cast<double>(tokens))).epsilon(within));
+    CHECK(r.mean_norm[l] ==
+          Approx(std::sqrt(square / static_cast<double>(tokens))).epsilon(within));
     for (std::size_t i = 0; i < tokens; ++i)
-      CHECK(r.norms[l][i] ==
-            Approx(std::sqrt(reference::dot(x[l][i], x[l][i]))).epsilon(within));
+      CHECK(r.norms[l][i] == Approx(std::sqrt(reference::dot(x[l][i], x[l][i]))).epsilon(within));
     if (l == 0) continue;
     double mean = 0, square_mean = 0;
     for (std::size_t i = 0; i < tokens; ++i) {
@@ -72,7 +72,8 @@ void compare_with_definitions(reference::stack x, std::vector<T> const& values,
   using rflow::normalization;
   double const n = static_cast<double>(tokens), d = static_cast<double>(x[0][0].size());
   for (auto const& [by, factor] :
-       {std::pair{normalization::per_token, 1 / n}, std::pair{normalization::per_element, 1 / n / d},
+       {std::pair{normalization::per_token, 1 / n},
+        std::pair{normalization::per_element, 1 / n / d},
         std::pair{normalization::relative, static_cast<double>(sites) / squares}}) {
     rflow::layer_variance const v = rflow::variance(stack, by);
     CHECK(v.factor == Approx(factor).epsilon(within));
@@ -144,8 +145,7 @@ TEST_CASE_TEMPLATE("flow does not care how activations lie in memory", T, float,
     for (auto& row : site) std::reverse(row.begin(), row.end());
   }
   compare_with_definitions(
-      reversed, dense,
-      rflow::layer_stack<T>(dense.data() + n * d - 1, {s, n, d}, {n * d, -d, -1}));
+      reversed, dense, rflow::layer_stack<T>(dense.data() + n * d - 1, {s, n, d}, {n * d, -d, -1}));
   // Stride 0: every token is the same token.
   reference::stack repeated = x;
   for (auto& site : repeated)
@@ -172,7 +172,8 @@ TEST_CASE("masked tokens are left out and sequences never pair with one another"
     std::vector<int> mask(tokens);
     for (int& m : mask) m = bits() % 4 != 0;
 
-    compare_with_definitions(x, values, reference::stack_of(values, x).sequences(offsets), sequence);
+    compare_with_definitions(x, values, reference::stack_of(values, x).sequences(offsets),
+                             sequence);
 
     reference::stack kept(x.size());
     std::vector<std::size_t> kept_sequence;
@@ -181,10 +182,12 @@ TEST_CASE("masked tokens are left out and sequences never pair with one another"
       kept_sequence.push_back(sequence[i]);
       for (std::size_t l = 0; l < x.size(); ++l) kept[l].push_back(x[l][i]);
     }
-    compare_with_definitions(
-        kept, values, reference::stack_of(values, x).tokens(mask).sequences(offsets), kept_sequence);
-    compare_with_definitions(
-        kept, values, reference::stack_of(values, x).sequences(offsets).tokens(mask), kept_sequence);
+    compare_with_definitions(kept, values,
+                             reference::stack_of(values, x).tokens(mask).sequences(offsets),
+                             kept_sequence);
+    compare_with_definitions(kept, values,
+                             reference::stack_of(values, x).sequences(offsets).tokens(mask),
+                             kept_sequence);
   }
 }
 
@@ -197,7 +200,8 @@ TEST_CASE("the same bits for any number of threads") {
   for (int const threads : {2, 3, 7, 32}) {
     rflow::flow_moments const many = rflow::on_cpu{.threads = threads}.flow(stack);
     auto const same = [](std::vector<double> const& a, std::vector<double> const& b) {
-      return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * sizeof(double)) == 0;
+      return a.size() == b.size() &&
+             std::memcmp(a.data(), b.data(), a.size() * sizeof(double)) == 0;
     };
     CHECK(same(one.squares, many.squares));
     CHECK(same(one.pair_cosines, many.pair_cosines));

@@ -122,7 +122,9 @@ inline matrix centred(matrix k) {
   return k;
 }
 
-inline double hsic_biased(matrix const& k, matrix const& l) { return inner(centred(k), centred(l)); }
+inline double hsic_biased(matrix const& k, matrix const& l) {
+  return inner(centred(k), centred(l));
+}
 
 /// Song et al. 2012, equation 5, times n(n − 3). In long double: its terms cancel.
 inline double hsic_debiased(matrix const& k, matrix const& l) {

@@ -15,7 +15,6 @@
 #include <utility>
 #include <vector>
 
-#include <rflow/cosine.hpp>
 #include <rflow/default.hpp>
 #include <rflow/moments.hpp>
 #include <rflow/view.hpp>
@@ -117,8 +116,7 @@ class cka_table {
         values_(static_cast<std::size_t>(rows_ * cols_)),
         chance_(values_.size()) {
     std::vector<measured> self;
-    for (std::ptrdiff_t p = 0; p < m.sites; ++p)
-      self.push_back(detail::self_term<Estimator>(m, p));
+    for (std::ptrdiff_t p = 0; p < m.sites; ++p) self.push_back(detail::self_term<Estimator>(m, p));
     for (std::ptrdiff_t i = 0; i < rows_; ++i)
       for (std::ptrdiff_t j = 0; j < cols_; ++j) {
         std::ptrdiff_t const q = first_col_ + j;
@@ -175,9 +173,12 @@ class cka_table {
       double const total = std::accumulate(begin, end, 0.0);
       rflow::status const why = m.why[static_cast<std::size_t>(p)];
       top_token_.push_back(top - begin);
-      if (why != rflow::status::ok) top_share_.push_back(why);
-      else if (!(total > 0)) top_share_.push_back(rflow::status::constant_layer);
-      else top_share_.push_back(2 * *top / total);  // a pair stands in the rows of both its tokens
+      if (why != rflow::status::ok)
+        top_share_.push_back(why);
+      else if (!(total > 0))
+        top_share_.push_back(rflow::status::constant_layer);
+      else
+        top_share_.push_back(2 * *top / total);  // a pair stands in the rows of both its tokens
     }
   }
 
@@ -247,8 +248,7 @@ cka_table cka_matrix(layer_stack<T, Memory> const& a, layer_stack<U, Memory> con
 /// @see    Kornblith, Norouzi, Lee, Hinton, ICML 2019, section 3; Song et al., JMLR 2012, equation 5
 template <activations X, activations Y, class Kernel = linear, class Estimator = debiased,
           class On = default_backend_t<memory_of<X>>>
-measured cka(X const& x, Y const& y, Kernel const& kernel = {}, Estimator = {},
-             On const& on = {}) {
+measured cka(X const& x, Y const& y, Kernel const& kernel = {}, Estimator = {}, On const& on = {}) {
   detail::require_readable<On, X, Y>();
   detail::require_same_memory<X, Y>();
   constexpr char const* where = "rflow::cka";
@@ -256,8 +256,8 @@ measured cka(X const& x, Y const& y, Kernel const& kernel = {}, Estimator = {},
   detail::require_shape(where, a);
   detail::require_shape(where, b);
   if (a.rows != b.rows)
-    detail::reject(where, "x has " + std::to_string(a.rows) + " tokens, y has " +
-                              std::to_string(b.rows));
+    detail::reject(where,
+                   "x has " + std::to_string(a.rows) + " tokens, y has " + std::to_string(b.rows));
   gram_moments const m = on.gram(kernel, layer_stack<scalar_of<X>, memory_of<X>>{a},
                                  layer_stack<scalar_of<Y>, memory_of<Y>>{b});
   for (std::size_t p = 0; p < 2; ++p)

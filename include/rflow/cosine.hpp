@@ -28,11 +28,6 @@ struct adjacent_cosines {
 
 namespace detail {
 
-[[noreturn]] inline void throw_non_finite(char const* where, char const* layer, position at) {
-  throw std::domain_error(std::string(where) + ": NaN or infinity in layer " + layer + ", token " +
-                          std::to_string(at.token) + ", feature " + std::to_string(at.feature));
-}
-
 /// Mean cosine of ordered pairs, from the moments of one site.
 inline measured mean_pair_cosine(flow_moments const& m, std::ptrdiff_t site) {
   auto const l = static_cast<std::size_t>(site);
@@ -57,20 +52,6 @@ inline adjacent_cosines cosines_of_pair(flow_moments const& m, std::ptrdiff_t pa
     out.mean = out.stddev = m.tokens > 0 ? status::zero_rows : status::too_few_rows;
   }
   return out;
-}
-
-template <class On, class... X>
-constexpr void require_readable() {
-  static_assert((backend_for<On, memory_of<X>> && ...),
-                "rflow: this backend cannot read where the activations live. Copy them to its "
-                "memory first, or leave the backend out to get the right one");
-}
-
-template <class X, class Y>
-constexpr void require_same_memory() {
-  static_assert(std::same_as<memory_of<X>, memory_of<Y>>,
-                "rflow: the two sets of activations live in different memory spaces. Copy one of "
-                "them to where the other lives");
 }
 
 }  // namespace detail
@@ -124,8 +105,8 @@ adjacent_cosines adjacent_cosine(X const& x, Y const& y, On const& on = {}) {
     detail::reject(where, "x is " + std::to_string(a.rows) + " x " + std::to_string(a.cols) +
                               ", y is " + std::to_string(b.rows) + " x " + std::to_string(b.cols));
   std::vector<double> per_token(static_cast<std::size_t>(a.rows));
-  flow_moments const m = on.flow(layer_stack<scalar_of<X>, memory_of<X>>{a, b},
-                                 flow_sink{.cosine = per_token.data()});
+  flow_moments const m =
+      on.flow(layer_stack<scalar_of<X>, memory_of<X>>{a, b}, flow_sink{.cosine = per_token.data()});
   for (std::size_t l = 0; l < 2; ++l)
     if (m.non_finite[l].found())
       detail::throw_non_finite(where, l == 0 ? "x" : "y", m.non_finite[l]);

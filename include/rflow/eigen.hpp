@@ -52,8 +52,8 @@ template <class X>
 concept eigen_object = std::is_base_of_v<Eigen::EigenBase<X>, X>;
 
 template <class X>
-inline constexpr bool eigen_has_storage =
-    (Eigen::internal::traits<X>::Flags & Eigen::DirectAccessBit) != 0;
+inline constexpr bool eigen_has_storage = (Eigen::internal::traits<X>::Flags &
+                                           Eigen::DirectAccessBit) != 0;
 
 }  // namespace detail
 
@@ -97,15 +97,15 @@ struct chunk {
 };
 
 /// Lanes whose upper half holds a 16-bit value, as float.
-template <class T, class P, class I>
-P widened_lanes(I const& upper_half) {
+template <class T, class P, class Int>
+P widened_lanes(Int const& upper_half) {
   if constexpr (std::same_as<T, bf16>) {
     return packet::preinterpret<P>(upper_half);
   } else {
     // Sign apart, the exponent is rebiased by an exact product; what was infinite or NaN then
     // stands at 2^16 or above and gets its exponent bits back.
-    I const sign = packet::pand(upper_half, packet::pset1<I>(std::numeric_limits<int>::min()));
-    I const rest = packet::pand(upper_half, packet::pset1<I>(0x7fff0000));
+    Int const sign = packet::pand(upper_half, packet::pset1<Int>(std::numeric_limits<int>::min()));
+    Int const rest = packet::pand(upper_half, packet::pset1<Int>(0x7fff0000));
     P const magnitude = packet::pmul(packet::preinterpret<P>(packet::plogical_shift_right<3>(rest)),
                                      packet::pset1<P>(0x1p112f));
     P const special = packet::pand(packet::pcmp_le(packet::pset1<P>(65536.0f), magnitude),
@@ -120,11 +120,11 @@ template <class T>
 chunk<T> load_chunk(T const* from) {
   using P = packet_of<compute_t<T>>;
   if constexpr (chunk<T>::packets == 2) {
-    using I = typename packet::unpacket_traits<P>::integer_packet;
-    I const both = packet::ploadu<I>(reinterpret_cast<std::int32_t const*>(from));
-    I const upper = packet::pset1<I>(static_cast<std::int32_t>(0xffff0000u));
-    return {{widened_lanes<T, P, I>(packet::plogical_shift_left<16>(both)),
-             widened_lanes<T, P, I>(packet::pand(both, upper))}};
+    using Int = typename packet::unpacket_traits<P>::integer_packet;
+    Int const both = packet::ploadu<Int>(reinterpret_cast<std::int32_t const*>(from));
+    Int const upper = packet::pset1<Int>(static_cast<std::int32_t>(0xffff0000u));
+    return {{widened_lanes<T, P, Int>(packet::plogical_shift_left<16>(both)),
+             widened_lanes<T, P, Int>(packet::pand(both, upper))}};
   } else if constexpr (std::same_as<T, compute_t<T>>) {
     return {{packet::ploadu<P>(from)}};
   } else {
@@ -193,8 +193,10 @@ class flow_walker {
     for (std::ptrdiff_t k = 0; k < tokens; ++k) {
       bool ordinary = true;
       for (l = 0; l < sites_; ++l) ordinary = ordinary && in_range(product(k, l).norm2);
-      if (ordinary) add_products(k, m);
-      else rescue(k, m);
+      if (ordinary)
+        add_products(k, m);
+      else
+        rescue(k, m);
     }
     m.tokens += static_cast<double>(tokens);
     pending_ += tokens;
@@ -207,7 +209,8 @@ class flow_walker {
     for (std::ptrdiff_t l = 0; l < sites_; ++l) {
       double* const to = m.unit_sum.data() + l * width_;
       C* const from = units_.data() + l * padded_;
-      for (std::ptrdiff_t j = 0; j < body_; ++j) to[feature_of<T>(j)] += static_cast<double>(from[j]);
+      for (std::ptrdiff_t j = 0; j < body_; ++j)
+        to[feature_of<T>(j)] += static_cast<double>(from[j]);
       for (std::ptrdiff_t j = body_; j < padded_; ++j)
         if (feature_of<T>(j) < width_) to[feature_of<T>(j)] += static_cast<double>(from[j]);
       std::fill(from, from + padded_, C(0));
@@ -222,8 +225,10 @@ class flow_walker {
 
   // Squares of C neither overflow nor lose their last bits in this range.
   static bool in_range(double norm2) {
-    if constexpr (std::same_as<C, float>) return norm2 > 1e-18 && norm2 < 1e30;
-    else return norm2 > 1e-270 && norm2 < 1e290;
+    if constexpr (std::same_as<C, float>)
+      return norm2 > 1e-18 && norm2 < 1e30;
+    else
+      return norm2 > 1e-270 && norm2 < 1e290;
   }
 
   bool needs_gather() const {
@@ -260,16 +265,17 @@ class flow_walker {
         take_row(k, site + s);
         product(k, site + s) = {};
       }
-      std::ptrdiff_t const p = std::max<std::ptrdiff_t>(site - 1, 0);
-      std::ptrdiff_t const q = std::max<std::ptrdiff_t>(site - 2, 0);
+      std::ptrdiff_t const p = (std::max<std::ptrdiff_t>)(site - 1, 0);
+      std::ptrdiff_t const q = (std::max<std::ptrdiff_t>)(site - 2, 0);
       chain_products* const to = &product(k, site);
       C* const mean = mean_.data() + k * padded_;
-      constexpr std::ptrdiff_t block = 64 * chunk<T>::width;  // features summed in C, then in double
+      constexpr std::ptrdiff_t block =
+          64 * chunk<T>::width;  // features summed in C, then in double
       T const* next[Sites];
       for (std::ptrdiff_t s = 0; s < Sites; ++s) next[s] = wanted_next(k, site + Sites + s);
       for (std::ptrdiff_t j = 0; j < body_; j += block)
-        add_chunks<Sites>(&row(k, site), next, row(k, p), row(k, q), j, std::min(body_, j + block),
-                          mean, site, to);
+        add_chunks<Sites>(&row(k, site), next, row(k, p), row(k, q), j,
+                          (std::min)(body_, j + block), mean, site, to);
       if (body_ < padded_) {
         T const* tails[Sites];
         for (std::ptrdiff_t s = 0; s < Sites; ++s) tails[s] = tail(k, site + s);
@@ -305,7 +311,8 @@ class flow_walker {
     site_sums sums[Sites];
     P const zero = packet::pset1<P>(C(0));
     for (std::ptrdiff_t s = 0; s < Sites; ++s)
-      sums[s] = {zero, zero, zero, zero, zero, packet::pset1<P>(C(1) / static_cast<C>(site + s + 1)),
+      sums[s] = {zero, zero,   zero,
+                 zero, zero,   packet::pset1<P>(C(1) / static_cast<C>(site + s + 1)),
                  x[s], next[s]};
     for (std::ptrdiff_t j = begin; j < end; j += chunk<T>::width) {
       chunk<T> before = load_chunk(p + j);
@@ -355,7 +362,8 @@ class flow_walker {
       bool const counts = k < tokens_ && in_range(product(k, site).norm2);
       rows[k] = counts ? row(k, site) : absent_.data();
       tails[k] = counts ? tail(k, site) : absent_.data();
-      scale[k] = packet::pset1<P>(counts ? static_cast<C>(1 / std::sqrt(product(k, site).norm2)) : 0);
+      scale[k] =
+          packet::pset1<P>(counts ? static_cast<C>(1 / std::sqrt(product(k, site).norm2)) : 0);
     }
     C* const units = units_.data() + site * padded_;
     add_scaled(rows, scale, 0, body_, units);
@@ -409,7 +417,7 @@ class flow_walker {
           row.clear();
         } else {
           row[count(j)] = value;
-          largest = std::max(largest, std::abs(value));
+          largest = (std::max)(largest, std::abs(value));
         }
       }
       rows[count(l)] = std::move(row);
@@ -480,7 +488,7 @@ class flow_walker {
   layer_stack<T> const& stack_;
   flow_sink const& sink_;
   std::ptrdiff_t sites_, width_;
-  std::ptrdiff_t body_, padded_;        // features in whole chunks; the same with the tail's chunk
+  std::ptrdiff_t body_, padded_;  // features in whole chunks; the same with the tail's chunk
   std::ptrdiff_t first_ = 0, tokens_ = 0;  // the present group
   std::ptrdiff_t pending_ = 0;             // tokens in units_
   std::vector<T const*> rows_;             // group × S: dense rows of the group
@@ -489,7 +497,7 @@ class flow_walker {
   std::vector<T> absent_;                  // zeros, for rows that do not take part
   Eigen::Array<C, Eigen::Dynamic, 1> mean_;   // group × padded: mean of the rows so far
   Eigen::Array<C, Eigen::Dynamic, 1> units_;  // S × padded: unit vectors of the pending tokens
-  std::vector<chain_products> products_;        // group × S
+  std::vector<chain_products> products_;      // group × S
 };
 
 #pragma GCC diagnostic pop
@@ -560,15 +568,15 @@ gram_moments host_gram(char const* where, Kernel const& kernel, gram_options con
                         std::to_string(sources.size()) + " sites");
     m = gram_rbf<C, Product>(sources, tokens, kernel, options);
   } else {
-    static_assert(pair_kernel<Kernel>, "rflow: a kernel is linear, rbf, or a function object "
-                                       "k(inner product, squared norm, squared norm) -> double");
+    static_assert(pair_kernel<Kernel>,
+                  "rflow: a kernel is linear, rbf, or a function object "
+                  "k(inner product, squared norm, squared norm) -> double");
     m = gram<C, function_kernel<Kernel>, Product>(sources, tokens, {kernel}, options);
   }
   m.epsilon = static_cast<double>(std::numeric_limits<C>::epsilon()) / 2;
   for (std::ptrdiff_t p = 0; p < m.sites; ++p)
-    m.trace[static_cast<std::size_t>(p)] = std::same_as<Kernel, rbf>
-                                               ? static_cast<double>(tokens)
-                                               : std::abs(m.centred_trace(p));
+    m.trace[static_cast<std::size_t>(p)] =
+        std::same_as<Kernel, rbf> ? static_cast<double>(tokens) : std::abs(m.centred_trace(p));
   return m;
 }
 
@@ -585,7 +593,7 @@ struct on_cpu {
 
   int thread_count() const {
     return threads > 0 ? threads
-                       : std::max(1, static_cast<int>(std::thread::hardware_concurrency()));
+                       : (std::max)(1, static_cast<int>(std::thread::hardware_concurrency()));
   }
 
   /// @note  O(S n d) time, one read; 16·S·d doubles of memory
@@ -605,7 +613,7 @@ struct on_cpu {
       std::ptrdiff_t const begin = n * s / slices, end = n * (s + 1) / slices;
       auto boundary = std::lower_bound(boundaries.begin(), boundaries.end(), begin + 1);
       for (std::ptrdiff_t i = begin; i < end;) {
-        std::ptrdiff_t const tokens = std::min({walker.group, end - i, *boundary - i});
+        std::ptrdiff_t const tokens = (std::min)({walker.group, end - i, *boundary - i});
         walker.walk(i, tokens, part.moments);
         i += tokens;
         for (; boundary != boundaries.end() && *boundary == i; ++boundary) {

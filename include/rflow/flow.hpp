@@ -25,15 +25,15 @@ struct flow_options {
 /// The flow of S sites over n tokens.
 struct flow_report {
   std::ptrdiff_t sites = 0, tokens = 0, width = 0;
-  std::vector<measured> inter_token;           ///< S: mean cosine between tokens (of one sequence)
-  std::vector<running_stat> per_sequence;      ///< S: the same of each sequence: mean and spread
-  std::vector<adjacent_cosines> adjacent;      ///< S − 1: between a site and the next
-  layer_variance variance;                     ///< St1, St2, path, curvature
-  bounds spread_bounds;                        ///< on S · st2², same normalisation; NaN if no path
-  std::vector<measured> mean_norm;             ///< S: √(mean over tokens of ‖x‖²)
-  std::vector<std::ptrdiff_t> zero_rows;       ///< S: tokens whose row is zero
-  std::vector<position> non_finite;            ///< S: first NaN or infinity, if found()
-  std::vector<std::vector<double>> norms;      ///< S × n: ‖x‖, if per_token
+  std::vector<measured> inter_token;       ///< S: mean cosine between tokens (of one sequence)
+  std::vector<running_stat> per_sequence;  ///< S: the same of each sequence: mean and spread
+  std::vector<adjacent_cosines> adjacent;  ///< S − 1: between a site and the next
+  layer_variance variance;                 ///< St1, St2, path, curvature
+  bounds spread_bounds;                    ///< on S · st2², same normalisation; NaN if no path
+  std::vector<measured> mean_norm;         ///< S: √(mean over tokens of ‖x‖²)
+  std::vector<std::ptrdiff_t> zero_rows;   ///< S: tokens whose row is zero
+  std::vector<position> non_finite;        ///< S: first NaN or infinity, if found()
+  std::vector<std::vector<double>> norms;  ///< S × n: ‖x‖, if per_token
 };
 
 /// Reports on moments, wherever they came from.
@@ -49,9 +49,12 @@ inline flow_report report_of(flow_moments const& m, normalization by = normaliza
     out.inter_token.push_back(detail::mean_pair_cosine(m, l));
     out.zero_rows.push_back(static_cast<std::ptrdiff_t>(m.zero_rows[s]));
     if (l + 1 < m.sites) out.adjacent.push_back(detail::cosines_of_pair(m, l));
-    if (m.non_finite[s].found()) out.mean_norm.push_back(status::non_finite);
-    else if (!(m.tokens > 0)) out.mean_norm.push_back(status::too_few_rows);
-    else out.mean_norm.push_back(std::sqrt(m.squares[s] / m.tokens));
+    if (m.non_finite[s].found())
+      out.mean_norm.push_back(status::non_finite);
+    else if (!(m.tokens > 0))
+      out.mean_norm.push_back(status::too_few_rows);
+    else
+      out.mean_norm.push_back(std::sqrt(m.squares[s] / m.tokens));
   }
   out.variance = detail::variance_of(m, by);
   double const missing = std::numeric_limits<double>::quiet_NaN();

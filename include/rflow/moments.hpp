@@ -60,7 +60,8 @@ struct flow_moments {
   std::vector<position> non_finite;           // S: first NaN or infinity
 
   flow_moments() = default;
-  flow_moments(std::ptrdiff_t site_count, std::ptrdiff_t hidden) : sites(site_count), width(hidden) {
+  flow_moments(std::ptrdiff_t site_count, std::ptrdiff_t hidden)
+      : sites(site_count), width(hidden) {
     auto const s = static_cast<std::size_t>(site_count);
     squares.resize(s);
     zero_rows.resize(s);
@@ -178,14 +179,14 @@ enum class gram_path {
 /// More tiles of the same batch add to these sums; other batches do not (see minibatch_moments).
 struct gram_moments {
   std::ptrdiff_t sites = 0, tokens = 0;
-  std::vector<double> products;      // S × S: Σ_{i≠j} G^p_ij G^q_ij
-  std::vector<double> row_sums;      // S × n: Σ_{j≠i} G^p_ij
-  std::vector<double> diagonal;      // S × n: G^p_ii
-  std::vector<double> squares;       // S × n: Σ_{j≠i} (G^p_ij)²; empty if the path has no tiles
-  std::vector<double> trace;         // S: Σ_i k(x_i, x_i), the scale of the kernel matrix
-  double epsilon = 0;                // unit roundoff of the products
-  std::vector<double> sigma;         // S, for kernels with a bandwidth
-  std::vector<status> why;           // S: ok, constant_layer, zero_bandwidth or non_finite
+  std::vector<double> products;  // S × S: Σ_{i≠j} G^p_ij G^q_ij
+  std::vector<double> row_sums;  // S × n: Σ_{j≠i} G^p_ij
+  std::vector<double> diagonal;  // S × n: G^p_ii
+  std::vector<double> squares;   // S × n: Σ_{j≠i} (G^p_ij)²; empty if the path has no tiles
+  std::vector<double> trace;     // S: Σ_i k(x_i, x_i), the scale of the kernel matrix
+  double epsilon = 0;            // unit roundoff of the products
+  std::vector<double> sigma;     // S, for kernels with a bandwidth
+  std::vector<status> why;       // S: ok, constant_layer, zero_bandwidth or non_finite
   std::vector<position> non_finite;  // S: first NaN or infinity
 
   gram_moments() = default;
@@ -208,8 +209,8 @@ struct gram_moments {
   /// tr(HK_pH), H = I − 11ᵀ/n.
   double centred_trace(std::ptrdiff_t p) const {
     double diagonals = 0, total = 0;
-    for (auto i = static_cast<std::size_t>(p * tokens); i < static_cast<std::size_t>((p + 1) * tokens);
-         ++i) {
+    for (auto i = static_cast<std::size_t>(p * tokens);
+         i < static_cast<std::size_t>((p + 1) * tokens); ++i) {
       diagonals += diagonal[i];
       total += row_sums[i] + diagonal[i];
     }
@@ -227,11 +228,32 @@ struct gram_moments {
 /// `on.reads<Memory>` says which memory spaces it can be given. Results are on the host when the
 /// call returns. A NaN or infinity is noted per site and never spoils another site.
 template <class On, class Memory>
-concept backend_for = std::remove_cvref_t<On>::template reads<Memory> &&
-                      requires(On const& on, layer_stack<float, Memory> const& stack,
-                               flow_sink const& sink) {
-                        { on.flow(stack, sink) } -> std::same_as<flow_moments>;
-                        { on.gram(linear{}, stack) } -> std::same_as<gram_moments>;
-                      };
+concept backend_for = std::remove_cvref_t<On>::template reads<Memory>&& requires(
+    On const& on, layer_stack<float, Memory> const& stack, flow_sink const& sink) {
+  { on.flow(stack, sink) } -> std::same_as<flow_moments>;
+  { on.gram(linear{}, stack) } -> std::same_as<gram_moments>;
+};
 
+namespace detail {
+
+template <class On, class... X>
+constexpr void require_readable() {
+  static_assert((backend_for<On, memory_of<X>> && ...),
+                "rflow: this backend cannot read where the activations live. Copy them to its "
+                "memory first, or leave the backend out to get the right one");
+}
+
+template <class X, class Y>
+constexpr void require_same_memory() {
+  static_assert(std::same_as<memory_of<X>, memory_of<Y>>,
+                "rflow: the two sets of activations live in different memory spaces. Copy one of "
+                "them to where the other lives");
+}
+
+[[noreturn]] inline void throw_non_finite(char const* where, char const* layer, position at) {
+  throw std::domain_error(std::string(where) + ": NaN or infinity in layer " + layer + ", token " +
+                          std::to_string(at.token) + ", feature " + std::to_string(at.feature));
+}
+
+}  // namespace detail
 }  // namespace rflow

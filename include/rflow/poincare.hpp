@@ -30,8 +30,7 @@ inline bounds path_spectrum(std::ptrdiff_t n) {
 
 inline void require_chain(char const* where, double path_energy, std::ptrdiff_t sites) {
   if (sites < 2) reject(where, "a chain needs at least 2 sites, not " + std::to_string(sites));
-  if (path_energy < 0)
-    reject(where, "path energy is negative: " + std::to_string(path_energy));
+  if (path_energy < 0) reject(where, "path energy is negative: " + std::to_string(path_energy));
 }
 
 }  // namespace detail

@@ -31,9 +31,7 @@
 
 namespace rflow {
 
-inline constexpr struct {
-  int major, minor, patch;
-} version{0, 1, 0};
+inline constexpr struct { int major, minor, patch; } version{0, 1, 0};
 
 // ---- memory spaces ------------------------------------------------------------------------------
 
@@ -101,7 +99,7 @@ struct bf16 {
 /// What activations may be stored as.
 template <class T>
 concept scalar = std::same_as<T, float> || std::same_as<T, double> || std::same_as<T, f16> ||
-                 std::same_as<T, bf16>;
+    std::same_as<T, bf16>;
 
 /// What products of T are formed in: double for double, float for the rest. Sums over tokens and
 /// every statistic are double whatever T is.
@@ -196,13 +194,13 @@ struct view {
   /// A std::vector, std::span or other contiguous container that holds n × d values, row-major.
   /// @throws std::invalid_argument if it holds another number of values
   template <class Container>
-    requires requires(Container const& c) {
-      { c.data() } -> std::convertible_to<T const*>;
-      { c.size() } -> std::convertible_to<std::size_t>;
-    }
+  requires requires(Container const& c) {
+    { c.data() } -> std::convertible_to<T const*>;
+    { c.size() } -> std::convertible_to<std::size_t>;
+  }
   constexpr view(Container const& values, std::ptrdiff_t n, std::ptrdiff_t d)
       : view(values.data(), n, d) {
-    if (n < 0 || d < 0 || (d > 0 && n > std::numeric_limits<std::ptrdiff_t>::max() / d) ||
+    if (n < 0 || d < 0 || (d > 0 && n > (std::numeric_limits<std::ptrdiff_t>::max)() / d) ||
         static_cast<std::size_t>(n * d) != values.size())
       throw std::invalid_argument("rflow::view: " + std::to_string(values.size()) +
                                   " values do not make " + std::to_string(n) + " x " +
@@ -242,7 +240,7 @@ struct adapt<view<T, Memory>> {
 /// storage (matrices, maps, refs, blocks). An Eigen expression has none: evaluate it first.
 template <class X>
 concept activations = requires(std::remove_cvref_t<X> const& x) {
-  { adapt<std::remove_cvref_t<X>>::as_view(x).data };
+  {adapt<std::remove_cvref_t<X>>::as_view(x).data};
 };
 
 /// The view of x.
@@ -264,6 +262,15 @@ struct view_traits<view<T, Memory>> {
 template <class X>
 using traits_of = view_traits<decltype(rflow::as_view(std::declval<X const&>()))>;
 
+template <class X>
+struct memory_space {
+  using type = host_memory;
+};
+template <activations X>
+struct memory_space<X> {
+  using type = typename traits_of<X>::memory;
+};
+
 [[noreturn]] inline void reject(char const* where, std::string const& what) {
   throw std::invalid_argument(std::string(where) + ": " + what);
 }
@@ -284,8 +291,9 @@ using element_of = std::remove_cvref_t<decltype(*std::begin(std::declval<Range&>
 
 template <activations X>
 using scalar_of = typename detail::traits_of<X>::scalar;
-template <activations X>
-using memory_of = typename detail::traits_of<X>::memory;
+/// The memory space of X; host for what is no activations at all, so that the error is about that.
+template <class X>
+using memory_of = typename detail::memory_space<X>::type;
 
 /// The backend a metric runs on when none is given: specialised in eigen.hpp for host memory, in
 /// cuda.cuh for device memory.
@@ -337,9 +345,9 @@ class layer_stack {
   /// @throws std::invalid_argument if there are no sites, a site is empty, token counts disagree or
   ///         the number of names is not the number of sites
   template <class Range>
-    requires(!activations<Range>) && requires(Range const& r) {
-      { as_view(*std::begin(r)) } -> std::same_as<view<T, Memory>>;
-    }
+  requires(!activations<Range>) && requires(Range const& r) {
+    { as_view(*std::begin(r)) } -> std::same_as<view<T, Memory>>;
+  }
   explicit layer_stack(Range const& layers, std::vector<std::string> names = {})
       : names_(std::move(names)) {
     for (auto const& layer : layers) sites_.push_back(as_view(layer));
@@ -348,9 +356,10 @@ class layer_stack {
 
   /// Layers that die at the end of the statement: keep them in a variable first.
   template <class Range>
-    requires(!activations<Range>) && (!std::is_lvalue_reference_v<Range>) &&
-            activations<element_of<Range>> && (!requires { adapt<element_of<Range>>::borrowed; })
-  explicit layer_stack(Range&&, std::vector<std::string> = {}) = delete;
+  requires(!activations<Range>) &&
+      (!std::is_lvalue_reference_v<Range>)&&activations<element_of<Range>> && (!requires {
+        adapt<element_of<Range>>::borrowed;
+      }) explicit layer_stack(Range&&, std::vector<std::string> = {}) = delete;
 
   layer_stack(std::initializer_list<view<T, Memory>> layers) : sites_(layers) { validate(); }
 
@@ -477,13 +486,11 @@ class layer_stack {
 };
 
 template <class Range>
-  requires(!activations<Range>)
-layer_stack(Range const&)
-    -> layer_stack<scalar_of<element_of<Range>>, memory_of<element_of<Range>>>;
+requires(!activations<Range>) layer_stack(Range const&)
+->layer_stack<scalar_of<element_of<Range>>, memory_of<element_of<Range>>>;
 template <class Range>
-  requires(!activations<Range>)
-layer_stack(Range const&, std::vector<std::string>)
-    -> layer_stack<scalar_of<element_of<Range>>, memory_of<element_of<Range>>>;
+requires(!activations<Range>) layer_stack(Range const&, std::vector<std::string>)
+->layer_stack<scalar_of<element_of<Range>>, memory_of<element_of<Range>>>;
 template <class T, class Memory>
 layer_stack(std::initializer_list<view<T, Memory>>) -> layer_stack<T, Memory>;
 template <class T>
