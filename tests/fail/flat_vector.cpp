@@ -1,4 +1,4 @@
-// expect: activations
+// expect: constraints not satisfied
 // SPDX-License-Identifier: Apache-2.0
 // A flat vector does not say how many tokens it holds.
 #include <rflow/cosine.hpp>

@@ -1,5 +1,4 @@
 // expect: constraints not satisfied
-// expect: activations
 // SPDX-License-Identifier: Apache-2.0
 // A list has no strides, and nobody specialised adapt<> for it.
 #include <rflow/cka.hpp>
