@@ -415,6 +415,7 @@ TEST_CASE("sites are found in the order of the stream") {
   auto const sites = rflow::find_sites(file);
   REQUIRE(sites.chain.size() == 13);
   CHECK(sites.names()[0] == "embed");
+  CHECK(sites.names()[1] == "block.1");  // not block.01
   CHECK(sites.names()[2] == "block.2");
   CHECK(sites.names()[12] == "block.12");
   CHECK(sites.final_norm.value().name == "final_norm");
