@@ -147,7 +147,11 @@ TEST_CASE("chains of different length are compared per site") {
   // E_a / (n_a λ_max(n_a)) against E_b / (n_b λ_1(n_b)).
   auto const lambda_1 = [](int n) { return 4 * std::pow(std::sin(pi / (2.0 * n)), 2); };
   auto const lambda_max = [](int n) { return 4 * std::pow(std::cos(pi / (2.0 * n)), 2); };
-  for (auto const& [a, b] : {std::pair{5, 16}, std::pair{16, 5}, std::pair{2, 33}}) {
+  struct lengths {
+    int a, b;
+  };
+  for (lengths const& n : {lengths{5, 16}, lengths{16, 5}, lengths{2, 33}}) {
+    int const a = n.a, b = n.b;
     CAPTURE(a);
     CAPTURE(b);
     double const border = a * lambda_max(a) / (b * lambda_1(b));
