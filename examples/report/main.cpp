@@ -1,8 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // rflow_report: how representations flow through a model, from a file of activations to a page.
 
-#include <rflow/npy.hpp>
-
 #include <cstdio>
 #include <exception>
 #include <string>
@@ -37,14 +35,8 @@ int run(options const& asked) {
   for (auto const& [name, values] : arrays) names.push_back(name);
   texts["report.html"] = report_html(measured, asked, plots, names);
 
-  publish(asked.output, asked.force, [&](std::filesystem::path const& folder) {
-    for (auto const& [name, text] : texts) {
-      rflow::atomic_writer out(folder / name);
-      out.write(text);
-      out.commit();
-    }
-    for (auto const& [name, x] : arrays) rflow::write_npy(folder / name, x.values, x.shape);
-  });
+  publish(asked.output, asked.force,
+          [&](std::filesystem::path const& folder) { write_files(folder, texts, arrays); });
 
   if (!asked.quiet) {
     std::string const page = (std::filesystem::path(asked.output) / "report.html").string();

@@ -204,23 +204,30 @@ void add_warnings(model_result& m, rflow::flow_report const& final_norm,
                                 " of zeros, left out of the cosines"});
 
   // Advice: one token that decides everything.
-  std::map<std::ptrdiff_t, std::vector<std::size_t>> ruled_by;
-  double largest = 0;
-  if (!m.cka.empty() && m.cka.front().kernel == "linear" && f.tokens >= 8)
+  struct rule {
+    std::vector<std::size_t> sites;
+    double largest = 0;
+  };
+  std::map<std::ptrdiff_t, rule> rules;
+  constexpr std::ptrdiff_t few = 8;  // with fewer tokens each of them is a large share
+  if (!m.cka.empty() && m.cka.front().kernel == "linear" && f.tokens >= few)
     for (std::size_t l = 0; l < all.size(); ++l)
       if (measured const share = m.cka.front().top_share[l]; share.ok() && share.value > 0.5) {
-        ruled_by[m.cka.front().top_token[l]].push_back(l);
-        largest = std::max(largest, share.value);
+        rule& r = rules[m.cka.front().top_token[l]];
+        r.sites.push_back(l);
+        r.largest = std::max(r.largest, share.value);
       }
-  for (auto const& [token, which] : ruled_by)
-    out.push_back(
-        {false, list_sites(all, which) + ": token " + std::to_string(token) +
-                    " alone makes up more than half of the linear kernel matrix (at most " +
-                    number(100 * largest) + " %), so linear CKA, St1 and St2 there speak of " +
-                    "that token" +
-                    (token == skip_first ? ". An attention sink? Compare with --skip-first " +
-                                               std::to_string(skip_first + 1)
-                                         : "")});
+  for (auto const& [token, r] : rules) {
+    std::string const advice = token == skip_first
+                                   ? ". It may be an attention sink: compare with --skip-first " +
+                                         std::to_string(token + 1)
+                                   : "";
+    out.push_back({false, list_sites(all, r.sites) + ": token " + std::to_string(token) +
+                              " makes up more than half of the linear kernel matrix (up to " +
+                              number(100 * r.largest) +
+                              " %), so linear CKA there, and perhaps St1 " +
+                              "and St2, speak of that token" + advice});
+  }
 }
 
 }  // namespace

@@ -38,6 +38,7 @@ figcaption { font-size: 13.5px; line-height: 1.45; color: var(--soft); max-width
 figcaption b { color: var(--ink); font-weight: 600; }
 svg { display: block; width: 100%; height: auto; font-family: inherit; }
 svg .point { cursor: default; }
+svg .point use { stroke: none; }
 svg .point:hover use { stroke: var(--ink); stroke-width: 1; }
 .wide { overflow-x: auto; }
 .wide svg { min-width: 620px; }
@@ -55,9 +56,9 @@ th, td { text-align: left; padding: 6px 14px 6px 0; border-bottom: 1px solid var
 tr:last-child > * { border-bottom: 0; }
 thead th { font-size: 13px; color: var(--soft); font-weight: 600; overflow-wrap: anywhere; }
 tbody th { font-weight: 500; white-space: nowrap; }
-td.value { font-weight: 600; white-space: nowrap; }
-td.value small { font-weight: 400; color: var(--soft); }
-td.what { color: var(--soft); font-size: 13.5px; min-width: 260px; }
+td.value { font-weight: 600; }
+td.value small { font-weight: 400; color: var(--soft); white-space: nowrap; }
+td.what { color: var(--soft); font-size: 13.5px; min-width: 220px; }
 .facts th { color: var(--soft); font-weight: 400; width: 170px; }
 .facts td { overflow-wrap: anywhere; }
 .none { color: var(--note); font-weight: 400; font-style: italic; }

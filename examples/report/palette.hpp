@@ -11,6 +11,8 @@
 #include <cstdio>
 #include <string>
 
+#include "text.hpp"
+
 namespace report {
 
 struct rgb {
@@ -47,7 +49,7 @@ inline rgb colour(double x) {
 inline std::string legend(std::string const& low, std::string const& high,
                           std::string const& what) {
   std::string stops;
-  for (rgb const c : ramp) stops += (stops.empty() ? "" : ",") + hex(c);
+  for (rgb const c : ramp) join(stops, ",", hex(c));
   return "<div class=\"ramp\"><span>" + low +
          "</span><i style=\"background:linear-gradient(to right," + stops + ")\"></i><span>" +
          high + "</span><b class=\"hole\"></b><span>" + what + "</span></div>\n";

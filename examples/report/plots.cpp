@@ -151,6 +151,7 @@ std::string inline_svg(std::string const& svg, std::string const& label,
     replace_all(out, tight, r.page);
   };
   for (role const& r : {ink, text_ink, grid_ink, model_ink[0], model_ink[1]}) paint(r);
+  replace_all(out, " color='var(", " fill='var(");  // of points
   replace_all(out, " font-family=\"sans\"", "");
   replace_all(out, " stroke-linecap=\"butt\" stroke-linejoin=\"miter\"", "");
   replace_all(out, "color=\"black\" stroke=\"currentColor\"", "stroke=\"var(--ink)\"");
@@ -216,6 +217,19 @@ std::string digits(double x) {
   return text;
 }
 
+/// "1, 2, 5, 10": round numbers inside an interval of positive numbers, about eight at most.
+std::string logarithmic_ticks(double low, double high) {
+  int const decades = static_cast<int>(std::ceil(std::log10(high / low)));
+  int const every = std::max(1, decades / 6);
+  std::string out;
+  for (int e = static_cast<int>(std::floor(std::log10(low))); e <= std::log10(high); ++e)
+    for (int const m : {1, 2, 5})
+      if (double const x = m * std::pow(10.0, e);
+          x >= low && x <= high && (decades < 4 || (m == 1 && e % every == 0)))
+        join(out, ", ", std::string("'") + number(x) + "' " + digits(x));
+  return out;
+}
+
 /// Text of a point: which model, which site, which value.
 std::string point_text(result const& r, model_result const& m, std::string const& site,
                        std::string const& value) {
@@ -240,14 +254,14 @@ std::string adjacent_heat_map(model_result const& m, std::ptrdiff_t skip_first) 
       for (std::ptrdiff_t t = n * c / columns; t < n * (c + 1) / columns; ++t)
         if (double const x = cosines[static_cast<std::size_t>(t)]; std::isfinite(x))
           sum += x, ++count;
-      matrix += (c == 0 ? "" : " ") + (count > 0 ? digits(sum / count) : std::string("nan"));
+      matrix += count > 0 ? digits(sum / count) : std::string("nan");
+      matrix += c + 1 < columns ? ' ' : '\n';
       if (count > 0) shown.push_back(sum / count);
     }
-    matrix += "\n";
   }
   if (shown.empty()) return "";
-  // The colours are for the bulk of the values: 2 % may lie below the ramp.
-  auto const nth = shown.begin() + static_cast<std::ptrdiff_t>(shown.size() / 50);
+  // The colours are for the bulk of the values: 5 % may lie below the ramp.
+  auto const nth = shown.begin() + static_cast<std::ptrdiff_t>(shown.size() / 20);
   std::nth_element(shown.begin(), nth, shown.end());
   double const low = std::clamp(std::floor(*nth * 10) / 10, -1.0, 0.9);
 
@@ -255,7 +269,7 @@ std::string adjacent_heat_map(model_result const& m, std::ptrdiff_t skip_first) 
   figure f("Cosine of each token with itself one layer before", 2 * half_width, height);
   std::string palette;
   for (std::size_t i = 0; i < ramp.size(); ++i)
-    palette += (i == 0 ? "" : ", ") + std::to_string(i) + " '" + hex(ramp[i]) + "'";
+    join(palette, ", ", std::to_string(i) + " '" + hex(ramp[i]) + "'");
   f.set("palette defined (" + palette + ")");
   f.set("cbrange [" + digits(low) + ":1]");
   f.set("tics out");
@@ -383,7 +397,8 @@ figures plot(result const& r, options const& asked) {
       f.set("xrange [" + digits(least / 1.3) + ":" + digits(most * 1.3) + "]");
       f.set("yrange [0.3:" + digits(static_cast<double>(r.models.size()) + 0.7) + "]");
       f.set("border 1");
-      f.set("ytics ()");
+      f.set("xtics (" + logarithmic_ticks(least / 1.3, most * 1.3) + ")");
+      f.set("ytics ('' 0)");
       f.set("grid xtics noytics lt 1 lc rgb '" + std::string(grid_ink.script) + "'");
       f.axis_label('x', "St2, logarithmic");
       out["poincare"] = "<div class=\"wide\">" + f.render() + "</div>";

@@ -41,6 +41,11 @@ std::string html_number(rflow::measured x, int digits) {
          std::string(rflow::to_string(x.why)) + "</span>";
 }
 
+void join(std::string& list, std::string_view separator, std::string_view item) {
+  if (!list.empty()) list += separator;
+  list += item;
+}
+
 std::string plural(std::ptrdiff_t n, std::string const& thing) {
   return std::to_string(n) + " " + thing + (n == 1 ? "" : "s");
 }

@@ -20,7 +20,10 @@ std::string html_number(double x, int digits = 3);
 std::string number(rflow::measured x, int digits = 3);
 std::string html_number(rflow::measured x, int digits = 3);
 
-/// "two tokens" of one thing or many: plural(1, "token") is "1 token".
+/// Appends an item to a list: after the separator, unless it is the first.
+void join(std::string& list, std::string_view separator, std::string_view item);
+
+/// One thing or many: "1 token", "2 tokens".
 std::string plural(std::ptrdiff_t n, std::string const& thing);
 
 /// Text with & < > " ' replaced by entities, control characters by spaces, and what is not UTF-8 by

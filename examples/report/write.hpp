@@ -4,6 +4,7 @@
 // The files of a report. Each is made in memory first, so that whatever fails, fails before the
 // folder is touched.
 
+#include <filesystem>
 #include <map>
 #include <string>
 #include <vector>
@@ -32,6 +33,11 @@ struct array {
 /// File name and values of every .npy: CKA under the main estimator, linear kernel unless only RBF
 /// was asked for; adjacent cosines of every token.
 std::map<std::string, array> npy_files(result const& r, options const& asked);
+
+/// Writes them into a folder.
+void write_files(std::filesystem::path const& folder,
+                 std::map<std::string, std::string> const& texts,
+                 std::map<std::string, array> const& arrays);
 
 /// A figure made by gnuplot, ready to stand inside HTML.
 using figures = std::map<std::string, std::string>;

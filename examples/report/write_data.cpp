@@ -1,6 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 // metrics.json, the CSV files and the arrays.
 
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wrestrict"  // g++ 12 misjudges "literal" + string (its bug 105651)
+#endif
+
+#include <rflow/npy.hpp>
+
 #include <cmath>
 #include <limits>
 #include <nlohmann/json.hpp>
@@ -76,6 +82,7 @@ json model(model_result const& m, options const& asked) {
   json metadata = json::object();
   for (auto const& [key, value] : m.metadata) metadata[report::utf8(key)] = report::utf8(value);
   out["metadata"] = std::move(metadata);
+  out["token_hash"] = m.token_hash.empty() ? json() : json(report::utf8(m.token_hash));
   out["tokens"] = {
       {"stored", m.stored_tokens}, {"skip_first", asked.skip_first}, {"used", m.flow.tokens}};
   out["hidden"] = m.flow.width;
@@ -133,7 +140,8 @@ json model(model_result const& m, options const& asked) {
 /// Indented, but with arrays of plain values on one line.
 void print(json const& x, std::size_t indent, std::string& out) {
   auto const plain = [](json const& v) { return !v.is_structured() || v.empty(); };
-  std::string const line = "\n" + std::string(indent + 2, ' ');
+  std::string line(indent + 3, ' ');
+  line[0] = '\n';
   if (plain(x) || (x.is_array() && std::all_of(x.begin(), x.end(), plain))) {
     out += x.dump();
     return;
@@ -141,12 +149,14 @@ void print(json const& x, std::size_t indent, std::string& out) {
   bool first = true;
   out += x.is_array() ? "[" : "{";
   for (auto const& [key, value] : x.items()) {
-    out += (first ? "" : ",") + line;
+    if (!first) out += ',';
+    out += line;
     if (x.is_object()) out += json(key).dump() + ": ";
     print(value, indent + 2, out);
     first = false;
   }
-  out += line.substr(0, indent + 1) + (x.is_array() ? "]" : "}");
+  out += line.substr(0, indent + 1);
+  out += x.is_array() ? ']' : '}';
 }
 
 std::string csv_text(std::string const& text) {
@@ -202,6 +212,7 @@ std::string metrics_json(result const& r, options const& asked) {
 }
 
 std::map<std::string, std::string> csv_files(result const& r) {
+  std::string const comma = ",";
   std::string sites = "model,site,position,inter_token_cosine,status,mean_norm,zero_rows";
   std::string blocks =
       "model,from,to,position,adjacent_cosine_mean,adjacent_cosine_stddev,left_out,step,curvature,"
@@ -223,8 +234,8 @@ std::map<std::string, std::string> csv_files(result const& r) {
                (chain ? std::to_string(m.flow.zero_rows[l]) : "");
       for (cka_result const& c : m.cka)
         sites += c.kernel == "linear"
-                     ? "," + std::to_string(c.top_token[l]) + "," + csv_number(c.top_share[l])
-                     : "," + csv_number(c.sigma[l]);
+                     ? comma + std::to_string(c.top_token[l]) + comma + csv_number(c.top_share[l])
+                     : comma + csv_number(c.sigma[l]);
       sites += "\n";
     }
     for (std::size_t l = 0; l + 1 < m.sites.size(); ++l) {
@@ -250,7 +261,8 @@ std::map<std::string, array> npy_files(result const& r, options const& asked) {
   std::map<std::string, array> out;
   for (std::size_t k = 0; k < r.models.size(); ++k) {
     model_result const& m = r.models[k];
-    std::string const which = r.models.size() == 1 ? "" : "-" + std::to_string(k + 1);
+    std::string which;
+    if (r.models.size() > 1) which.append("-").append(std::to_string(k + 1));
     if (!m.cka.empty()) out["cka" + which + ".npy"] = table(m.cka.front());
     array cosines{{}, {static_cast<std::ptrdiff_t>(m.flow.adjacent.size()), m.flow.tokens}};
     for (auto const& pair : m.flow.adjacent)
@@ -259,6 +271,17 @@ std::map<std::string, array> npy_files(result const& r, options const& asked) {
   }
   if (!r.cross.empty()) out["cka-cross.npy"] = table(r.cross.front());
   return out;
+}
+
+void write_files(std::filesystem::path const& folder,
+                 std::map<std::string, std::string> const& texts,
+                 std::map<std::string, array> const& arrays) {
+  for (auto const& [name, text] : texts) {
+    rflow::atomic_writer out(folder / name);
+    out.write(text);
+    out.commit();
+  }
+  for (auto const& [name, x] : arrays) rflow::write_npy(folder / name, x.values, x.shape);
 }
 
 }  // namespace report

@@ -202,13 +202,13 @@ struct axis {
 std::string heat_map(cka_grid const& g, axis const& rows, axis const& cols,
                      std::string const& table, std::string const& css_class,
                      std::string const& label) {
-  double const left = 44, bottom = 44, top = 6, right = 8, room = 500 - left - right;
-  double const cell = room / std::max(rows.length(), cols.length());
+  double const left = 44, bottom = 44, top = 6, right = 14, room = 500 - left - right;
+  double const cell = std::min(44.0, room / std::max(rows.length(), cols.length()));
   double const width = left + right + cell * cols.length(),
                height = top + bottom + cell * rows.length();
   std::string out = "<svg class=\"heat " + css_class + "\" role=\"img\" aria-label=\"" + label +
-                    "\" data-table=\"" + table + "\" viewBox=\"0 0 " + fixed(width, 0) + " " +
-                    fixed(height, 0) + "\">\n";
+                    "\" data-table=\"" + table + "\" style=\"max-width:" + fixed(width * 1.04, 0) +
+                    "px\" viewBox=\"0 0 " + fixed(width, 0) + " " + fixed(height, 0) + "\">\n";
   out += "<g class=\"cells\" shape-rendering=\"crispEdges\" transform=\"translate(" + fixed(left) +
          " " + fixed(top + cell * rows.length()) + ") scale(" + fixed(cell, 4) + " -" +
          fixed(cell, 4) + ")\">\n";
@@ -509,10 +509,9 @@ std::string report_html(result const& r, options const& asked, figures const& pl
          "</style>\n</head>\n<body>\n"
          // What gnuplot's points refer to; once for all figures.
          "<svg width=\"0\" height=\"0\" style=\"position:absolute\" aria-hidden=\"true\"><defs>"
-         "<circle id=\"gpPt6\" r=\"1\" fill=\"currentColor\"/><rect id=\"gpPt4\" x=\"-1\" y=\"-1\" "
-         "width=\"2\" height=\"2\" fill=\"currentColor\"/>"
-         "<path id=\"gpPt12\" d=\"M0-1.3 1.3 0 0 1.3-1.3 0z\" "
-         "fill=\"currentColor\"/></defs></svg>\n<main>\n" +
+         "<circle id=\"gpPt6\" r=\"1\"/><rect id=\"gpPt4\" x=\"-1\" y=\"-1\" width=\"2\" "
+         "height=\"2\"/><path id=\"gpPt12\" d=\"M0-1.3 1.3 0 0 1.3-1.3 "
+         "0z\"/></defs></svg>\n<main>\n" +
          header(r) + warnings(r) + summary_table(r, asked) + token_section(r, plots) + cka +
          path_section(asked, plots) + facts(r, asked, files) +
          "<footer>Made by rflow_report. What each figure means and where it comes from stands in "

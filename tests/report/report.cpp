@@ -1,0 +1,755 @@
+// SPDX-License-Identifier: Apache-2.0
+// The report program from outside: exit status, the line on stderr, what is left behind, and
+// metrics.json against its schema and against numbers that were computed independently.
+
+#define DOCTEST_CONFIG_IMPLEMENT_WITH_MAIN
+#include <doctest/doctest.h>
+
+#include <rflow/npy.hpp>
+#include <rflow/safetensors.hpp>
+
+#include <fcntl.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdlib>
+#include <filesystem>
+#include <fstream>
+#include <limits>
+#include <map>
+#include <nlohmann/json.hpp>
+#include <string>
+#include <vector>
+
+namespace {
+
+namespace fs = std::filesystem;
+using nlohmann::json;
+
+std::string const source = RFLOW_SOURCE_DIR;
+std::string const capture = source + "/examples/data/smollm2-135m.safetensors";
+std::string const encoder = source + "/examples/data/all-minilm-l6-v2.safetensors";
+
+std::string read(fs::path const& path) {
+  std::ifstream in(path, std::ios::binary);
+  REQUIRE_MESSAGE(in.good(), path.string());
+  return {std::istreambuf_iterator<char>(in), {}};
+}
+
+/// An empty folder, gone at the end.
+struct folder {
+  fs::path path;
+
+  folder() {
+    std::string name = (fs::temp_directory_path() / "rflow-report-XXXXXX").string();
+    REQUIRE(::mkdtemp(name.data()) != nullptr);
+    path = name;
+  }
+  ~folder() {
+    std::error_code ignored;
+    fs::permissions(path, fs::perms::owner_all, ignored);
+    fs::remove_all(path, ignored);
+  }
+  folder(folder const&) = delete;
+  folder& operator=(folder const&) = delete;
+
+  std::string operator/(std::string const& name) const { return (path / name).string(); }
+  std::vector<std::string> names() const {
+    std::vector<std::string> out;
+    for (auto const& entry : fs::directory_iterator(path)) out.push_back(entry.path().filename());
+    std::sort(out.begin(), out.end());
+    return out;
+  }
+};
+
+struct outcome {
+  int status;
+  std::string out, err;
+};
+
+/// Runs the program in a folder, without a shell.
+outcome run(folder const& where, std::vector<std::string> arguments, char const* path = nullptr) {
+  folder const results;
+  arguments.insert(arguments.begin(), RFLOW_REPORT);
+  std::vector<char*> argv;
+  for (std::string& argument : arguments) argv.push_back(argument.data());
+  argv.push_back(nullptr);
+  std::string const out = results / "out", err = results / "err";
+  ::pid_t const child = ::fork();
+  REQUIRE(child >= 0);
+  if (child == 0) {
+    int const to_out = ::open(out.c_str(), O_WRONLY | O_CREAT, 0600);
+    int const to_err = ::open(err.c_str(), O_WRONLY | O_CREAT, 0600);
+    if (::dup2(to_out, 1) < 0 || ::dup2(to_err, 2) < 0 || ::chdir(where.path.c_str()) != 0 ||
+        (path != nullptr && ::setenv("PATH", path, 1) != 0))
+      ::_exit(126);
+    ::execv(argv[0], argv.data());
+    ::_exit(127);
+  }
+  int state = 0;
+  REQUIRE(::waitpid(child, &state, 0) == child);
+  REQUIRE(WIFEXITED(state));
+  return {WEXITSTATUS(state), read(out), read(err)};
+}
+
+/// One line on stderr that begins with the program's name and holds each text; nothing left behind.
+void check_refused(folder const& where, std::vector<std::string> const& arguments,
+                   std::vector<std::string> const& texts, char const* path = nullptr) {
+  std::vector<std::string> const before = where.names();
+  outcome const o = run(where, arguments, path);
+  CAPTURE(o.err);
+  CHECK(o.status == 1);
+  CHECK(o.out.empty());
+  CHECK(o.err.starts_with("rflow_report: "));
+  CHECK(std::count(o.err.begin(), o.err.end(), '\n') == 1);
+  CHECK(o.err.find("rflow::") == std::string::npos);
+  for (std::string const& text : texts) {
+    CAPTURE(text);
+    CHECK(o.err.find(text) != std::string::npos);
+  }
+  CHECK(where.names() == before);
+}
+
+// ---- captures to try ----------------------------------------------------------------------------
+
+/// Named n × d arrays of pseudo-random floats.
+struct sites {
+  std::map<std::string, std::vector<float>> values;
+  std::map<std::string, std::vector<std::ptrdiff_t>> shapes;
+
+  sites(int blocks, std::ptrdiff_t n, std::ptrdiff_t d, unsigned seed = 1) {
+    for (int l = 0; l <= blocks; ++l)
+      add(l == 0 ? "embed" : "block." + std::to_string(l), n, d, seed);
+  }
+  void add(std::string const& name, std::ptrdiff_t n, std::ptrdiff_t d, unsigned seed = 1) {
+    std::uint32_t state =
+        seed * 2654435761u + static_cast<std::uint32_t>(values.size()) * 40503u + 1u;
+    auto& x = values[name];
+    x.resize(static_cast<std::size_t>(n * d));
+    for (float& v : x) {
+      state = state * 1664525u + 1013904223u;
+      v = static_cast<float>(state >> 8) / 16777216.0f - 0.5f;
+    }
+    shapes[name] = {n, d};
+  }
+  void write(std::string const& path,
+             std::map<std::string, std::string> const& metadata = {}) const {
+    std::vector<rflow::tensor> tensors;
+    for (auto const& [name, x] : values)
+      tensors.push_back(rflow::as_tensor(name, x, shapes.at(name)));
+    rflow::write_safetensors(path, tensors, metadata);
+  }
+};
+
+// ---- JSON Schema, as far as ours goes -----------------------------------------------------------
+
+class schema {
+ public:
+  explicit schema(json root) : root_(std::move(root)) {}
+
+  std::string errors(json const& x) const { return errors(x, root_, "metrics.json"); }
+
+ private:
+  static bool is(json const& x, std::string const& type) {
+    if (type == "integer") return x.is_number_integer();
+    if (type == "number") return x.is_number();
+    return type == (x.is_object()    ? "object"
+                    : x.is_array()   ? "array"
+                    : x.is_string()  ? "string"
+                    : x.is_boolean() ? "boolean"
+                    : x.is_null()    ? "null"
+                                     : "number");
+  }
+
+  std::string errors(json const& x, json const& rule, std::string const& at) const {
+    std::string out;
+    auto const complain = [&](std::string const& what) { out += at + ": " + what + "\n"; };
+    for (auto const& [key, value] : rule.items()) {
+      if (key == "$ref") {
+        out += errors(x, root_.at(json::json_pointer(value.get<std::string>().substr(1))), at);
+      } else if (key == "type") {
+        bool any = false;
+        for (json const& type : value.is_array() ? value : json::array({value}))
+          any = any || is(x, type);
+        if (!any) complain("is no " + value.dump());
+      } else if (key == "enum") {
+        if (std::find(value.begin(), value.end(), x) == value.end())
+          complain(x.dump() + " is not allowed");
+      } else if (key == "const") {
+        if (x != value) complain("is not " + value.dump());
+      } else if (key == "minimum") {
+        if (x.is_number() && x < value) complain("is below " + value.dump());
+      } else if (key == "maximum") {
+        if (x.is_number() && x > value) complain("is above " + value.dump());
+      } else if (key == "minItems") {
+        if (x.is_array() && x.size() < value) complain("has too few items");
+      } else if (key == "maxItems") {
+        if (x.is_array() && x.size() > value) complain("has too many items");
+      } else if (key == "required") {
+        for (json const& name : value)
+          if (x.is_object() && !x.contains(name)) complain("lacks " + name.dump());
+      } else if (key == "properties") {
+        for (auto const& [name, sub] : value.items())
+          if (x.is_object() && x.contains(name)) out += errors(x.at(name), sub, at + "/" + name);
+      } else if (key == "additionalProperties") {
+        json const& members = x.is_object() ? x : nothing_;
+        for (auto const& [name, member] : members.items()) {
+          if (rule.contains("properties") && rule.at("properties").contains(name)) continue;
+          if (value == false)
+            complain("has an unknown field " + name);
+          else if (value.is_object())
+            out += errors(member, value, at + "/" + name);
+        }
+      } else if (key == "items") {
+        for (std::size_t i = 0; x.is_array() && i < x.size(); ++i)
+          out += errors(x[i], value, at + "/" + std::to_string(i));
+      } else if (key == "oneOf") {
+        int fits = 0;
+        for (json const& choice : value) fits += errors(x, choice, at).empty() ? 1 : 0;
+        if (fits != 1) complain("fits " + std::to_string(fits) + " of the alternatives");
+      } else if (key != "$schema" && key != "$id" && key != "$defs" && key != "title" &&
+                 key != "description") {
+        complain("the schema's keyword " + key + " is unknown to this test");
+      }
+    }
+    return out;
+  }
+
+  json root_, nothing_ = json::object();
+};
+
+json metrics(fs::path const& report) {
+  json const out = json::parse(read(report / "metrics.json"));
+  schema const rules(json::parse(read(source + "/docs/metrics.schema.json")));
+  CHECK(rules.errors(out) == "");
+  return out;
+}
+
+/// A page that loads nothing.
+void check_page(fs::path const& report) {
+  std::string const page = read(report / "report.html");
+  CHECK(page.starts_with("<!doctype html>"));
+  CHECK(page.find("</html>") != std::string::npos);
+  for (char const* text : {"src=\"", "http://", "https://", "@import", "<link", "url("}) {
+    CAPTURE(text);
+    CHECK(page.find(text) == std::string::npos);
+  }
+}
+
+// ---- agreement with independent numbers ---------------------------------------------------------
+
+struct comparison {
+  double worst = 0;
+  std::string where;
+  std::size_t numbers = 0;
+
+  void number(json const& ours, json const& theirs, std::string const& at, double scale = 0) {
+    REQUIRE_MESSAGE(ours.is_number(), at);
+    double const a = ours, b = theirs;
+    double const error = std::abs(a - b) / std::max({std::abs(b), scale, 1e-300});
+    ++numbers;
+    if (error > worst) worst = error, where = at;
+  }
+  /// Series of cosines and CKA have scale 1: an error of 1e-5 there is absolute.
+  void list(json const& ours, json const& theirs, std::string const& at, double scale = 0) {
+    REQUIRE_MESSAGE(ours.size() == theirs.size(), at);
+    for (std::size_t i = 0; i < ours.size(); ++i) {
+      std::string const here = at + "/" + std::to_string(i);
+      if (theirs[i].is_array())
+        list(ours[i], theirs[i], here, scale);
+      else
+        number(ours[i], theirs[i], here, scale);
+    }
+  }
+};
+
+void check_reference(json const& ours, json const& theirs, std::string const& normalization,
+                     fs::path const& report) {
+  json const& m = ours.at("models").at(0);
+  comparison c;
+  CHECK(m.at("tokens").at("used") == theirs.at("tokens"));
+
+  json inter = m.at("inter_token_cosine").at("values");
+  inter.push_back(m.at("final_norm").at("inter_token_cosine").at("value"));
+  c.list(inter, theirs.at("inter_token"), "inter_token", 1);
+  c.list(m.at("adjacent_cosine").at("mean").at("values"), theirs.at("adjacent").at("mean"),
+         "adjacent mean", 1);
+  c.list(m.at("adjacent_cosine").at("stddev").at("values"), theirs.at("adjacent").at("stddev"),
+         "adjacent stddev", 1);
+
+  json const &v = m.at("variance"), &w = theirs.at("variance").at(normalization);
+  CHECK(v.at("normalization") == normalization);
+  for (char const* name :
+       {"factor", "st1", "st1_squared", "st2", "st2_squared", "path_energy", "path_length"})
+    c.number(v.at(name).at("value"), w.at(name), name);
+  double const chain = static_cast<double>(m.at("sites").size());
+  c.number(v.at("st2_squared_lower").at("value").get<double>() * chain, w.at("spread_lower"),
+           "lower bound");
+  c.number(v.at("st2_squared_upper").at("value").get<double>() * chain, w.at("spread_upper"),
+           "upper bound");
+  c.list(v.at("steps").at("values"), w.at("steps"), "steps");
+  c.list(v.at("curvature").at("values"), theirs.at("curvature"), "curvature", 1);
+
+  for (std::size_t k = 0; k < 2; ++k) {
+    json const& cka = m.at("cka").at(k);
+    std::string const kernel = cka.at("kernel");
+    json const& reference = theirs.at("cka_" + kernel);
+    for (char const* name : {"debiased", "biased"})
+      c.list(cka.at(name).at("values"), reference.at(name), kernel + " " + name, 1);
+    c.list(cka.at("biased").at("chance"), reference.at("chance"), kernel + " chance", 1);
+  }
+  c.list(m.at("cka").at(1).at("sigma").at("values"), theirs.at("rbf_sigma"), "sigma");
+
+  // cka.npy is the main estimator's table under the linear kernel; adjacent.npy has every token.
+  rflow::npy_file const table(report / "cka.npy");
+  double const* const cells = table.array().elements<double>();
+  json const& debiased = theirs.at("cka_linear").at("debiased");
+  REQUIRE(table.array().shape ==
+          std::vector<std::ptrdiff_t>(2, static_cast<std::ptrdiff_t>(debiased.size())));
+  for (std::size_t i = 0; i < debiased.size(); ++i)
+    for (std::size_t j = 0; j < debiased.size(); ++j)
+      c.number(cells[i * debiased.size() + j], debiased[i][j], "cka.npy", 1);
+
+  rflow::npy_file const tokens(report / "adjacent.npy");
+  double const* const cosines = tokens.array().elements<double>();
+  json const& rows = theirs.at("adjacent").at("tokens");
+  auto const skipped = theirs.at("skip_first").get<std::size_t>(),
+             used = theirs.at("tokens").get<std::size_t>();
+  for (std::size_t l = 0; l < theirs.at("adjacent").at("per_token").size(); ++l)
+    for (std::size_t t = 0; t < rows.size(); ++t)
+      c.number(cosines[l * used + rows[t].get<std::size_t>() - skipped],
+               theirs.at("adjacent").at("per_token")[l][t], "adjacent.npy", 1);
+
+  MESSAGE(c.numbers << " numbers, largest difference " << c.worst << " at " << c.where);
+  CHECK(c.numbers > 6000);
+  CHECK(c.worst < 1e-5);
+}
+
+}  // namespace
+
+TEST_CASE("the numbers for the shipped capture are those of an independent computation") {
+  json const reference = json::parse(read(source + "/tests/reference/smollm2_reference.json"));
+  for (char const* normalization : {"per_element", "none", "per_token", "relative"})
+    for (int const skip : {0, 1}) {
+      CAPTURE(normalization);
+      CAPTURE(skip);
+      folder const work;
+      outcome const o = run(work, {capture, "-o", "r", "--no-plots", "--skip-first",
+                                   std::to_string(skip), "--normalization", normalization});
+      CAPTURE(o.err);
+      REQUIRE(o.status == 0);
+      json const m = metrics(work.path / "r");
+      CHECK(m.at("models").at(0).at("token_hash") == reference.at("token_hash"));
+      check_reference(m, reference.at(skip == 0 ? "all_tokens" : "skip_first_1"), normalization,
+                      work.path / "r");
+    }
+}
+
+TEST_CASE("a report is complete, opens without a network, and says where it is") {
+  folder const work;
+  outcome const o = run(work, {capture});
+  CAPTURE(o.err);
+  REQUIRE(o.status == 0);
+  CHECK(o.err.empty());
+  CHECK(o.out.find("smollm2-135m-report/report.html") != std::string::npos);
+  CHECK(work.names() == std::vector<std::string>{"smollm2-135m-report"});
+  fs::path const report = work.path / "smollm2-135m-report";
+  for (char const* name :
+       {"report.html", "metrics.json", "sites.csv", "blocks.csv", "cka.npy", "adjacent.npy"}) {
+    CAPTURE(name);
+    CHECK(fs::file_size(report / name) > 0);
+  }
+  check_page(report);
+  std::string const page = read(report / "report.html");
+  std::size_t figures = 0;
+  for (std::size_t at = 0; (at = page.find("<svg class=\"plot\"", at)) != std::string::npos; ++at)
+    ++figures;
+  CHECK(figures == 8);
+  CHECK(page.find("gnuplot_svg") == std::string::npos);
+
+  json const m = metrics(report);
+  CHECK(m.at("schema_version") == "1.0");
+  CHECK(m.at("comparison").is_null());
+  // The attention sink is pointed out.
+  CHECK(m.at("models").at(0).at("warnings").dump().find("--skip-first 1") != std::string::npos);
+
+  // One line a site and one a block, each with as many fields as its first line names.
+  for (auto const& [name, lines] :
+       std::map<std::string, long>{{"sites.csv", 33}, {"blocks.csv", 31}}) {
+    std::string const text = read(report / name);
+    CHECK(std::count(text.begin(), text.end(), '\n') == lines);
+    std::string const first = text.substr(0, text.find('\n'));
+    CHECK(std::count(text.begin(), text.end(), ',') ==
+          lines * std::count(first.begin(), first.end(), ','));
+  }
+}
+
+TEST_CASE("the same bytes for every number of threads") {
+  folder const work;
+  for (char const* threads : {"1", "2", "3"})
+    REQUIRE(run(work, {capture, "-o", threads, "--threads", threads}).status == 0);
+  for (auto const& entry : fs::directory_iterator(work.path / "1")) {
+    CAPTURE(entry.path().filename().string());
+    CHECK(read(entry.path()) == read(work.path / "2" / entry.path().filename()));
+    CHECK(read(entry.path()) == read(work.path / "3" / entry.path().filename()));
+  }
+}
+
+TEST_CASE("two models side by side") {
+  folder const work;
+  SUBCASE("of different tokens: no table between them, unless it is asked for") {
+    REQUIRE(run(work, {capture, encoder, "-o", "r"}).status == 0);
+    json const m = metrics(work.path / "r");
+    check_page(work.path / "r");
+    CHECK(m.at("models").size() == 2);
+    CHECK(m.at("comparison").at("same_tokens") == false);
+    CHECK(m.at("comparison").at("why_not").get<std::string>().find("hashes differ") !=
+          std::string::npos);
+    CHECK(m.at("comparison").at("cka").empty());
+    for (char const* name : {"cka-1.npy", "cka-2.npy", "adjacent-1.npy", "adjacent-2.npy"})
+      CHECK(fs::exists(work.path / "r" / name));
+    CHECK_FALSE(fs::exists(work.path / "r" / "cka-cross.npy"));
+    fs::remove_all(work.path / "r");
+    check_refused(work, {capture, encoder, "-o", "r", "--cross-cka"},
+                  {capture, encoder, "token hashes differ"});
+  }
+  SUBCASE("of the same tokens: depths and widths may differ") {
+    sites const a(3, 20, 8), b(2, 20, 5, 7);
+    a.write(work / "a.safetensors", {{"token_hash", "x"}, {"model", "A <b>&amp;"}});
+    b.write(work / "b.safetensors", {{"token_hash", "x"}});
+    REQUIRE(run(work, {"a.safetensors", "b.safetensors", "--cross-cka"}).status == 0);
+    json const m = metrics(work.path / "a-vs-b-report");
+    json const& table = m.at("comparison").at("cka").at(0);
+    CHECK(table.at("debiased").at("values").size() == 4);
+    CHECK(table.at("debiased").at("values").at(0).size() == 3);
+    CHECK(fs::exists(work.path / "a-vs-b-report" / "cka-cross.npy"));
+    std::string const page = read(work.path / "a-vs-b-report" / "report.html");
+    CHECK(page.find("A <b>") == std::string::npos);
+    CHECK(page.find("A &lt;b&gt;&amp;amp;") != std::string::npos);
+
+    // A model's own table does not depend on its company.
+    REQUIRE(run(work, {"a.safetensors", "-o", "alone", "-q"}).status == 0);
+    json const alone = metrics(work.path / "alone");
+    comparison c;
+    c.list(m.at("models").at(0).at("cka").at(0).at("debiased").at("values"),
+           alone.at("models").at(0).at("cka").at(0).at("debiased").at("values"), "alone", 1);
+    CHECK(c.worst < 1e-6);
+  }
+  SUBCASE("a file that does not name its tokens") {
+    sites const a(1, 9, 4);
+    a.write(work / "a.safetensors", {{"token_hash", "x"}});
+    a.write(work / "b.safetensors");
+    check_refused(work, {"a.safetensors", "b.safetensors", "--cross-cka"},
+                  {"b.safetensors does not say"});
+  }
+  SUBCASE("hashes that agree over different numbers of tokens") {
+    sites(1, 9, 4).write(work / "a.safetensors", {{"token_hash", "x"}});
+    sites(1, 8, 4).write(work / "b.safetensors", {{"token_hash", "x"}});
+    check_refused(work, {"a.safetensors", "b.safetensors", "--cross-cka"}, {"9 tokens", "8"});
+    CHECK(run(work, {"a.safetensors", "b.safetensors", "--no-plots"}).status == 0);
+  }
+}
+
+TEST_CASE("other ways to hold activations") {
+  folder const work;
+  sites const x(2, 12, 6);
+  x.write(work / "x.safetensors");
+  REQUIRE(run(work, {"x.safetensors", "--no-plots"}).status == 0);
+  json expected = metrics(work.path / "x-report").at("models").at(0);
+  std::string path;
+  std::vector<std::string> options{"--no-plots", "-o", "r"};
+  SUBCASE("a folder of .npy") {
+    fs::create_directory(work.path / "x");
+    for (auto const& [name, values] : x.values)
+      rflow::write_npy(work.path / "x" / (name + ".npy"), values, {12, 6});
+    path = "x/";
+  }
+  SUBCASE("one .npy with three axes") {
+    std::vector<float> all;
+    for (char const* name : {"embed", "block.1", "block.2"})
+      all.insert(all.end(), x.values.at(name).begin(), x.values.at(name).end());
+    rflow::write_npy(work.path / "x.npy", all, {3, 12, 6});
+    path = "x.npy";
+  }
+  SUBCASE("other names") {
+    sites other(0, 12, 6);
+    other.values = {{"emb", x.values.at("embed")},
+                    {"h.0.out", x.values.at("block.1")},
+                    {"h.1.out", x.values.at("block.2")}};
+    other.shapes = {{"emb", {12, 6}}, {"h.0.out", {12, 6}}, {"h.1.out", {12, 6}}};
+    other.write(work / "y.safetensors");
+    path = "y.safetensors";
+    for (char const* word :
+         {"--pattern-embed", "emb", "--pattern-block", "h.{}.out", "--first-block", "0"})
+      options.push_back(word);
+  }
+  options.insert(options.begin(), path);
+  outcome const o = run(work, options);
+  CAPTURE(o.err);
+  REQUIRE(o.status == 0);
+  json const found = metrics(work.path / "r").at("models").at(0);
+  for (char const* name : {"inter_token_cosine", "adjacent_cosine", "variance"})
+    CHECK(found.at(name) == expected.at(name));
+  CHECK(found.at("cka").at(0).at("debiased") == expected.at("cka").at(0).at("debiased"));
+}
+
+TEST_CASE("unusable input: one line, status 1, nothing left") {
+  folder const work;
+  sites x(3, 12, 6);
+  SUBCASE("no such file") {
+    check_refused(work, {"none.safetensors"}, {"none.safetensors: ", "No such file"});
+  }
+  SUBCASE("an empty file") {
+    std::ofstream(work / "x.safetensors").flush();
+    check_refused(work, {"x.safetensors"}, {"x.safetensors: ", "empty"});
+  }
+  SUBCASE("a truncated file") {
+    x.write(work / "x.safetensors");
+    fs::resize_file(work / "x.safetensors", fs::file_size(work / "x.safetensors") - 5);
+    check_refused(work, {"x.safetensors"}, {"x.safetensors: byte ", "ends"});
+  }
+  SUBCASE("a header that lies about its length") {
+    x.write(work / "x.safetensors");
+    std::string bytes = read(work / "x.safetensors");
+    bytes[6] = '\x7f';
+    std::ofstream(work / "x.safetensors", std::ios::binary) << bytes;
+    check_refused(work, {"x.safetensors"}, {"x.safetensors: byte 0", "header"});
+  }
+  SUBCASE("a header that lies about a shape") {
+    x.write(work / "x.safetensors");
+    std::string bytes = read(work / "x.safetensors");
+    bytes.replace(bytes.find("[12,6]"), 6, "[13,6]");
+    std::ofstream(work / "x.safetensors", std::ios::binary) << bytes;
+    check_refused(work, {"x.safetensors"}, {"x.safetensors: byte ", "[13, 6]"});
+  }
+  SUBCASE("a site missing in the middle") {
+    x.values.erase("block.2");
+    x.write(work / "x.safetensors");
+    check_refused(work, {"x.safetensors"}, {"x.safetensors: ", "block.2 is missing"});
+  }
+  SUBCASE("no embedding") {
+    x.values.erase("embed");
+    x.write(work / "x.safetensors");
+    check_refused(work, {"x.safetensors"}, {"x.safetensors: ", "embed is missing"});
+  }
+  SUBCASE("different numbers of tokens") {
+    x.add("block.3", 11, 6);
+    x.write(work / "x.safetensors");
+    check_refused(work, {"x.safetensors"}, {"x.safetensors: ", "block.3", "[11, 6]", "[12, 6]"});
+  }
+  SUBCASE("no tokens at all") {
+    sites(2, 0, 6).write(work / "x.safetensors");
+    check_refused(work, {"x.safetensors"}, {"x.safetensors: ", "[0, 6]"});
+  }
+  SUBCASE("an empty folder") {
+    fs::create_directory(work.path / "x");
+    check_refused(work, {"x"}, {"x: ", "npy"});
+  }
+  SUBCASE("a broken file in a folder") {
+    fs::create_directory(work.path / "x");
+    for (auto const& [name, values] : x.values)
+      rflow::write_npy(work.path / "x" / (name + ".npy"), values, {12, 6});
+    fs::resize_file(work.path / "x" / "block.2.npy", 100);
+    check_refused(work, {"x"}, {"x/block.2.npy: byte "});
+  }
+  SUBCASE("a file of another kind, with a name that garbles terminals") {
+    std::ofstream(work / "a\nb\x1b.pt")
+        << "PK\x03\x04 this is a zip archive, not a safetensors file";
+    check_refused(work, {"a\nb\x1b.pt"}, {"a?b?.pt: "});
+  }
+  SUBCASE("nothing left after --skip-first") {
+    x.write(work / "x.safetensors");
+    check_refused(work, {"x.safetensors", "--skip-first", "12"},
+                  {"x.safetensors: ", "--skip-first 12", "12 tokens"});
+  }
+  SUBCASE("the second of two") {
+    x.write(work / "x.safetensors");
+    check_refused(work, {"x.safetensors", "none.safetensors"}, {"none.safetensors: "});
+  }
+}
+
+TEST_CASE("a wrong command line: one line, status 1") {
+  folder const work;
+  sites(2, 12, 6).write(work / "x.safetensors");
+  check_refused(work, {}, {"input is required"});
+  check_refused(work, {"x.safetensors", "--nonsense"}, {"--nonsense"});
+  check_refused(work, {"x.safetensors", "x.safetensors", "x.safetensors"}, {"--help"});
+  check_refused(work, {"x.safetensors", "--normalization", "softly"},
+                {"--normalization", "softly"});
+  check_refused(work, {"x.safetensors", "--kernel", "cubic"}, {"--kernel", "cubic"});
+  check_refused(work, {"x.safetensors", "--estimator", "good"}, {"--estimator", "good"});
+  check_refused(work, {"x.safetensors", "--skip-first", "-1"}, {"--skip-first"});
+  check_refused(work, {"x.safetensors", "--rbf-fraction", "0"}, {"--rbf-fraction"});
+  check_refused(work, {"x.safetensors", "--rbf-fraction", "nan"}, {"--rbf-fraction"});
+  check_refused(work, {"x.safetensors", "--pattern-block", "block"}, {"--pattern-block", "{}"});
+  check_refused(work, {"x.safetensors", "--cross-cka"}, {"--cross-cka", "two"});
+  CHECK(run(work, {"--version"}).out.starts_with("rflow_report "));
+  CHECK(run(work, {"--help"}).out.find("--skip-first") != std::string::npos);
+}
+
+TEST_CASE(
+    "layers without an answer: a warning and status 0; with --strict 2, and the report is there") {
+  folder const work;
+  sites x(4, 16, 6);
+  std::string expected, site = "block.2";
+  float const nan = std::numeric_limits<float>::quiet_NaN(),
+              infinity = std::numeric_limits<float>::infinity();
+  SUBCASE("NaN") {
+    x.values["block.2"][3 * 6 + 4] = nan;
+    expected = "first at token 3, feature 4";
+  }
+  SUBCASE("infinity") {
+    x.values["block.2"][5 * 6] = -infinity;
+    expected = "first at token 5, feature 0";
+  }
+  SUBCASE("NaN in the final norm") {
+    x.add("final_norm", 16, 6);
+    x.values["final_norm"][2] = nan;
+    expected = "first at token 0, feature 2";
+    site = "final_norm";
+  }
+  SUBCASE("a constant layer") {
+    std::fill(x.values["block.2"].begin(), x.values["block.2"].end(), 1.5f);
+    expected = "constant_layer";
+  }
+  SUBCASE("a layer of zeros") {
+    std::fill(x.values["block.2"].begin(), x.values["block.2"].end(), 0.0f);
+    expected = "zero_rows";
+  }
+  SUBCASE("a layer equal to the one before") {
+    x.values["block.2"] = x.values["block.1"];
+    expected = "zero_step";
+  }
+  SUBCASE("a single token") {
+    x = sites(4, 1, 6);
+    expected = "too_few_rows";
+    site = "embed";
+  }
+  SUBCASE("everything is NaN") {
+    for (auto& [name, values] : x.values) std::fill(values.begin(), values.end(), nan);
+    expected = "first at token 0, feature 0";
+  }
+  x.write(work / "x.safetensors");
+  outcome const o = run(work, {"x.safetensors", "-o", "r"});
+  CAPTURE(o.err);
+  CHECK(o.status == 0);
+  CHECK(o.out.find(expected) != std::string::npos);
+  json const m = metrics(work.path / "r").at("models").at(0);
+  bool found = false;
+  for (json const& w : m.at("warnings")) {
+    std::string const text = w.at("text");
+    found = found || (w.at("kind") == "no_answer" && text.find(expected) != std::string::npos &&
+                      text.find(site) != std::string::npos);
+  }
+  CAPTURE(m.at("warnings").dump(1));
+  CHECK(found);
+  check_page(work.path / "r");
+
+  outcome const strict = run(work, {"x.safetensors", "-o", "s", "--strict", "-q"});
+  CHECK(strict.status == 2);
+  CHECK(strict.out.empty());
+  CHECK(fs::exists(work.path / "s" / "report.html"));
+}
+
+TEST_CASE("a bad layer leaves the others as they were") {
+  folder const work;
+  sites x(4, 16, 6);
+  x.write(work / "good.safetensors");
+  x.values["block.2"][7] = std::numeric_limits<float>::quiet_NaN();
+  x.write(work / "bad.safetensors");
+  for (char const* name : {"good", "bad"})
+    REQUIRE(
+        run(work, {std::string(name) + ".safetensors", "-o", name, "--no-plots", "-q"}).status ==
+        0);
+  json const good = metrics(work.path / "good").at("models").at(0),
+             bad = metrics(work.path / "bad").at("models").at(0);
+  for (std::size_t i = 0; i < 5; ++i)
+    for (std::size_t j = 0; j < 5; ++j) {
+      json const& cell = bad.at("cka").at(0).at("debiased").at("values").at(i).at(j);
+      if (i == 2 || j == 2)
+        CHECK(cell.is_null());
+      else
+        CHECK(cell.get<double>() ==
+              doctest::Approx(
+                  good.at("cka").at(0).at("debiased").at("values").at(i).at(j).get<double>())
+                  .epsilon(1e-6));
+    }
+  CHECK(bad.at("inter_token_cosine").at("status") == json({"ok", "ok", "non_finite", "ok", "ok"}));
+  CHECK(bad.at("variance").at("st2").at("status") == "non_finite");
+}
+
+TEST_CASE("where the report goes") {
+  folder const work;
+  sites(2, 12, 6).write(work / "x.safetensors");
+  SUBCASE("a folder that is there and not empty is replaced only with --force") {
+    fs::create_directory(work.path / "r");
+    std::ofstream(work / "r/precious") << "mine";
+    check_refused(work, {"x.safetensors", "-o", "r", "--no-plots"}, {"r: ", "--force"});
+    CHECK(read(work / "r/precious") == "mine");
+    CHECK(run(work, {"x.safetensors", "-o", "r/", "--no-plots", "--force"}).status == 0);
+    CHECK_FALSE(fs::exists(work / "r/precious"));
+    CHECK(fs::exists(work / "r/report.html"));
+    CHECK(work.names() == std::vector<std::string>{"r", "x.safetensors"});
+  }
+  SUBCASE("an empty folder is taken") {
+    fs::create_directory(work.path / "r");
+    CHECK(run(work, {"x.safetensors", "-o", "r", "--no-plots"}).status == 0);
+    CHECK(fs::exists(work / "r/report.html"));
+  }
+  SUBCASE("a file is not") {
+    check_refused(work, {"x.safetensors", "-o", "x.safetensors", "--force"},
+                  {"x.safetensors: ", "not a folder"});
+    CHECK(fs::is_regular_file(work / "x.safetensors"));
+  }
+  SUBCASE("nor the present folder") {
+    check_refused(work, {"x.safetensors", "-o", ".", "--force"}, {"folder"});
+  }
+  SUBCASE("a parent that is not there") {
+    check_refused(work, {"x.safetensors", "-o", "none/r"}, {"none/r: ", "No such file"});
+  }
+  SUBCASE("a parent that cannot be written to") {
+    check_refused(work, {"x.safetensors", "-o", "/proc/r"}, {"/proc/r: cannot be made"});
+  }
+  SUBCASE("bad input does not touch what was there") {
+    fs::create_directory(work.path / "r");
+    std::ofstream(work / "r/precious") << "mine";
+    check_refused(work, {"none.safetensors", "-o", "r", "--force"}, {"none.safetensors"});
+    CHECK(read(work / "r/precious") == "mine");
+  }
+}
+
+TEST_CASE("gnuplot") {
+  folder const work;
+  sites(2, 12, 6).write(work / "x.safetensors");
+  SUBCASE("missing: an error that says what to do") {
+    check_refused(work, {"x.safetensors"}, {"gnuplot is not on the PATH", "--no-plots"},
+                  "/nowhere");
+    CHECK(run(work, {"x.safetensors", "--no-plots"}, "/nowhere").status == 0);
+    check_page(work.path / "x-report");
+  }
+  SUBCASE("failing: its words and no report") {
+    folder const tools;
+    std::ofstream(tools / "gnuplot") << "#!/bin/sh\necho 'out of ink' >&2\nexit 3\n";
+    fs::permissions(tools / "gnuplot", fs::perms::owner_all);
+    check_refused(work, {"x.safetensors"}, {"gnuplot failed with status 3", "out of ink"},
+                  tools.path.c_str());
+  }
+  SUBCASE("silent: status 0 without a figure is a failure, too") {
+    folder const tools;
+    std::ofstream(tools / "gnuplot") << "#!/bin/sh\nexit 0\n";
+    fs::permissions(tools / "gnuplot", fs::perms::owner_all);
+    check_refused(work, {"x.safetensors"}, {"gnuplot failed"}, tools.path.c_str());
+  }
+}
+
+TEST_CASE("many tokens are binned in the heat map, not in the numbers") {
+  folder const work;
+  sites(2, 5000, 3).write(work / "x.safetensors");
+  REQUIRE(run(work, {"x.safetensors", "--kernel", "linear"}).status == 0);
+  CHECK(read(work / "x-report/report.html").find("5000 tokens in 2048 columns") !=
+        std::string::npos);
+  CHECK(rflow::npy_file(work / "x-report/adjacent.npy").array().shape ==
+        std::vector<std::ptrdiff_t>{2, 5000});
+}
