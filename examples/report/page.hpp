@@ -35,13 +35,15 @@ section > p { margin: 0 0 14px; max-width: 78ch; color: var(--soft); }
 figure { margin: 0; min-width: 0; }
 figure + figure.full, .pair + figure, figure.full + .pair, .pair + .pair { margin-top: 24px; }
 figcaption { font-size: 13.5px; line-height: 1.45; color: var(--soft); max-width: 88ch; margin-top: 4px; }
+figcaption code { white-space: nowrap; }
 figcaption b { color: var(--ink); font-weight: 600; }
 svg { display: block; width: 100%; height: auto; font-family: inherit; }
 svg .point { cursor: default; }
 svg .point use { stroke: none; }
 svg .point:hover use { stroke: var(--ink); stroke-width: 1; }
 .wide { overflow-x: auto; }
-.wide svg { min-width: 620px; }
+.wide svg { min-width: 760px; }
+.strip { max-width: 760px; }
 svg.plot image { image-rendering: pixelated; }
 svg.heat { max-width: 520px; touch-action: manipulation; }
 svg.heat text { fill: var(--soft); font-size: 13px; }

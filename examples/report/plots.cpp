@@ -195,7 +195,7 @@ class figure {
   void curve(std::string const& rows, role const& colour, char const* point_type = "7") {
     std::string const name = data(rows);
     draw(name + " using 1:2 with lines lw 2 lc rgb '" + colour.script + "'");
-    draw(name + " using 1:2:3 with labels hypertext point pt " + point_type + " ps 0.45 lc rgb '" +
+    draw(name + " using 1:2:3 with labels hypertext point pt " + point_type + " ps 0.65 lc rgb '" +
          colour.script + "'");
   }
 
@@ -265,7 +265,7 @@ std::string adjacent_heat_map(model_result const& m, std::ptrdiff_t skip_first) 
   std::nth_element(shown.begin(), nth, shown.end());
   double const low = std::clamp(std::floor(*nth * 10) / 10, -1.0, 0.9);
 
-  int const height = std::clamp(static_cast<int>(rows) * 8, 90, 420) + 60;
+  int const height = std::clamp(static_cast<int>(rows) * 8, 110, 420) + 70;
   figure f("Cosine of each token with itself one layer before", 2 * half_width, height);
   std::string palette;
   for (std::size_t i = 0; i < ramp.size(); ++i)
@@ -366,7 +366,7 @@ figures plot(result const& r, options const& asked) {
       out["tokens_" + std::to_string(k)] = std::move(map);
 
   {
-    figure f("St2 inside its Poincaré interval", 2 * half_width, r.models.size() > 1 ? 130 : 100);
+    figure f("St2 inside its Poincaré interval", 720, r.models.size() > 1 ? 130 : 100);
     bool any = false;
     double least = 0, most = 0;
     for (std::size_t k = 0; k < r.models.size(); ++k) {
@@ -401,7 +401,7 @@ figures plot(result const& r, options const& asked) {
       f.set("ytics ('' 0)");
       f.set("grid xtics noytics lt 1 lc rgb '" + std::string(grid_ink.script) + "'");
       f.axis_label('x', "St2, logarithmic");
-      out["poincare"] = "<div class=\"wide\">" + f.render() + "</div>";
+      out["poincare"] = "<div class=\"strip\">" + f.render() + "</div>";
     }
   }
 

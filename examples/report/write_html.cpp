@@ -308,7 +308,7 @@ std::string cka_figure(cka_result const& c, model_result const& a, model_result 
             "<b>Do not trust</b> biased values with a small bandwidth or few tokens: they tend to "
             "1."
           : "<b>Shows</b> whether two layers arrange the tokens alike, up to rotation and scale. "
-            "<b>Do not trust</b> it where one token rules the kernel (last figure below), nor "
+            "<b>Do not trust</b> it where one token rules the kernel (see Share of one token), nor "
             "biased values near their chance level";
   if (!rbf)
     caption += most_chance > 0 ? ", here up to " + html_number(most_chance) + "." : ".";
@@ -412,16 +412,16 @@ std::string path_section(options const& asked, figures const& plots) {
               "<b>Do not trust</b> the interval to compare two models: it grows with depth, and is "
               "attained only by a path that swings once or zigzags.",
               true);
-  std::string steps =
-      pair_of(plotted(plots, "steps", "Step of each block",
-                      "<b>Shows</b> ‖X<sub>l+1</sub> − X<sub>l</sub>‖, normalisation " + by +
-                          ". "
-                          "<b>Do not trust</b> a lone spike before looking at the last figure: one "
-                          "token with massive activations can be all of it."),
-              plotted(plots, "curvature", "Curvature",
-                      "<b>Shows</b> the angle between a block's step and the one before: 90° is "
-                      "unrelated, less carries on, more turns back. "
-                      "<b>Do not trust</b> it where a step is tiny."));
+  std::string steps = pair_of(
+      plotted(plots, "steps", "Step of each block",
+              "<b>Shows</b> ‖X<sub>l+1</sub> − X<sub>l</sub>‖, normalisation " + by +
+                  ". "
+                  "<b>Do not trust</b> a lone spike before looking at Share of one token: one "
+                  "token with massive activations can be all of it."),
+      plotted(plots, "curvature", "Curvature",
+              "<b>Shows</b> the angle between a block's step and the one before: 90° is "
+              "unrelated, less carries on, more turns back. "
+              "<b>Do not trust</b> it where a step is tiny."));
   std::string single = pair_of(
       plotted(plots, "norms", "Norm of a token",
               "<b>Shows</b> the root mean square norm over tokens, without normalisation. <b>Do "
