@@ -29,7 +29,7 @@ struct biased {
   static constexpr std::ptrdiff_t minimum_tokens = 2;
   static constexpr char const* name = "biased";
 
-  /// ⟨HK_pH, HK_qH⟩ of sites p and q: (n − 1)² times HSIC₀.
+  /// ⟨HK_pH, HK_qH⟩ of sites p and q, (n − 1)² times HSIC₀, in the moments' units.
   static double hsic(gram_moments const& m, std::ptrdiff_t p, std::ptrdiff_t q) {
     auto const n = static_cast<std::size_t>(m.tokens);
     double diagonals = 0, rows = 0, total_p = 0, total_q = 0;
@@ -59,7 +59,7 @@ struct debiased {
   static constexpr std::ptrdiff_t minimum_tokens = 4;
   static constexpr char const* name = "debiased";
 
-  /// ⟨U(K_p), U(K_q)⟩ of sites p and q: n(n − 3) times HSIC₁.
+  /// ⟨U(K_p), U(K_q)⟩ of sites p and q, n(n − 3) times HSIC₁, in the moments' units.
   static double hsic(gram_moments const& m, std::ptrdiff_t p, std::ptrdiff_t q) {
     auto const n = static_cast<std::size_t>(m.tokens);
     double rows = 0, total_p = 0, total_q = 0;
@@ -319,10 +319,11 @@ class cka_accumulator {
       status& why = why_[static_cast<std::size_t>(p)];
       if (why == status::ok && m.why[static_cast<std::size_t>(p)] == status::non_finite)
         why = status::non_finite;
-      scale_[static_cast<std::size_t>(p)] +=
-          scale * square(m.epsilon * m.trace[static_cast<std::size_t>(p)]);
+      auto const s = static_cast<std::size_t>(p);
+      scale_[s] += scale * square(m.epsilon * m.trace[s] * m.unit[s]);
       for (std::ptrdiff_t q = 0; q < sites_; ++q)
-        sums_[static_cast<std::size_t>(p * sites_ + q)] += scale * debiased::hsic(m, p, q);
+        sums_[static_cast<std::size_t>(p * sites_ + q)] +=
+            scale * m.unit[s] * m.unit[static_cast<std::size_t>(q)] * debiased::hsic(m, p, q);
     }
     tokens_ += m.tokens;
     ++batches_;

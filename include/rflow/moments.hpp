@@ -184,6 +184,8 @@ struct gram_moments {
   std::vector<double> diagonal;  // S × n: G^p_ii
   std::vector<double> squares;   // S × n: Σ_{j≠i} (G^p_ij)²; empty if the path has no tiles
   std::vector<double> trace;     // S: Σ_i k(x_i, x_i), the scale of the kernel matrix
+  std::vector<double> unit;      // S: G^p times this is in units of the data. 1, but for data whose
+                                 // fourth powers would leave the range of double
   double epsilon = 0;            // unit roundoff of the products
   std::vector<double> sigma;     // S, for kernels with a bandwidth
   std::vector<status> why;       // S: ok, constant_layer, zero_bandwidth or non_finite
@@ -198,6 +200,7 @@ struct gram_moments {
     row_sums.resize(s * n);
     diagonal.resize(s * n);
     trace.resize(s);
+    unit.resize(s, 1.0);
     why.resize(s, status::ok);
     non_finite.resize(s);
   }

@@ -85,7 +85,7 @@ class team {
     std::atomic<std::ptrdiff_t> next{0};
     std::mutex mutex{};
     std::exception_ptr error{};
-    std::ptrdiff_t error_at = std::numeric_limits<std::ptrdiff_t>::max();
+    std::ptrdiff_t error_at = (std::numeric_limits<std::ptrdiff_t>::max)();
 
     void take_part(int thread) noexcept {
       for (;;) {
