@@ -72,7 +72,8 @@ std::optional<options> parse(int argc, char const* const* argv) {
       ->type_name("DIR")
       ->group("Output");
   app.add_flag("--force", o.force, "Replace that folder if it is there")->group("Output");
-  app.add_flag("!--no-plots", o.plots, "Leave out the figures that need gnuplot")->group("Output");
+  bool no_plots = false;
+  app.add_flag("--no-plots", no_plots, "Leave out the figures that need gnuplot")->group("Output");
   app.add_flag("--strict", o.strict, "Exit with status 2 if a layer has no answer")
       ->group("Output");
   app.add_flag("-q,--quiet", o.quiet, "No summary, no progress; errors only")->group("Output");
@@ -141,6 +142,7 @@ std::optional<options> parse(int argc, char const* const* argv) {
                 : normalization.is("relative")  ? rflow::normalization::relative
                                                 : rflow::normalization::per_element;
   o.main_estimator = main_estimator.is("biased") ? estimator::biased : estimator::debiased;
+  o.plots = !no_plots;
   o.linear = !kernel.is("rbf");
   o.rbf = !kernel.is("linear");
   if (bits.is("f16")) o.bits = rflow::reinterpret::as_f16;
