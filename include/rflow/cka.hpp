@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <concepts>
 #include <cstddef>
 #include <limits>
 #include <numeric>
@@ -95,6 +96,14 @@ measured self_term(gram_moments const& m, std::ptrdiff_t p) {
 }
 
 }  // namespace detail
+
+/// biased, debiased, or one of yours with the same three members.
+template <class E>
+concept estimator = requires(gram_moments const& m, std::ptrdiff_t p) {
+  { E::minimum_tokens } -> std::convertible_to<std::ptrdiff_t>;
+  { E::hsic(m, p, p) } -> std::convertible_to<double>;
+  { E::chance(m, p, p) } -> std::convertible_to<double>;
+};
 
 // ---- the table ----------------------------------------------------------------------------------
 
@@ -190,16 +199,16 @@ class cka_table {
 // ---- the metrics --------------------------------------------------------------------------------
 
 /// The table of moments already at hand.
-template <class Estimator = debiased>
-cka_table cka_matrix(gram_moments const& moments, Estimator estimator = {}) {
-  return cka_table(moments, estimator);
+template <estimator Estimator = debiased>
+cka_table cka_matrix(gram_moments const& moments, Estimator by = {}) {
+  return cka_table(moments, by);
 }
 
 /// CKA of every pair of sites of one model.
 ///
 /// @param  stack      S sites of n tokens; widths may differ
 /// @param  kernel     linear{}, rbf{}, or a kernel of yours
-/// @param  estimator  debiased{} (default) or biased{}
+/// @param  by         debiased{} (default) or biased{}
 /// @param  on         where to run; by default where the stack lives
 /// @return S × S cells, symmetric, 1 on the diagonal; a site without an answer (constant, not
 ///         finite, too few tokens) has its status in its row and column, the rest stays right
@@ -207,27 +216,27 @@ cka_table cka_matrix(gram_moments const& moments, Estimator estimator = {}) {
 /// @note   S·n²·d multiply-adds or, when cheaper, (S·d)²·n/2; each Gram tile is formed once. Products
 ///         in fp32 (fp64 for double), all sums in fp64
 /// @see    Kornblith, Norouzi, Lee, Hinton, ICML 2019, section 3
-template <class T, class Memory, class Kernel = linear, class Estimator = debiased,
+template <class T, class Memory, class Kernel = linear, estimator Estimator = debiased,
           class On = default_backend_t<Memory>>
 cka_table cka_matrix(layer_stack<T, Memory> const& stack, Kernel const& kernel = {},
-                     Estimator estimator = {}, On const& on = {}) {
+                     Estimator by = {}, On const& on = {}) {
   static_assert(backend_for<On, Memory>, "rflow: this backend cannot read where the stack lives");
-  return cka_table(on.gram(kernel, stack), estimator);
+  return cka_table(on.gram(kernel, stack), by);
 }
 
 /// CKA of every site of one model with every site of another, over the same tokens in the same
 /// order. Depth, width and element type may differ.
 ///
 /// @throws std::invalid_argument if the stacks have different numbers of tokens
-template <class T, class U, class Memory, class Kernel = linear, class Estimator = debiased,
+template <class T, class U, class Memory, class Kernel = linear, estimator Estimator = debiased,
           class On = default_backend_t<Memory>>
 cka_table cka_matrix(layer_stack<T, Memory> const& a, layer_stack<U, Memory> const& b,
-                     Kernel const& kernel = {}, Estimator estimator = {}, On const& on = {}) {
+                     Kernel const& kernel = {}, Estimator by = {}, On const& on = {}) {
   static_assert(backend_for<On, Memory>, "rflow: this backend cannot read where the stacks live");
   if (a.size() != b.size())
     detail::reject("rflow::cka_matrix", "the stacks have " + std::to_string(a.size()) + " and " +
                                             std::to_string(b.size()) + " tokens");
-  return cka_table(on.gram(kernel, a, b), estimator, a.sites());
+  return cka_table(on.gram(kernel, a, b), by, a.sites());
 }
 
 /// Centred kernel alignment of two sets of activations.
@@ -237,7 +246,7 @@ cka_table cka_matrix(layer_stack<T, Memory> const& a, layer_stack<U, Memory> con
 /// @param  x          n × p activations, tokens in rows
 /// @param  y          n × q activations of the same n tokens
 /// @param  kernel     linear{} (default), rbf{}, or a kernel of yours
-/// @param  estimator  biased: in [0, 1]; debiased (default): in [−1, 1], about 0 for independent data
+/// @param  by         biased: in [0, 1]; debiased (default): in [−1, 1], about 0 for independent data
 /// @param  on         where to run; by default where x lives
 /// @return 1 if X and Y agree up to rotation, scale and translation; NaN with status constant_layer,
 ///         zero_bandwidth or too_few_rows (n < 4 debiased, n < 2 biased)
@@ -246,13 +255,15 @@ cka_table cka_matrix(layer_stack<T, Memory> const& a, layer_stack<U, Memory> con
 /// @note   n²(p + q) multiply-adds or, when cheaper, n(p + q)²/2; scratch within the backend's memory
 ///         bound; products in fp32 (fp64 if either is double), sums in fp64
 /// @see    Kornblith, Norouzi, Lee, Hinton, ICML 2019, section 3; Song et al., JMLR 2012, equation 5
-template <activations X, activations Y, class Kernel = linear, class Estimator = debiased,
+template <activations X, activations Y, class Kernel = linear, estimator Estimator = debiased,
           class On = default_backend_t<memory_of<X>>>
-measured cka(X const& x, Y const& y, Kernel const& kernel = {}, Estimator = {}, On const& on = {}) {
+measured cka(X const& x, Y const& y, Kernel const& kernel = {}, Estimator by = {},
+             On const& on = {}) {
   detail::require_readable<On, X, Y>();
   detail::require_same_memory<X, Y>();
   constexpr char const* where = "rflow::cka";
-  auto const a = as_view(x), b = as_view(y);
+  auto const a = as_view(x);
+  auto const b = as_view(y);  // perhaps of another type
   detail::require_shape(where, a);
   detail::require_shape(where, b);
   if (a.rows != b.rows)
@@ -263,7 +274,7 @@ measured cka(X const& x, Y const& y, Kernel const& kernel = {}, Estimator = {}, 
   for (std::size_t p = 0; p < 2; ++p)
     if (m.non_finite[p].found())
       detail::throw_non_finite(where, p == 0 ? "x" : "y", m.non_finite[p]);
-  return cka_table(m, Estimator{}, 1)(0, 0);
+  return cka_table(m, by, 1)(0, 0);
 }
 
 // ---- minibatches --------------------------------------------------------------------------------

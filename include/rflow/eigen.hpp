@@ -104,7 +104,8 @@ P widened_lanes(Int const& upper_half) {
   } else {
     // Sign apart, the exponent is rebiased by an exact product; what was infinite or NaN then
     // stands at 2^16 or above and gets its exponent bits back.
-    Int const sign = packet::pand(upper_half, packet::pset1<Int>((std::numeric_limits<int>::min)()));
+    Int const sign =
+        packet::pand(upper_half, packet::pset1<Int>((std::numeric_limits<int>::min)()));
     Int const rest = packet::pand(upper_half, packet::pset1<Int>(0x7fff0000));
     P const magnitude = packet::pmul(packet::preinterpret<P>(packet::plogical_shift_right<3>(rest)),
                                      packet::pset1<P>(0x1p112f));
@@ -573,7 +574,8 @@ gram_moments host_gram(char const* where, Kernel const& kernel, gram_options con
                   "k(inner product, squared norm, squared norm) -> double");
     m = gram<C, function_kernel<Kernel>, Product>(sources, tokens, {kernel}, options);
   }
-  if (std::same_as<Kernel, linear> && tokens < 3)  // too few to U-centre: G = K, whose rows sum to 0
+  if (std::same_as<Kernel, linear> &&
+      tokens < 3)  // too few to U-centre: G = K, whose rows sum to 0
     for (std::size_t i = 0; i < m.diagonal.size(); ++i) m.row_sums[i] = -m.diagonal[i];
   for (position& at : m.non_finite)
     if (at.found()) at.token = std::get<0>(std::tie(stacks...)).token(at.token);
