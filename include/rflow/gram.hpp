@@ -15,14 +15,14 @@
 //               at the last depth             G = kernel(inner product), sums per token
 //       products += 2 · (tile buffer, S rows) · (the same)ᵀ
 //
-// Only entries below the diagonal are kept, the rest of the tiles on the diagonal is exactly zero.
+// Only entries below the diagonal are formed; the rest of the tiles on the diagonal is exactly zero.
 // Every sum has its own place and is added up in a fixed order, and sizes depend on the shape and
 // the memory bound alone: the result is the same to the last bit for any number of threads.
 
 #include <Eigen/Core>
 
 #include <algorithm>
-#include <bit>
+#include <atomic>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
@@ -148,11 +148,12 @@ panel_source<C> source_of(site_rows<T> const& site) {
     auto const& s = *static_cast<site_rows<T> const*>(self);
     integer const step = s.x.col_stride;
     if (step == 1) {
-      for (integer i = 0; i < rows; ++i) {
-        T const* const from = s.row(row + i) + col;
-        widen(from, cols, to + i * ld);
-        for (integer k = 0; k < cols; k += integer{64 / sizeof(T)})  // most likely wanted next
-          Eigen::internal::prefetch(from + cols + k);
+      for (integer i = row; i < row + rows; ++i) {
+        widen(s.row(i) + col, cols, to + (i - row) * ld);
+        if (s.selected || i + rows >= s.x.rows) continue;
+        T const* const next = s.row(i + rows) + col;  // most likely wanted next: into L2
+        for (integer k = 0; k < cols; k += integer{64 / sizeof(T)})
+          __builtin_prefetch(next + k, 0, 2);
       }
     } else if (!s.selected && std::abs(step) > std::abs(s.x.row_stride)) {
       for (integer k = 0; k < cols; ++k)  // column-major: walk along its columns
@@ -202,34 +203,59 @@ struct packed_product {
   /// Row strips and columns of one task.
   static constexpr integer block_strips = 4, block_cols = 256;
 
-  /// out = (accumulate ? out : 0) + rows · colsᵀ, a column after the other. `next` is prefetched: the
-  /// columns of the call that follows.
+  /// out = (accumulate ? out : 0) + rows · colsᵀ, a column after the other, without the first `above`
+  /// rows: those are not needed. `next` is prefetched: the columns of the call that follows.
   template <class C>
-  static void multiply(C const* a, C const* b, integer depth, bool accumulate, C const* next,
-                       C* out) {
+  static void multiply(C const* a, C const* b, integer depth, bool accumulate, integer above,
+                       C const* next, C* out) {
+    if (above < lanes_v<C>) strip<0>(a, b, depth, accumulate, next, out);
+    else if (above < 2 * lanes_v<C>) strip<1>(a, b, depth, accumulate, next, out);
+    else strip<packets<C> - 1>(a, b, depth, accumulate, next, out);
+  }
+
+ private:
+  /// Without the first First packets of rows.
+  template <integer First, class C>
+  static void strip(C const* a, C const* b, integer depth, bool accumulate, C const* next,
+                    C* out) {
     using namespace Eigen::internal;
     using P = packet_t<C>;
-    constexpr integer R = packets<C>, N = cols<C>, W = lanes_v<C>;
+    constexpr integer N = cols<C>, W = lanes_v<C>, all = packets<C>, R = all - First;
+    if (!accumulate)
+      unrolled<N>([&](integer j) __attribute__((always_inline)) {
+        unrolled<First>([&](integer r) __attribute__((always_inline)) {
+          pstore(out + (j * all + r) * W, pset1<P>(C(0)));
+        });
+      });
+    a += First * W;
+    out += First * W;
     P sum[R * N];
-    unrolled<R * N>([&](integer i) __attribute__((always_inline)) {
-      sum[i] = pset1<P>(C(0));
-      prefetch(out + i * W);
+    unrolled<N>([&](integer j) __attribute__((always_inline)) {
+      unrolled<R>([&](integer r) __attribute__((always_inline)) {
+        sum[j * R + r] = pset1<P>(C(0));
+        prefetch(out + (j * all + r) * W);
+      });
     });
-    for (integer k = 0; k < depth; ++k, a += R * W) {
+    for (integer k = 0; k < depth; ++k, a += all * W) {
       P x[R];
       prefetch(next + k * N);
       unrolled<R>([&](integer r) __attribute__((always_inline)) {
         x[r] = pload<P>(a + r * W);
-        prefetch(a + (16 * R + r) * W);
+        prefetch(a + (32 * all + r) * W);
       });
       unrolled<N>([&](integer j) __attribute__((always_inline)) {
         P const y = pset1<P>(b[j * depth + k]);
-        unrolled<R>([&](integer r) __attribute__((always_inline)) { sum[j * R + r] = pmadd(x[r], y, sum[j * R + r]); });
+        unrolled<R>([&](integer r) __attribute__((always_inline)) {
+          sum[j * R + r] = pmadd(x[r], y, sum[j * R + r]);
+        });
       });
     }
-    if (accumulate)
-      unrolled<R * N>([&](integer i) __attribute__((always_inline)) { sum[i] = padd(sum[i], pload<P>(out + i * W)); });
-    unrolled<R * N>([&](integer i) __attribute__((always_inline)) { pstore(out + i * W, sum[i]); });
+    unrolled<N>([&](integer j) __attribute__((always_inline)) {
+      unrolled<R>([&](integer r) __attribute__((always_inline)) {
+        C* const o = out + (j * all + r) * W;
+        pstore(o, accumulate ? padd(pload<P>(o), sum[j * R + r]) : sum[j * R + r]);
+      });
+    });
   }
 };
 
@@ -277,33 +303,48 @@ void load_zeros(void const*, integer, integer rows, integer, integer cols, C* to
   for (integer i = 0; i < rows; ++i) std::fill_n(to + i * ld, cols, C(0));
 }
 
-/// sums = the column sums of x·pre over a slice of rows; returns the largest |x|.
+/// Adds four rows, `ld` apart, to sums in double. Fixed trip counts, so that it vectorises.
+template <class C>
+void add_rows(C const* x, integer ld, integer count, double pre, double* sums) {
+  constexpr integer step = 8;
+  for (integer k = 0; k < count; k += step) {
+    double wide[4][step];
+    for (integer r = 0; r < 4; ++r)
+      for (integer m = 0; m < step; ++m) wide[r][m] = pre * static_cast<double>(x[r * ld + k + m]);
+    for (integer m = 0; m < step; ++m)
+      sums[k + m] += (wide[0][m] + wide[1][m]) + (wide[2][m] + wide[3][m]);
+  }
+}
+
+/// The largest |x|, lane by lane.
+template <class P, class C>
+P largest_of(C const* x, integer count, P largest) {
+  using namespace Eigen::internal;
+  for (integer k = 0; k < count; k += lanes_v<C>) largest = pmax(largest, pabs(ploadu<P>(x + k)));
+  return largest;
+}
+
+/// sums = the column sums of x·pre over a slice of rows; returns the largest |x|. There is room for
+/// a few sums more than columns.
 template <class C>
 double add_columns(panel_source<C> const& x, integer row, integer rows, double pre, double* sums) {
-  constexpr integer chunk = 1024, step = 32;
+  constexpr integer chunk = 1024, step = 16;
   alignas(128) C raw[4 * chunk];
-  C largest[step] = {};
-  std::fill_n(sums, x.cols, 0.);
+  auto largest = Eigen::internal::pset1<packet_t<C>>(C(0));
+  std::fill_n(sums, round_up(x.cols, step), 0.);
   for (integer i = row; i < row + rows; i += 4) {
     integer const count = std::min<integer>(4, row + rows - i);
-    for (integer k0 = 0; k0 < x.cols; k0 += chunk) {
-      integer const cols = std::min(chunk, x.cols - k0);
-      if (count < 4) std::fill_n(raw + count * chunk, (4 - count) * chunk, C(0));
-      x(i, count, k0, cols, raw, chunk);
-      auto const add = [&](integer k, C& most) {
-        C const p = raw[k], q = raw[k + chunk], r = raw[k + 2 * chunk], s = raw[k + 3 * chunk];
-        sums[k0 + k] += pre * ((static_cast<double>(p) + static_cast<double>(q)) +
-                               (static_cast<double>(r) + static_cast<double>(s)));
-        most = std::max(most, std::max(std::max(std::abs(p), std::abs(q)),
-                                       std::max(std::abs(r), std::abs(s))));
-      };
-      integer k = 0;
-      for (; k + step <= cols; k += step)
-        for (integer m = 0; m < step; ++m) add(k + m, largest[m]);
-      for (; k < cols; ++k) add(k, largest[0]);
+    if (count < 4 || i == row) std::fill_n(raw, 4 * chunk, C(0));
+    for (integer k = 0; k < x.cols; k += chunk) {
+      integer const cols = std::min(chunk, x.cols - k), padded = round_up(cols, step);
+      x(i, count, k, cols, raw, chunk);
+      for (integer r = 0; r < 4; ++r)
+        std::fill(raw + r * chunk + cols, raw + r * chunk + padded, C(0));
+      add_rows(raw, chunk, padded, pre, sums + k);
+      for (integer r = 0; r < 4; ++r) largest = largest_of(raw + r * chunk, padded, largest);
     }
   }
-  return static_cast<double>(*std::max_element(largest, largest + step));
+  return static_cast<double>(Eigen::internal::predux_max(largest));
 }
 
 /// ‖·‖² of the rows of a block: packets in C over a few terms, double beyond.
@@ -348,15 +389,15 @@ template <class C>
 bool find_means(team& threads, panel_source<C> const& x, integer tokens, double pre,
                 std::vector<double>& means, double& largest) {
   integer const slice = std::max<integer>(16, round_up(ceil_div(tokens, 32), 4));
-  integer const slices = ceil_div(tokens, slice), d = x.cols;
-  aligned_array<double> sums(slices * d), most(slices);
+  integer const slices = ceil_div(tokens, slice), d = x.cols, ld = round_up(d, 16);
+  aligned_array<double> sums(slices * ld), most(slices);
   threads.run(slices, [&](integer s) {
     integer const row = s * slice;
-    most[s] = add_columns(x, row, std::min(slice, tokens - row), pre, sums.data() + s * d);
+    most[s] = add_columns(x, row, std::min(slice, tokens - row), pre, sums.data() + s * ld);
   });
   means.assign(static_cast<std::size_t>(d), 0.);
   for (integer s = 0; s < slices; ++s)
-    for (integer k = 0; k < d; ++k) means.data()[k] += sums[s * d + k];
+    for (integer k = 0; k < d; ++k) means.data()[k] += sums[s * ld + k];
   bool finite = true;
   for (double& mean : means) {
     finite = finite && is_finite(mean);
@@ -552,6 +593,35 @@ struct function_kernel {
 
 // ---- panels -------------------------------------------------------------------------------------
 
+/// Depths of a block are filled up to whole packets and whole cache lines.
+template <class C>
+inline constexpr integer depth_unit = std::max<integer>(lanes_v<C>, 64 / sizeof(C));
+
+/// A store past the caches, where the instruction set has one. Threads share panels: storing into
+/// lines that another core has read, an ordinary store waits for that core (ten times slower where
+/// cores do not share a cache).
+template <class C, class P>
+EIGEN_ALWAYS_INLINE void stream(C* to, P const& x) {
+  if constexpr (requires { _mm512_stream_ps(to, x); }) _mm512_stream_ps(to, x);
+  else if constexpr (requires { _mm512_stream_pd(to, x); }) _mm512_stream_pd(to, x);
+  else if constexpr (requires { _mm256_stream_ps(to, x); }) _mm256_stream_ps(to, x);
+  else if constexpr (requires { _mm256_stream_pd(to, x); }) _mm256_stream_pd(to, x);
+  else if constexpr (requires { _mm_stream_ps(to, x); }) _mm_stream_ps(to, x);
+  else if constexpr (requires { _mm_stream_pd(to, x); }) _mm_stream_pd(to, x);
+  else Eigen::internal::pstore(to, x);
+}
+
+/// Copies whole packets, past the caches if others will read them.
+template <class C>
+void copy_packets(C const* from, integer count, bool shared, C* to) {
+  using namespace Eigen::internal;
+  using P = packet_t<C>;
+  if (shared)
+    for (integer k = 0; k < count; k += lanes_v<C>) stream(to + k, P(pload<P>(from + k)));
+  else
+    for (integer k = 0; k < count; k += lanes_v<C>) pstore(to + k, pload<P>(from + k));
+}
+
 /// Depths of one step of work, in blocks of `block`; the last block is shorter.
 struct depth_range {
   integer first, count, block;
@@ -591,39 +661,37 @@ void transpose(P const&, C const* from, integer from_ld, C* to, integer to_ld) {
 
 /// Packs one strip of rows (strip · R to (strip + 1) · R of the panels), the first `available` of
 /// which exist: side by side for `rows`, one after the other for `cols`. Either panel may be absent.
-/// Missing rows are zeros, and depths are filled up with zeros to whole packets.
+/// Missing rows are zeros, and so are depths beyond the end.
 template <class Product, class C, class Fetch>
-void pack_strip(Fetch const& fetch, integer row, integer available, integer strip, depth_range const& k,
-                panel<C>* rows, panel<C>* cols) {
-  using namespace Eigen::internal;
-  using P = packet_t<C>;
+void pack_strip(Fetch const& fetch, integer row, integer available, integer strip,
+                depth_range const& k, bool shared, panel<C>* rows, panel<C>* cols) {
   constexpr integer R = Product::template rows<C>, W = lanes_v<C>, S = small_lanes<C>;
-  constexpr integer chunk = 1024 / sizeof(C);  // long enough for the hardware's prefetch
-  alignas(128) C x[W * chunk];
+  constexpr integer chunk = 1024 / sizeof(C);
+  alignas(128) C x[W * chunk], side_by_side[R * chunk];
   for (integer b = 0; b < k.blocks(); ++b) {
-    integer const size = k.size(b), depth = round_up(size, W);
+    integer const size = k.size(b), depth = round_up(size, depth_unit<C>);
     for (integer c = 0; c < size; c += chunk) {
-      integer const count = std::min(chunk, size - c), padded = round_up(count, W);
+      integer const count = std::min(chunk, size - c), padded = round_up(count, depth_unit<C>);
       for (integer i = 0; i < R; i += W) {
         integer const here = std::clamp<integer>(available - i, 0, W);
         if (here > 0) fetch(row + i, here, k.first + b * k.block + c, count, x, chunk);
         std::fill(x + here * chunk, x + W * chunk, C(0));
-        if (cols) {
-          C* const to = cols->block(b, k) + (strip * R + i) * depth + c;
-          for (integer r = 0; r < W; ++r)
-            for (integer m = 0; m < padded; m += W)
-              pstoreu(to + r * depth + m, pload<P>(x + r * chunk + m));
-        }
-        if (rows) {
-          C* const to = rows->block(b, k) + strip * R * depth + c * R + i;
-          for (integer m = 0; m < padded; m += S)
-            for (integer r = 0; r < W; r += S)
-              transpose(pset1<small_packet_t<C>>(C(0)), x + r * chunk + m, chunk, to + m * R + r,
-                        R);
-        }
+        for (integer r = 0; r < here && padded > count; ++r)
+          std::fill(x + r * chunk + count, x + r * chunk + padded, C(0));
+        for (integer r = 0; r < W && cols; ++r)
+          copy_packets(x + r * chunk, padded, shared,
+                       cols->block(b, k) + (strip * R + i + r) * depth + c);
+        for (integer m = 0; m < padded && rows; m += S)
+          for (integer r = 0; r < W; r += S)
+            transpose(Eigen::internal::pset1<small_packet_t<C>>(C(0)), x + r * chunk + m, chunk,
+                      side_by_side + m * R + i + r, R);
       }
+      if (rows)
+        copy_packets(side_by_side, padded * R, shared,
+                     rows->block(b, k) + strip * R * depth + c * R);
     }
   }
+  if (shared) std::atomic_thread_fence(std::memory_order_seq_cst);  // streamed stores need one
 }
 
 // ---- tiles --------------------------------------------------------------------------------------
@@ -684,19 +752,45 @@ struct tiling {
   }
 };
 
+/// Packing of a tile's panels as tasks: a few strips in a row, first of its rows, then of its columns
+/// (on the diagonal the same strips serve both). Few enough that a thread's prefetches pay off.
+template <class Product, class C>
+struct packing {
+  static constexpr integer R = Product::template rows<C>, group = Product::block_strips * R;
+
+  tile const& t;
+  integer end;  // rows that exist
+  bool shared;  // with other threads
+
+  integer row_tasks() const { return ceil_div(t.rows, group); }
+  integer tasks() const { return row_tasks() + (t.diagonal() ? 0 : ceil_div(t.cols, group)); }
+
+  template <class Fetch>
+  void operator()(integer task, Fetch const& fetch, depth_range const& k, panel<C>& rows,
+                  panel<C>& cols) const {
+    bool const of_rows = task < row_tasks();
+    integer const origin = of_rows ? t.row : t.col, count = of_rows ? t.rows : t.cols;
+    integer const from = (of_rows ? task : task - row_tasks()) * group;
+    for (integer at = from; at < std::min(count, from + group); at += R)
+      pack_strip<Product, C>(fetch, origin + at, std::min(R, end - origin - at), at / R, k, shared,
+                             of_rows ? &rows : nullptr,
+                             !of_rows || t.diagonal() ? &cols : nullptr);
+  }
+};
+
 /// All micro tiles of a block over the depths of one step; `finish` sees each at the last depth.
 template <class Product, class C, class Finish>
 void multiply_block(tile const& t, block const& b, panel<C> const& rows, panel<C> const& cols,
                     depth_range const& k, bool first, bool last, C* buffer, Finish const& finish) {
   constexpr integer R = Product::template rows<C>, N = Product::template cols<C>;
   for (integer d = 0; d < k.blocks(); ++d) {
-    integer const depth = round_up(k.size(d), lanes_v<C>);
+    integer const depth = round_up(k.size(d), depth_unit<C>);
     C const* const x = rows.block(d, k) - t.row * depth;
     C const* const y = cols.block(d, k) - t.col * depth;
     bool const start = first && d == 0, end = last && d + 1 == k.blocks();
     tiling<Product, C>::each(b, t.lower, [&](integer i, integer j, integer at) {
       bool const turn = i + R >= b.row + b.rows;  // the next one is of the next strip of columns
-      Product::multiply(x + i * depth, y + j * depth, depth, !start,
+      Product::multiply(x + i * depth, y + j * depth, depth, !start, t.lower ? j - i + 1 : 0,
                         y + (turn ? j + N : j) * depth, buffer + at);
       if (end) finish(i, j, buffer + at);
     });
@@ -834,6 +928,10 @@ void deliver(std::vector<prepared_site<C>> const& sites, std::vector<double> uni
       m.why.data()[p] = status::non_finite;
       units.data()[p] = std::numeric_limits<double>::quiet_NaN();
     }
+    if (units.data()[p] < 1e-60 || units.data()[p] > 1e60) {  // products would leave the range
+      m.unit.data()[p] = units.data()[p];
+      units.data()[p] = 1;
+    }
     double const unit = units.data()[p];
     for (integer q = 0; q <= p; ++q) {
       double const product = m.products.data()[p * m.sites + q] * unit * units.data()[q];
@@ -929,20 +1027,39 @@ class gram_engine {
     return s * area * c + 4 * b * static_cast<double>(depth) * c + sums;
   }
 
+  /// Rough nanoseconds that depend on the side of a tile. Larger tiles pack each row less often, but
+  /// each page of the buffer has to be had from the system once.
+  double overhead(integer side, double features) const {
+    double const n = static_cast<double>(tokens_), b = static_cast<double>(side);
+    double const bytes = static_cast<double>(site_count_) * b * b * sizeof(C);
+    return 0.5 * bytes * (side < tokens_ ? 1 : 0.5) + 0.7 * features * n * n / b;
+  }
+
   gram_sizes choose_sizes(double memory_bound) const {
-    gram_sizes z{};
     integer widest = 1;
-    for (auto const& site : sites_) widest = std::max(widest, site.source.cols);
+    double features = 0;
+    for (auto const& site : sites_) {
+      widest = std::max(widest, site.source.cols);
+      features += static_cast<double>(site.source.cols);
+    }
+    gram_sizes z{};
     integer const block = Product::depth_bytes / static_cast<integer>(sizeof(C));
     integer const blocks = ceil_div(widest, block);
-    z.depth_block = round_up(ceil_div(widest, blocks), lanes_v<C>);
-    for (integer count = 1;; ++count) {
-      z.side = round_up(ceil_div(tokens_, count), R);
-      integer const most = std::max<integer>(1, panel_bytes / (z.side * z.depth_block * integer{sizeof(C)}));
-      z.depth = z.depth_block * std::min(most, blocks);
-      if (z.side <= side_limit && bytes(z.side, z.depth) <= memory_bound) break;
-      if (z.side == R) reject_bound(memory_bound, bytes(R, z.depth));
+    z.depth_block = round_up(ceil_div(widest, blocks), depth_unit<C>);
+    double best = std::numeric_limits<double>::max(), needed = 0;
+    for (integer count = 1, last = 0; last != R; ++count) {
+      integer const side = round_up(ceil_div(tokens_, count), R);
+      if (side == last) continue;
+      last = side;
+      integer const strip = side * z.depth_block * integer{sizeof(C)};
+      integer const depth = z.depth_block * std::clamp<integer>(panel_bytes / strip, 1, blocks);
+      needed = bytes(side, depth);
+      if (needed > memory_bound || overhead(side, features) > best) continue;
+      best = overhead(side, features);
+      z.side = side;
+      z.depth = depth;
     }
+    if (z.side == 0) reject_bound(memory_bound, needed);
     integer const pairs = site_count_ * site_count_ * integer{sizeof(double)};
     z.slices = std::clamp<integer>((integer{4} << 20) / pairs, 8, 64);
     return z;
@@ -965,8 +1082,8 @@ class gram_engine {
     buffer_ = aligned_array<C>(site_count_ * stride_);
     sums_ = aligned_array<double>(site_count_ * sums_stride_);
     for (int k = 0; k < 2; ++k) {
-      rows_[k].values = aligned_array<C>(side * (sizes_.depth + lanes_v<C>));
-      cols_[k].values = aligned_array<C>(side * (sizes_.depth + lanes_v<C>));
+      rows_[k].values = aligned_array<C>(side * (sizes_.depth + depth_unit<C>));
+      cols_[k].values = aligned_array<C>(side * (sizes_.depth + depth_unit<C>));
       rows_[k].rows = cols_[k].rows = side;
     }
     slice_products_ = aligned_array<double>(sizes_.slices * site_count_ * site_count_);
@@ -990,21 +1107,12 @@ class gram_engine {
   void fill(tile const& t, std::vector<Bound> const& kernels,
             std::vector<aligned_array<C>> const& token) {
     std::vector<step> const all = steps();
-    integer const row_strips = ceil_div(t.rows, R);
-    integer const col_strips = t.diagonal() ? 0 : ceil_div(t.cols, R);
-    integer const strips = row_strips + col_strips, blocks = static_cast<integer>(t.blocks.size());
-    auto const pack = [&](integer s, integer strip) {
+    integer const blocks = static_cast<integer>(t.blocks.size());
+    packing<Product, C> const panels{t, tokens_, threads_.size() > 1};
+    auto const pack = [&](integer s, integer task) {
       step const& now = all[static_cast<std::size_t>(s)];
       auto const& site = sites_[static_cast<std::size_t>(now.site)];
-      auto const fetch = [&](auto... where) { site.fetch(where...); };
-      panel<C>& rows = rows_[s % 2];
-      panel<C>& cols = cols_[s % 2];
-      bool const of_rows = strip < row_strips;
-      integer const at = of_rows ? strip : strip - row_strips;
-      integer const row = (of_rows ? t.row : t.col) + at * R;
-      pack_strip<Product, C>(fetch, row, std::min(R, tokens_ - row), at, now.k,
-                             of_rows ? &rows : nullptr,
-                             !of_rows || t.diagonal() ? &cols : nullptr);
+      panels(task, [&](auto... where) { site.fetch(where...); }, now.k, rows_[s % 2], cols_[s % 2]);
     };
     auto const multiply = [&](integer s, integer which) {
       step const& now = all[static_cast<std::size_t>(s)];
@@ -1024,9 +1132,9 @@ class gram_engine {
           });
     };
     integer const count = static_cast<integer>(all.size());
-    threads_.run(strips, [&](integer i) { pack(0, i); });
+    threads_.run(panels.tasks(), [&](integer i) { pack(0, i); });
     for (integer s = 0; s < count; ++s) {
-      integer const ahead = s + 1 < count ? strips : 0;
+      integer const ahead = s + 1 < count ? panels.tasks() : 0;
       threads_.run(ahead + blocks, [&](integer i) {
         if (i < ahead) pack(s + 1, i);
         else multiply(s, i - ahead);
@@ -1071,8 +1179,7 @@ class gram_engine {
     }
   }
 
-  static constexpr integer panel_bytes = integer{4} << 20;  // a panel; four of them stay in L3
-  static constexpr integer side_limit = 2304;
+  static constexpr integer panel_bytes = integer{12} << 20;  // of one of four panels
 
   team& threads_;
   integer tokens_, site_count_;
@@ -1105,7 +1212,7 @@ class feature_engine {
       starts_.push_back(starts_.back() + d);
       owner_.insert(owner_.end(), static_cast<std::size_t>(d), p);
     }
-    depth_ = round_up(std::min(tokens, Product::depth_bytes / integer{sizeof(C)}), W);
+    depth_ = round_up(std::min(tokens, Product::depth_bytes / integer{sizeof(C)}), depth_unit<C>);
     side_ = round_up(std::min<integer>(features(), 1536), R);
     double const bound = static_cast<double>(memory_bound);
     auto const bytes = [&] {
@@ -1192,22 +1299,15 @@ class feature_engine {
   }
 
   void add_tile(tile const& t, gram_moments& m) {
-    integer const row_strips = ceil_div(t.rows, R);
-    integer const strips = row_strips + (t.diagonal() ? 0 : ceil_div(t.cols, R));
     integer const blocks = static_cast<integer>(t.blocks.size());
     integer const steps = ceil_div(tokens_, depth_);
     aligned_array<double> sums(t.sums, 0.);
     auto const range = [&](integer s) {
       return depth_range{s * depth_, std::min(depth_, tokens_ - s * depth_), depth_};
     };
-    auto const pack = [&](integer s, integer strip) {
-      bool const of_rows = strip < row_strips;
-      integer const at = of_rows ? strip : strip - row_strips;
-      integer const row = (of_rows ? t.row : t.col) + at * R;
-      pack_strip<Product, C>([&](auto... where) { fetch(where...); }, row,
-                             std::min(R, features() - row), at, range(s),
-                             of_rows ? &rows_[s % 2] : nullptr,
-                             !of_rows || t.diagonal() ? &cols_[s % 2] : nullptr);
+    packing<Product, C> const panels{t, features(), threads_.size() > 1};
+    auto const pack = [&](integer s, integer task) {
+      panels(task, [&](auto... where) { fetch(where...); }, range(s), rows_[s % 2], cols_[s % 2]);
     };
     auto const multiply = [&](integer s, block const& b) {
       multiply_block<Product>(t, b, rows_[s % 2], cols_[s % 2], range(s), s == 0, s + 1 == steps,
@@ -1215,9 +1315,9 @@ class feature_engine {
                                 add_squares(b, i, j, g, sums.data() + b.sums);
                               });
     };
-    threads_.run(strips, [&](integer i) { pack(0, i); });
+    threads_.run(panels.tasks(), [&](integer i) { pack(0, i); });
     for (integer s = 0; s < steps; ++s) {
-      integer const ahead = s + 1 < steps ? strips : 0;
+      integer const ahead = s + 1 < steps ? panels.tasks() : 0;
       threads_.run(ahead + blocks, [&](integer i) {
         if (i < ahead) pack(s + 1, i);
         else multiply(s, t.blocks[static_cast<std::size_t>(i - ahead)]);
@@ -1301,7 +1401,7 @@ double median_distance(prepared_site<C> const& site, integer tokens, rbf::median
   for (integer k = 0; k < d; k += depth) {
     depth_range const range{k, std::min(depth, d - k), depth};
     for (integer s = 0; s < ceil_div(m, R); ++s)
-      pack_strip<Product, C>(fetch, s * R, std::min(R, m - s * R), s, range, &rows, &cols);
+      pack_strip<Product, C>(fetch, s * R, std::min(R, m - s * R), s, range, false, &rows, &cols);
     for (block const& b : t.blocks)
       multiply_block<Product>(t, b, rows, cols, range, k == 0, k + depth >= d, products.data(),
                               collect);
