@@ -2,7 +2,6 @@
 // metrics.json, the CSV files and the arrays.
 
 #if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC diagnostic ignored "-Wrestrict"  // g++ 12 misjudges "literal" + string (its bug 105651)
 #endif
 
 #include <rflow/npy.hpp>

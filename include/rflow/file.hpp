@@ -266,7 +266,7 @@ struct tensor {
 
   /// "'block.1', f32 [128, 576]", for messages.
   std::string description() const {
-    return "'" + detail::printable(name) + "', " + std::string(to_string(type)) + " " +
+    return std::string("'") + detail::printable(name) + "', " + std::string(to_string(type)) + " " +
            detail::shape_text(shape);
   }
 

@@ -143,8 +143,8 @@ inline void widen(double const* from, integer count, float* to) {
 /// The panel_source of a site; `site` must outlive it.
 template <class C, class T>
 panel_source<C> source_of(site_rows<T> const& site) {
-  auto const load = [](void const* self, integer row, integer rows, integer col, integer cols, C* to,
-                       integer ld) {
+  auto const load = [](void const* self, integer row, integer rows, integer col, integer cols,
+                       C* to, integer ld) {
     auto const& s = *static_cast<site_rows<T> const*>(self);
     integer const step = s.x.col_stride;
     if (step == 1) {
@@ -178,7 +178,9 @@ inline constexpr integer lanes_v = Eigen::internal::packet_traits<C>::size;
 /// f(0), …, f(Count − 1) written out, so that arrays indexed by them stay in registers at any -O.
 template <integer Count, class F>
 EIGEN_ALWAYS_INLINE void unrolled(F const& f) {
-  [&]<integer... I>(std::integer_sequence<integer, I...>) __attribute__((always_inline)) { (f(I), ...); }
+  [&]<integer... I>(std::integer_sequence<integer, I...>) __attribute__((always_inline)) {
+    (f(I), ...);
+  }
   (std::make_integer_sequence<integer, Count>{});
 }
 
@@ -193,7 +195,7 @@ struct packed_product {
   template <class C>
   static constexpr integer packets = many_registers || sizeof(packet_t<C>) > 16 ? 3 : 2;
   template <class C>
-  static constexpr integer rows = packets<C> * lanes_v<C>;
+  static constexpr integer rows = packets<C>* lanes_v<C>;
   template <class C>
   static constexpr integer cols = many_registers ? 8 : 4;
 
@@ -208,16 +210,18 @@ struct packed_product {
   template <class C>
   static void multiply(C const* a, C const* b, integer depth, bool accumulate, integer above,
                        C const* next, C* out) {
-    if (above < lanes_v<C>) strip<0>(a, b, depth, accumulate, next, out);
-    else if (above < 2 * lanes_v<C>) strip<1>(a, b, depth, accumulate, next, out);
-    else strip<packets<C> - 1>(a, b, depth, accumulate, next, out);
+    if (above < lanes_v<C>)
+      strip<0>(a, b, depth, accumulate, next, out);
+    else if (above < 2 * lanes_v<C>)
+      strip<1>(a, b, depth, accumulate, next, out);
+    else
+      strip<packets<C> - 1>(a, b, depth, accumulate, next, out);
   }
 
  private:
   /// Without the first First packets of rows.
   template <integer First, class C>
-  static void strip(C const* a, C const* b, integer depth, bool accumulate, C const* next,
-                    C* out) {
+  static void strip(C const* a, C const* b, integer depth, bool accumulate, C const* next, C* out) {
     using namespace Eigen::internal;
     using P = packet_t<C>;
     constexpr integer N = cols<C>, W = lanes_v<C>, all = packets<C>, R = all - First;
@@ -267,10 +271,10 @@ struct packed_product {
 template <class C>
 struct prepared_site {
   panel_source<C> source;
-  C scale = 1;                 // 0 if the site is constant
+  C scale = 1;                  // 0 if the site is constant
   aligned_array<C> minus_high;  // d, padded with zeros to whole packets
   aligned_array<C> minus_low;
-  std::vector<double> norms;   // n: a_i = ‖x_i − mean‖² · scale²
+  std::vector<double> norms;  // n: a_i = ‖x_i − mean‖² · scale²
   position non_finite;
 
   /// Factor from kernel values of scaled data to those of the data.
@@ -602,13 +606,20 @@ inline constexpr integer depth_unit = std::max<integer>(lanes_v<C>, 64 / sizeof(
 /// cores do not share a cache).
 template <class C, class P>
 EIGEN_ALWAYS_INLINE void stream(C* to, P const& x) {
-  if constexpr (requires { _mm512_stream_ps(to, x); }) _mm512_stream_ps(to, x);
-  else if constexpr (requires { _mm512_stream_pd(to, x); }) _mm512_stream_pd(to, x);
-  else if constexpr (requires { _mm256_stream_ps(to, x); }) _mm256_stream_ps(to, x);
-  else if constexpr (requires { _mm256_stream_pd(to, x); }) _mm256_stream_pd(to, x);
-  else if constexpr (requires { _mm_stream_ps(to, x); }) _mm_stream_ps(to, x);
-  else if constexpr (requires { _mm_stream_pd(to, x); }) _mm_stream_pd(to, x);
-  else Eigen::internal::pstore(to, x);
+  if constexpr (requires { _mm512_stream_ps(to, x); })
+    _mm512_stream_ps(to, x);
+  else if constexpr (requires { _mm512_stream_pd(to, x); })
+    _mm512_stream_pd(to, x);
+  else if constexpr (requires { _mm256_stream_ps(to, x); })
+    _mm256_stream_ps(to, x);
+  else if constexpr (requires { _mm256_stream_pd(to, x); })
+    _mm256_stream_pd(to, x);
+  else if constexpr (requires { _mm_stream_ps(to, x); })
+    _mm_stream_ps(to, x);
+  else if constexpr (requires { _mm_stream_pd(to, x); })
+    _mm_stream_pd(to, x);
+  else
+    Eigen::internal::pstore(to, x);
 }
 
 /// Copies whole packets, past the caches if others will read them.
@@ -773,8 +784,7 @@ struct packing {
     integer const from = (of_rows ? task : task - row_tasks()) * group;
     for (integer at = from; at < std::min(count, from + group); at += R)
       pack_strip<Product, C>(fetch, origin + at, std::min(R, end - origin - at), at / R, k, shared,
-                             of_rows ? &rows : nullptr,
-                             !of_rows || t.diagonal() ? &cols : nullptr);
+                             of_rows ? &rows : nullptr, !of_rows || t.diagonal() ? &cols : nullptr);
   }
 };
 
@@ -1075,8 +1085,8 @@ class gram_engine {
   template <bool RowSums>
   void allocate() {
     integer const side = sizes_.side;
-    tile const whole = side < tokens_ ? plan<RowSums>(side, side, 0, side)
-                                      : plan<RowSums>(0, tokens_, 0, tokens_);
+    tile const whole =
+        side < tokens_ ? plan<RowSums>(side, side, 0, side) : plan<RowSums>(0, tokens_, 0, tokens_);
     stride_ = whole.area;
     sums_stride_ = whole.sums;
     buffer_ = aligned_array<C>(site_count_ * stride_);
@@ -1112,7 +1122,8 @@ class gram_engine {
     auto const pack = [&](integer s, integer task) {
       step const& now = all[static_cast<std::size_t>(s)];
       auto const& site = sites_[static_cast<std::size_t>(now.site)];
-      panels(task, [&](auto... where) { site.fetch(where...); }, now.k, rows_[s % 2], cols_[s % 2]);
+      panels(
+          task, [&](auto... where) { site.fetch(where...); }, now.k, rows_[s % 2], cols_[s % 2]);
     };
     auto const multiply = [&](integer s, integer which) {
       step const& now = all[static_cast<std::size_t>(s)];
@@ -1121,23 +1132,24 @@ class gram_engine {
       integer const height = round_up(b.rows, R), width = round_up(b.cols, N);
       double* const sums = sums_.data() + now.site * sums_stride_ + b.sums;
       if (now.first) std::fill_n(sums, (Bound::row_sums ? 2 : 1) * (height + width), 0.);
-      multiply_block<Product>(
-          t, b, rows_[s % 2], cols_[s % 2], now.k, now.first, now.last,
-          buffer_.data() + now.site * stride_, [&](integer i, integer j, C* g) {
-            double* const r = sums + (i - b.row);
-            double* const c = sums + height + (j - b.col);
-            integer const plain = Bound::row_sums ? height + width : 0;
-            finish_tile<Product>(kernels[p], token[p].data(), i, j, tokens_, g,
-                                 block_sums{r, c, r + plain, c + plain});
-          });
+      multiply_block<Product>(t, b, rows_[s % 2], cols_[s % 2], now.k, now.first, now.last,
+                              buffer_.data() + now.site * stride_, [&](integer i, integer j, C* g) {
+                                double* const r = sums + (i - b.row);
+                                double* const c = sums + height + (j - b.col);
+                                integer const plain = Bound::row_sums ? height + width : 0;
+                                finish_tile<Product>(kernels[p], token[p].data(), i, j, tokens_, g,
+                                                     block_sums{r, c, r + plain, c + plain});
+                              });
     };
     integer const count = static_cast<integer>(all.size());
     threads_.run(panels.tasks(), [&](integer i) { pack(0, i); });
     for (integer s = 0; s < count; ++s) {
       integer const ahead = s + 1 < count ? panels.tasks() : 0;
-      threads_.run(ahead + blocks, [&](integer i) {
-        if (i < ahead) pack(s + 1, i);
-        else multiply(s, i - ahead);
+      threads_.run(blocks + ahead, [&](integer i) {  // the short tasks last
+        if (i < blocks)
+          multiply(s, i);
+        else
+          pack(s + 1, i - blocks);
       });
     }
   }
@@ -1279,8 +1291,8 @@ class feature_engine {
       for (integer t = 0; t < tokens; t += chunk) {
         integer const here = std::min(chunk, tokens - t);
         std::fill(x + here * W, x + chunk * W, C(0));
-        sites_[static_cast<std::size_t>(p)].fetch(token + t, here, f - starts_.data()[p], end - f, x,
-                                                  W);
+        sites_[static_cast<std::size_t>(p)].fetch(token + t, here, f - starts_.data()[p], end - f,
+                                                  x, W);
         C* const row = to + (f - feature) * ld + t;
         if (end - f == W) {
           for (integer i = 0; i < W; i += S)
@@ -1307,20 +1319,22 @@ class feature_engine {
     };
     packing<Product, C> const panels{t, features(), threads_.size() > 1};
     auto const pack = [&](integer s, integer task) {
-      panels(task, [&](auto... where) { fetch(where...); }, range(s), rows_[s % 2], cols_[s % 2]);
+      panels(
+          task, [&](auto... where) { fetch(where...); }, range(s), rows_[s % 2], cols_[s % 2]);
     };
     auto const multiply = [&](integer s, block const& b) {
-      multiply_block<Product>(t, b, rows_[s % 2], cols_[s % 2], range(s), s == 0, s + 1 == steps,
-                              buffer_.data(), [&](integer i, integer j, C const* g) {
-                                add_squares(b, i, j, g, sums.data() + b.sums);
-                              });
+      multiply_block<Product>(
+          t, b, rows_[s % 2], cols_[s % 2], range(s), s == 0, s + 1 == steps, buffer_.data(),
+          [&](integer i, integer j, C const* g) { add_squares(b, i, j, g, sums.data() + b.sums); });
     };
     threads_.run(panels.tasks(), [&](integer i) { pack(0, i); });
     for (integer s = 0; s < steps; ++s) {
       integer const ahead = s + 1 < steps ? panels.tasks() : 0;
-      threads_.run(ahead + blocks, [&](integer i) {
-        if (i < ahead) pack(s + 1, i);
-        else multiply(s, t.blocks[static_cast<std::size_t>(i - ahead)]);
+      threads_.run(blocks + ahead, [&](integer i) {
+        if (i < blocks)
+          multiply(s, t.blocks[static_cast<std::size_t>(i)]);
+        else
+          pack(s + 1, i - blocks);
       });
     }
     for (block const& b : t.blocks) {
@@ -1468,8 +1482,8 @@ gram_moments gram_rbf(std::vector<panel_source<C>> const& sources, integer token
     k.sigma.resize(sites.size());
     threads.run(static_cast<integer>(sites.size()), [&](integer p) {
       k.sigma.data()[p] =
-          kernel.fraction * std::sqrt(median_distance<Product>(
-                                sites[static_cast<std::size_t>(p)], tokens, kernel.convention));
+          kernel.fraction * std::sqrt(median_distance<Product>(sites[static_cast<std::size_t>(p)],
+                                                               tokens, kernel.convention));
     });
   }
   gram_moments m = gram_engine<Product, C>(threads, sites, tokens, options.memory_bound)(k);

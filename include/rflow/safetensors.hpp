@@ -460,8 +460,10 @@ inline void write_safetensors(std::filesystem::path const& path, std::span<tenso
     std::ptrdiff_t const bytes = detail::extent_of(x->shape, bits(x->type)).bits / 8;
     if (bytes > PTRDIFF_MAX - begin) detail::reject(where, "more than 2^63 bytes");
     std::string shape;
-    for (std::ptrdiff_t const n : x->shape) shape += (shape.empty() ? "" : ",") + std::to_string(n);
-    header += (header.size() == 1 ? "" : ",") + quoted(x->name) + R"(:{"dtype":")" +
+    for (std::ptrdiff_t const n : x->shape)
+      (shape += shape.empty() ? "" : ",") += std::to_string(n);
+    header += header.size() == 1 ? "" : ",";
+    header += quoted(x->name) + R"(:{"dtype":")" +
               std::string(detail::safetensors_types[place].name) + R"(","shape":[)" + shape +
               R"(],"data_offsets":[)" + std::to_string(begin) + "," +
               std::to_string(begin + bytes) + "]}";
