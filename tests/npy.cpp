@@ -8,6 +8,8 @@
 #include <cstdint>
 #include <limits>
 #include <rflow/npy.hpp>
+
+#include <rflow/file.hpp>
 #include <string>
 #include <thread>
 #include <vector>
