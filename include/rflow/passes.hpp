@@ -1,0 +1,1628 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+// The flow pass and the Gram pass for any parallel device: functors, and the order in which they
+// run. Not a public interface: on_thrust in thrust.hpp and on_cuda in cuda.cuh give it a device.
+// A device is a class with
+//
+//     group                       a few threads that share an item, see one_lane
+//     each_index(count, f)        f(i) for every i, in any order
+//     each_group(count, f)        f(i, group) for every i, in any order
+//     allocate(bytes)             an owner of memory, with data()
+//     upload, download, zero      copies between host and device, wait() ends them all
+//     source(stack, arena)        where the rows of a stack are read from
+//     product, pair_products      inner products; see packed_products in thrust.hpp
+//
+// and some sizes. Work is cut by the shape of the data and these sizes alone, and every sum has an
+// owner: results do not depend on the number of threads.
+
+#include <algorithm>
+#include <cmath>
+#include <concepts>
+#include <cstddef>
+#include <limits>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#include <rflow/moments.hpp>
+#include <rflow/view.hpp>
+
+// Functors shared by g++ and nvcc need the annotation; it is gone again at the end of the file.
+#ifdef __CUDACC__
+#define RFLOW_HD __host__ __device__
+#else
+#define RFLOW_HD
+#endif
+
+namespace rflow::detail::passes {
+
+using integer = std::ptrdiff_t;
+
+RFLOW_HD constexpr integer ceil_div(integer a, integer b) { return (a + b - 1) / b; }
+RFLOW_HD constexpr integer round_up(integer a, integer b) { return ceil_div(a, b) * b; }
+RFLOW_HD constexpr integer smaller(integer a, integer b) { return a < b ? a : b; }
+
+// Functions of the standard library are not for device code; their values are.
+inline constexpr double missing = std::numeric_limits<double>::quiet_NaN();
+
+inline std::size_t size_of(integer count) { return static_cast<std::size_t>(count); }
+
+/// The group of a host system: one thread, which holds many values so that loops vectorise.
+struct one_lane {
+  static constexpr int size = 1;
+  static constexpr int held = 512;     // features of a row that a lane holds at once
+  static constexpr int columns = 512;  // columns of which a lane keeps sums
+  static constexpr int tokens = 1;     // rows that are read before the first is used
+  static constexpr int rows = 64;      // rows of a tile that a lane holds at once
+  static constexpr int sums = 16;      // partial sums side by side
+
+  int lane() const { return 0; }
+  double sum(double x) const { return x; }
+  float sum(float x) const { return x; }
+  double max(double x) const { return x; }
+  void sync() const {}
+  /// Asks for memory that is wanted soon.
+  void prefetch(void const* from, std::ptrdiff_t bytes) const {
+    for (std::ptrdiff_t k = 0; k < bytes; k += 64)
+      __builtin_prefetch(static_cast<char const*>(from) + k);
+  }
+};
+
+// ---- memory, asked for once ---------------------------------------------------------------------
+
+/// Places in memory that is yet to be asked for.
+class arena {
+  static constexpr integer alignment = 256;
+
+ public:
+  template <class V>
+  struct place {
+    std::size_t at = 0;
+  };
+
+  template <class V>
+  place<V> reserve(integer count) {
+    std::size_t const at = bytes_;
+    bytes_ += size_of(round_up(std::max<integer>(count, 1) * integer{sizeof(V)}, alignment));
+    return {at};
+  }
+
+  std::size_t bytes() const { return bytes_; }
+  void settle(std::byte* base) { base_ = base; }
+
+  template <class V>
+  V* operator[](place<V> where) const {
+    return reinterpret_cast<V*>(base_ + where.at);
+  }
+
+ private:
+  std::size_t bytes_ = 0;
+  std::byte* base_ = nullptr;
+};
+
+// ---- reading rows -------------------------------------------------------------------------------
+
+/// Rows of one site, seen through a list of selected rows if there is one.
+template <class T>
+struct token_rows {
+  T const* data = nullptr;
+  integer row_stride = 0, col_stride = 1, cols = 0;
+  integer const* selected = nullptr;
+
+  RFLOW_HD T const* row(integer i) const {
+    return data + (selected != nullptr ? selected[i] : i) * row_stride;
+  }
+  token_rows from(integer first) const {
+    token_rows out = *this;
+    if (selected != nullptr)
+      out.selected += first;
+    else
+      out.data += first * row_stride;
+    return out;
+  }
+};
+
+/// The rows of all sites; token t of a slab is row first + t.
+template <class T>
+struct slab_rows {
+  token_rows<T> const* sites;
+  integer first;
+};
+
+/// Tokens whose distances give a median.
+inline integer sample_size(integer tokens) { return std::min<integer>(tokens, 512); }
+
+/// Reads rows where they lie.
+template <class T>
+class direct_source {
+ public:
+  using scalar = T;
+
+  template <class Memory>
+  direct_source(layer_stack<T, Memory> const& stack, arena& memory)
+      : selection_(stack.selection().begin(), stack.selection().end()) {
+    for (integer l = 0; l < stack.sites(); ++l) {
+      auto const& x = stack[l];
+      rows_.push_back({x.data, x.row_stride, x.col_stride, x.cols, nullptr});
+    }
+    for (integer i = 0; i < sample_size(stack.size()); ++i)
+      sample_.push_back(stack.token(i * stack.size() / sample_size(stack.size())));
+    rows_at_ = memory.reserve<token_rows<T>>(sites());
+    selection_at_ = memory.reserve<integer>(static_cast<integer>(selection_.size()));
+    sample_at_ = memory.reserve<integer>(static_cast<integer>(sample_.size()));
+    masked_ = stack.masked();
+  }
+
+  template <class Device>
+  void start(Device& on, arena const& memory) {
+    if (masked_)
+      for (auto& site : rows_) site.selected = memory[selection_at_];
+    on.upload(selection_.data(), static_cast<integer>(selection_.size()), memory[selection_at_]);
+    on.upload(rows_.data(), sites(), memory[rows_at_]);
+    on.upload(sample_.data(), static_cast<integer>(sample_.size()), memory[sample_at_]);
+    on_device_ = memory[rows_at_];
+    sample_on_device_ = memory[sample_at_];
+  }
+
+  integer sites() const { return static_cast<integer>(rows_.size()); }
+  integer cols(integer site) const { return rows_[size_of(site)].cols; }
+
+  /// How many rows of a site, or of all of them, may be asked for at once.
+  integer most_rows(integer tokens) const { return tokens; }
+  integer most_slab(integer tokens) const { return tokens; }
+
+  /// Rows first … first + count − 1 of all sites, or of one.
+  slab_rows<T> slab(integer first, integer) { return {on_device_, first}; }
+  token_rows<T> rows(integer site, integer first, integer) {
+    return rows_[size_of(site)].from(first);
+  }
+  /// Up to 512 evenly strided rows, for a median.
+  token_rows<T> sample(integer site) {
+    token_rows<T> out = rows_[size_of(site)];
+    out.selected = sample_on_device_;
+    return out;
+  }
+  /// What was asked for last is no longer needed once the work enqueued so far is done.
+  void release() {}
+
+ private:
+  std::vector<token_rows<T>> rows_;
+  std::vector<integer> selection_, sample_;
+  bool masked_ = false;
+  arena::place<token_rows<T>> rows_at_;
+  arena::place<integer> selection_at_, sample_at_;
+  token_rows<T> const* on_device_ = nullptr;
+  integer const* sample_on_device_ = nullptr;
+};
+
+/// Widens up to Count · Group::size features of a row: a lane's k-th is from + k · size + lane.
+/// Returns how many of them a lane has to look at; what there is not is zero.
+template <class C, int Count, class Group, class T>
+RFLOW_HD integer load(token_rows<T> const& x, T const* row, integer from, Group g, C (&to)[Count]) {
+  constexpr integer step = Group::size;
+  integer const left = x.cols - from - g.lane();
+  integer const here = smaller(Count, left > 0 ? ceil_div(left, step) : 0);
+  integer const used =
+      smaller(Count, round_up(ceil_div(x.cols - from, step), smaller(Group::sums, Count)));
+  T const* const at = row + (from + g.lane()) * x.col_stride;
+  if (x.col_stride == 1) {
+    for (integer k = 0; k < here; ++k) to[k] = static_cast<C>(at[k * step]);
+  } else {
+    for (integer k = 0; k < here; ++k) to[k] = static_cast<C>(at[k * step * x.col_stride]);
+  }
+  for (integer k = here; k < used; ++k) to[k] = C(0);
+  return used;
+}
+
+/// The same where a row can be read as it lies: a pointer to what `load` would have copied.
+template <class C, int Count, class Group, class T>
+RFLOW_HD C const* values(token_rows<T> const& x, T const* row, integer from, Group g,
+                         C (&buffer)[Count], integer& used) {
+  if constexpr (Group::size == 1 && std::same_as<C, T>) {
+    used = smaller(Count, x.cols - from);
+    if (x.col_stride == 1 && used % smaller(Group::sums, Count) == 0) return row + from;
+  }
+  used = load(x, row, from, g, buffer);
+  return buffer;
+}
+
+// ---- flow: one token through the chain ----------------------------------------------------------
+
+/// Squares of C neither overflow nor lose their last bits in this range.
+template <class C>
+RFLOW_HD bool in_range(double square) {
+  if constexpr (std::same_as<C, float>)
+    return square > 1e-18 && square < 1e30;
+  else
+    return square > 1e-270 && square < 1e290;
+}
+
+/// What is kept of every token of a slab at every site, at site · tokens + token.
+struct token_table {
+  integer sites, tokens;
+  double *square, *step2, *turn, *spread, *cosine, *norm;
+  integer* bad;  // first feature that is NaN or infinite, −1 if there is none
+
+  RFLOW_HD integer at(integer site, integer token) const { return site * tokens + token; }
+};
+
+/// Sums over features, several side by side.
+template <class A, int Count>
+struct chain_sums {
+  A square[Count] = {}, dot[Count] = {}, step2[Count] = {}, turn[Count] = {}, away2[Count] = {};
+
+  template <class Group>
+  RFLOW_HD static double total(A const (&x)[Count], Group g) {
+    A sum = 0;
+    for (int i = 0; i < Count; ++i) sum += x[i];
+    return static_cast<double>(g.sum(sum));
+  }
+};
+
+/// Walks one token through all sites: norms, products with the site before, distance from the mean
+/// of the sites before. In C, and once more in double for a token with a row that is zero, not
+/// finite, or too large or small to be squared in C.
+template <class T>
+struct walk_chain {
+  using C = compute_t<T>;
+
+  slab_rows<T> x;
+  token_table out;
+
+  template <class Group>
+  RFLOW_HD void operator()(integer t, Group g) const {
+    for (integer l = g.lane(); l < out.sites; l += Group::size) out.bad[out.at(l, t)] = -1;
+    g.sync();
+    walk<C, false>(t, g, 1);
+    g.sync();
+    double odd = 0;
+    for (integer l = g.lane(); l < out.sites; l += Group::size)
+      if (!in_range<C>(out.square[out.at(l, t)])) odd = 1;
+    double scale = 1;
+    if (g.max(odd) > 0) {
+      scale = inspect(t, g);
+      g.sync();
+      walk<double, true>(t, g, scale);
+      g.sync();
+    }
+    finish(t, g, scale);
+  }
+
+ private:
+  template <class A, bool Careful, class Group>
+  RFLOW_HD void walk(integer t, Group g, double scale) const {
+    constexpr integer block = Group::size * Group::held;
+    integer const width = x.sites[0].cols;
+    for (integer from = 0; from < width; from += block) {
+      A mean[Group::held] = {}, before[Group::held] = {}, step[Group::held] = {};
+      integer seen = 0, run = 0;  // sites so far; those of them just before this one
+      for (integer l = 0; l < out.sites; ++l) {
+        if (Careful && out.bad[out.at(l, t)] >= 0) {
+          run = 0;
+          if (from == 0 && g.lane() == 0) store(out.at(l, t), 0, missing, 0, 0, 0);
+          continue;
+        }
+        if (l + 1 < out.sites)
+          g.prefetch(x.sites[l + 1].row(x.first + t) + from,
+                     smaller(block, width - from) * integer{sizeof(T)});
+        else if (from + block < width)
+          g.prefetch(x.sites[0].row(x.first + t) + from + block,
+                     smaller(block, width - from - block) * integer{sizeof(T)});
+        A buffer[Group::held];
+        integer used = 0;
+        T const* const row = x.sites[l].row(x.first + t);
+        A const* here = buffer;
+        if constexpr (Careful) {
+          used = load(x.sites[l], row, from, g, buffer);
+          for (integer k = 0; k < used; ++k) buffer[k] *= scale;
+        } else {
+          here = values(x.sites[l], row, from, g, buffer, used);
+        }
+        chain_sums<A, Group::sums> s;
+        add_features(here, used, A(1) / static_cast<A>(seen + 1), mean, before, step, s);
+        using sums = chain_sums<A, Group::sums>;
+        double const square = sums::total(s.square, g), dot = sums::total(s.dot, g),
+                     step2 = sums::total(s.step2, g), turn = sums::total(s.turn, g),
+                     away2 = sums::total(s.away2, g) * static_cast<double>(seen) /
+                             static_cast<double>(seen + 1);
+        if (g.lane() == 0) {
+          integer const at = out.at(l, t);
+          if (from == 0) store(at, 0, run > 0 ? 0 : missing, 0, 0, 0);
+          out.square[at] += square;
+          out.spread[at] += away2;
+          if (run > 0) out.cosine[at] += dot, out.step2[at] += step2;
+          if (run > 1) out.turn[at] += turn;
+        }
+        ++seen;
+        ++run;
+      }
+    }
+  }
+
+  template <class A, int Held, int Sums>
+  RFLOW_HD static void add_features(A const* __restrict here, integer used, A weight,
+                                    A (&mean_)[Held], A (&before_)[Held], A (&step_)[Held],
+                                    chain_sums<A, Sums>& s) {
+    chain_sums<A, Sums> r;
+    A* __restrict mean = mean_, * __restrict before = before_, * __restrict step = step_;
+    for (integer k = 0; k < used; k += Sums)
+      for (int i = 0; i < Sums; ++i) {
+        A const v = here[k + i], move = v - before[k + i], away = v - mean[k + i];
+        r.square[i] += v * v;
+        r.dot[i] += v * before[k + i];
+        r.step2[i] += move * move;
+        r.turn[i] += move * step[k + i];
+        r.away2[i] += away * away;
+        mean[k + i] += away * weight;
+        before[k + i] = v;
+        step[k + i] = move;
+      }
+    s = r;
+  }
+
+  RFLOW_HD void store(integer at, double square, double cosine, double step2, double turn,
+                      double spread) const {
+    out.square[at] = square;
+    out.cosine[at] = cosine;
+    out.step2[at] = step2;
+    out.turn[at] = turn;
+    out.spread[at] = spread;
+  }
+
+  /// Finds sites that are not finite, and a power of two that brings the largest value to about 1.
+  template <class Group>
+  RFLOW_HD double inspect(integer t, Group g) const {
+    using std::abs, std::ilogb, std::ldexp;
+    double largest = 0;
+    for (integer l = 0; l < out.sites; ++l) {
+      token_rows<T> const& site = x.sites[l];
+      T const* const row = site.row(x.first + t);
+      double most = 0, first_bad = 0;  // counted from the end, so that the first is the largest
+      for (integer j = g.lane(); j < site.cols; j += Group::size) {
+        double const value = static_cast<double>(row[j * site.col_stride]);
+        if (is_finite(value))
+          most = most < abs(value) ? abs(value) : most;
+        else if (first_bad == 0)
+          first_bad = static_cast<double>(site.cols - j);
+      }
+      first_bad = g.max(first_bad);
+      most = g.max(most);
+      if (first_bad > 0) {
+        if (g.lane() == 0) out.bad[out.at(l, t)] = site.cols - static_cast<integer>(first_bad);
+      } else if (most > largest) {
+        largest = most;
+      }
+    }
+    if (!(largest > 0)) return 1;
+    int const exponent = ilogb(largest);
+    return ldexp(1.0, exponent < -1000 ? 1000 : -exponent);
+  }
+
+  template <class Group>
+  RFLOW_HD void finish(integer t, Group g, double scale) const {
+    using std::sqrt;
+    for (integer l = g.lane(); l < out.sites; l += Group::size) {
+      integer const at = out.at(l, t);
+      double const square = out.square[at];
+      out.norm[at] = out.bad[at] < 0 ? sqrt(square) / scale : missing;
+      if (l > 0)
+        out.cosine[at] = out.cosine[at] / sqrt(square) / sqrt(out.square[out.at(l - 1, t)]);
+    }
+    g.sync();
+    if (scale == 1) return;
+    for (integer l = g.lane(); l < out.sites; l += Group::size) {
+      integer const at = out.at(l, t);
+      for (double* const value : {out.square, out.step2, out.turn, out.spread})
+        value[at] = value[at] / scale / scale;
+    }
+  }
+};
+
+// ---- flow: sums over tokens ---------------------------------------------------------------------
+
+/// Sums of unit vectors over sequences. An item is a few columns of one site; it walks all tokens of
+/// a slab. What is open at its end is kept for the next slab.
+template <class T>
+struct add_units {
+  using C = compute_t<T>;
+
+  slab_rows<T> x;
+  token_table table;
+  integer const* ends;  // tokens at which a sequence ends, counted from the slab's first
+  integer end_count;
+  double* open;        // S × width
+  double* open_count;  // S
+  double* norms;       // ends × S × chunks: ‖·‖² of the closed sums
+  double* counts;      // ends × S
+
+  template <class Group>
+  RFLOW_HD void operator()(integer item, Group g) const {
+    constexpr integer block = Group::size * Group::columns;
+    integer const width = x.sites[0].cols, chunks = ceil_div(width, block);
+    integer const l = item / chunks, chunk = item % chunks, from = chunk * block;
+    integer const left = width - from - g.lane();
+    integer const here = smaller(Group::columns, left > 0 ? ceil_div(left, Group::size) : 0);
+    bool const counts_tokens = chunk == 0 && g.lane() == 0;
+    double* const rest = open + l * width + from + g.lane();
+
+    double sum[Group::columns] = {};
+    for (integer k = 0; k < here; ++k) sum[k] = rest[k * Group::size];
+    double count = counts_tokens ? open_count[l] : 0;
+    integer t = 0;
+    for (integer e = 0; e < end_count; ++e) {
+      count += add(l, t, ends[e], from, g, sum);
+      t = ends[e];
+      double square = 0;
+      for (integer k = 0; k < here; ++k) square += sum[k] * sum[k];
+      square = g.sum(square);
+      if (g.lane() == 0) norms[(e * table.sites + l) * chunks + chunk] = square;
+      if (counts_tokens) counts[e * table.sites + l] = count;
+      for (integer k = 0; k < here; ++k) sum[k] = 0;
+      count = 0;
+    }
+    count += add(l, t, table.tokens, from, g, sum);
+    for (integer k = 0; k < here; ++k) rest[k * Group::size] = sum[k];
+    if (counts_tokens) open_count[l] = count;
+  }
+
+ private:
+  /// Adds tokens begin … end − 1, in C over four of them; returns how many are not zero.
+  template <class Group, int Columns>
+  RFLOW_HD double add(integer l, integer begin, integer end, integer from, Group g,
+                      double (&sum)[Columns]) const {
+    token_rows<T> const& site = x.sites[l];
+    C part[Columns] = {};
+    int pending = 0;
+    double count = 0;
+    for (integer t = begin; t < end; t += Group::tokens) {
+      C buffer[Group::tokens][Columns];
+      C const* here[Group::tokens];
+      double norm[Group::tokens];
+      integer const tokens = smaller(Group::tokens, end - t);
+      integer used = 0;
+      for (integer u = 0; u < tokens; ++u) {
+        norm[u] = table.norm[table.at(l, t + u)];
+        if (t + u + 1 < end)
+          g.prefetch(site.row(x.first + t + u + 1) + from, used * integer{sizeof(T)});
+        here[u] = values(site, site.row(x.first + t + u), from, g, buffer[u], used);
+      }
+      for (integer u = 0; u < tokens; ++u) {
+        if (!(norm[u] > 0)) continue;
+        count += 1;
+        if (!in_range<C>(norm[u] * norm[u])) {
+          double wide[Columns];
+          load(site, site.row(x.first + t + u), from, g, wide);
+          for (integer k = 0; k < used; ++k) sum[k] += wide[k] / norm[u];
+          continue;
+        }
+        C const scale = static_cast<C>(1 / norm[u]);
+        for (integer k = 0; k < used; ++k) part[k] += here[u][k] * scale;
+        if (++pending == 4) pending = flush(part, sum);
+      }
+    }
+    flush(part, sum);
+    return count;
+  }
+
+  template <int Columns>
+  RFLOW_HD static int flush(C (&part)[Columns], double (&sum)[Columns]) {
+    for (int k = 0; k < Columns; ++k) {
+      sum[k] += static_cast<double>(part[k]);
+      part[k] = 0;
+    }
+    return 0;
+  }
+};
+
+/// Adds up the parts of each closed sequence's norm.
+struct fold_norms {
+  double const* parts;
+  integer chunks;
+  double* out;
+
+  RFLOW_HD void operator()(integer i) const {
+    double sum = 0;
+    for (integer c = 0; c < chunks; ++c) sum += parts[i * chunks + c];
+    out[i] = sum;
+  }
+};
+
+/// One site over one slice of tokens.
+struct slice_sums {
+  double square, zero_rows, step2, turn, spread;
+  double cosines, mean_cosine, m2_cosine;
+  integer bad_token, bad_feature;  // −1 if there is none
+};
+
+/// Sums the token table over a slice. An item is a site of a slice.
+struct sum_tokens {
+  token_table table;
+  integer slice;
+  slice_sums* out;
+
+  template <class Group>
+  RFLOW_HD void operator()(integer item, Group g) const {
+    integer const l = item % table.sites, first = item / table.sites * slice;
+    integer const last = smaller(table.tokens, first + slice);
+    slice_sums s{};
+    double first_bad = 0, cosine = 0;
+    for (integer t = first + g.lane(); t < last; t += Group::size) {
+      integer const at = table.at(l, t);
+      s.square += table.square[at];
+      s.step2 += table.step2[at];
+      s.turn += table.turn[at];
+      s.spread += table.spread[at];
+      if (table.norm[at] == 0) s.zero_rows += 1;
+      if (table.bad[at] >= 0 && first_bad == 0) first_bad = static_cast<double>(last - t);
+      if (l > 0 && is_finite(table.cosine[at])) s.cosines += 1, cosine += table.cosine[at];
+    }
+    for (double* const value : {&s.square, &s.step2, &s.turn, &s.spread, &s.zero_rows, &s.cosines})
+      *value = g.sum(*value);
+    s.mean_cosine = s.cosines > 0 ? g.sum(cosine) / s.cosines : 0;
+    for (integer t = first + g.lane(); l > 0 && t < last; t += Group::size) {
+      double const away = table.cosine[table.at(l, t)] - s.mean_cosine;
+      if (is_finite(away)) s.m2_cosine += away * away;
+    }
+    s.m2_cosine = g.sum(s.m2_cosine);
+    first_bad = g.max(first_bad);
+    s.bad_token = first_bad > 0 ? last - static_cast<integer>(first_bad) : -1;
+    s.bad_feature = first_bad > 0 ? table.bad[table.at(l, s.bad_token)] : -1;
+    if (g.lane() == 0) out[item] = s;
+  }
+};
+
+// ---- flow: the pass -----------------------------------------------------------------------------
+
+/// Tokens that go through the pass together, and the sequences that end among them.
+struct slab {
+  integer first, count, first_end, end_count, first_slice;
+};
+
+inline constexpr integer slice_tokens = 128;
+inline constexpr integer slab_ends = 1024;
+
+/// Cuts tokens into slabs of at most `most` tokens and slab_ends ends of sequences.
+inline std::vector<slab> cut(integer tokens, integer most, std::vector<integer> const& ends) {
+  std::vector<slab> out;
+  integer first = 0, end = 0, slice = 0;
+  while (first < tokens) {
+    integer last = std::min(tokens, first + most), past = end;
+    while (past < static_cast<integer>(ends.size()) && ends[size_of(past)] <= last) ++past;
+    if (past - end > slab_ends) {
+      past = end + slab_ends;
+      last = ends[size_of(past - 1)];
+    }
+    out.push_back({first, last - first, end, past - end, slice});
+    slice += ceil_div(last - first, slice_tokens);
+    first = last;
+    end = past;
+  }
+  return out;
+}
+
+/// Where the ends of sequences are that have tokens.
+template <class T, class Memory>
+std::vector<integer> sequence_ends(layer_stack<T, Memory> const& stack) {
+  std::vector<integer> out;
+  for (integer const b : stack.boundaries())
+    if (b > 0 && (out.empty() || b > out.back())) out.push_back(b);
+  return out;
+}
+
+template <class Device, class Stack>
+using source_of =
+    decltype(std::declval<Device&>().source(std::declval<Stack const&>(), std::declval<arena&>()));
+
+template <class Device, class T, class Memory>
+class flow_pass {
+  using group = typename Device::group;
+
+ public:
+  flow_pass(Device& on, layer_stack<T, Memory> const& stack, std::size_t memory_bound)
+      : on_(on),
+        source_(on.source(stack, memory_)),
+        sites_(stack.sites()),
+        width_(stack.width()),
+        tokens_(stack.size()),
+        chunks_(ceil_div(width_, integer{group::size} * group::columns)),
+        ends_(sequence_ends(stack)) {
+    integer const row = std::max<integer>(1, sites_ * width_ * integer{sizeof(T)});
+    integer const table = sites_ * integer{7 * sizeof(double)};
+    integer const bound = static_cast<integer>(memory_bound) / 2;
+    slab_tokens_ = std::clamp<integer>(
+        source_.most_slab(Device::flow_bytes > 0 ? Device::flow_bytes / row : tokens_),
+        Device::least_slab, std::max(bound / table, Device::least_slab));
+    slab_tokens_ = std::min(slab_tokens_, tokens_);
+    slabs_ = cut(tokens_, slab_tokens_, ends_);
+    reserve();
+  }
+
+  flow_moments operator()(flow_sink const& sink) {
+    auto const owner = on_.allocate(memory_.bytes());
+    memory_.settle(owner.data());
+    source_.start(on_, memory_);
+    on_.zero(memory_[open_], sites_ * width_ + sites_);
+    std::vector<integer> relative = ends_;
+    for (slab const& s : slabs_)
+      for (integer e = 0; e < s.end_count; ++e) relative[size_of(s.first_end + e)] -= s.first;
+    on_.upload(relative.data(), static_cast<integer>(relative.size()), memory_[ends_at_]);
+    for (slab const& s : slabs_) add(s, sink);
+
+    std::vector<slice_sums> sums(size_of(slices() * sites_));
+    std::vector<double> norms(ends_.size() * size_of(sites_)), counts(norms.size());
+    on_.download(memory_[sums_], static_cast<integer>(sums.size()), sums.data());
+    on_.download(memory_[norms_], static_cast<integer>(norms.size()), norms.data());
+    on_.download(memory_[counts_], static_cast<integer>(counts.size()), counts.data());
+    on_.wait();
+    return collect(sums, norms, counts);
+  }
+
+ private:
+  integer slices() const {
+    return slabs_.back().first_slice + ceil_div(slabs_.back().count, slice_tokens);
+  }
+
+  void reserve() {
+    integer most_ends = 0;
+    for (slab const& s : slabs_) most_ends = std::max(most_ends, s.end_count);
+    for (auto& field : fields_) field = memory_.reserve<double>(sites_ * slab_tokens_);
+    bad_ = memory_.reserve<integer>(sites_ * slab_tokens_);
+    open_ = memory_.reserve<double>(sites_ * width_ + sites_);
+    ends_at_ = memory_.reserve<integer>(static_cast<integer>(ends_.size()));
+    norms_ = memory_.reserve<double>(static_cast<integer>(ends_.size()) * sites_);
+    counts_ = memory_.reserve<double>(static_cast<integer>(ends_.size()) * sites_);
+    parts_ = memory_.reserve<double>(most_ends * sites_ * chunks_);
+    sums_ = memory_.reserve<slice_sums>(slices() * sites_);
+  }
+
+  void add(slab const& s, flow_sink const& sink) {
+    double* const f[] = {memory_[fields_[0]], memory_[fields_[1]], memory_[fields_[2]],
+                         memory_[fields_[3]], memory_[fields_[4]], memory_[fields_[5]]};
+    token_table const table{sites_, s.count, f[0], f[1], f[2], f[3], f[4], f[5], memory_[bad_]};
+    slab_rows<T> const x = source_.slab(s.first, s.count);
+    integer const at = s.first_end * sites_;
+    on_.each_group(s.count, walk_chain<T>{x, table});
+    on_.each_group(
+        sites_ * chunks_,
+        add_units<T>{x, table, memory_[ends_at_] + s.first_end, s.end_count, memory_[open_],
+                     memory_[open_] + sites_ * width_, memory_[parts_], memory_[counts_] + at});
+    source_.release();
+    if (s.end_count > 0)
+      on_.each_index(s.end_count * sites_,
+                     fold_norms{memory_[parts_], chunks_, memory_[norms_] + at});
+    on_.each_group(ceil_div(s.count, slice_tokens) * sites_,
+                   sum_tokens{table, slice_tokens, memory_[sums_] + s.first_slice * sites_});
+    for (integer l = 0; l < sites_; ++l) {
+      if (sink.norm != nullptr)
+        on_.download(table.norm + l * s.count, s.count, sink.norm + l * tokens_ + s.first);
+      if (sink.cosine != nullptr && l > 0)
+        on_.download(table.cosine + l * s.count, s.count,
+                     sink.cosine + (l - 1) * tokens_ + s.first);
+    }
+  }
+
+  flow_moments collect(std::vector<slice_sums> const& sums, std::vector<double> const& norms,
+                       std::vector<double> const& counts) const {
+    flow_moments m(sites_, width_);
+    m.tokens = static_cast<double>(tokens_);
+    for (slab const& s : slabs_)
+      for (integer k = 0; k < ceil_div(s.count, slice_tokens); ++k)
+        for (integer l = 0; l < sites_; ++l)
+          collect(sums[size_of((s.first_slice + k) * sites_ + l)], s.first, size_of(l), m);
+    for (std::size_t i = 0; i < norms.size(); ++i)
+      m.end_sequence(i % size_of(sites_), norms[i], counts[i]);
+    return m;
+  }
+
+  static void collect(slice_sums const& s, integer first, std::size_t l, flow_moments& m) {
+    m.squares[l] += s.square;
+    m.zero_rows[l] += s.zero_rows;
+    m.spread += s.spread;
+    if (s.bad_token >= 0 && !m.non_finite[l].found())
+      m.non_finite[l] = {first + s.bad_token, s.bad_feature};
+    if (l == 0) return;
+    m.steps[l - 1] += s.step2;
+    m.cosine[l - 1].merge({s.cosines, s.mean_cosine, s.m2_cosine});
+    if (l > 1) m.turns[l - 2] += s.turn;
+  }
+
+  Device& on_;
+  arena memory_;
+  source_of<Device, layer_stack<T, Memory>> source_;
+  integer sites_, width_, tokens_, slab_tokens_ = 0, chunks_;
+  std::vector<integer> ends_;
+  std::vector<slab> slabs_;
+  arena::place<double> fields_[6], open_, norms_, counts_, parts_;
+  arena::place<integer> bad_, ends_at_;
+  arena::place<slice_sums> sums_;
+};
+
+/// The flow moments of a stack. Asks for memory once; the number of launches does not depend on the
+/// number of tokens as long as 56 bytes a token and site are within half the memory bound.
+template <class Device, class T, class Memory>
+flow_moments flow(Device& on, layer_stack<T, Memory> const& stack, flow_sink const& sink,
+                  std::size_t memory_bound) {
+  if (stack.size() == 0) return flow_moments(stack.sites(), stack.width());
+  flow_moments m = flow_pass<Device, T, Memory>(on, stack, memory_bound)(sink);
+  for (position& at : m.non_finite)
+    if (at.found()) at.token = stack.token(at.token);
+  return m;
+}
+
+// ---- Gram: means, norms, panels -----------------------------------------------------------------
+
+/// Column sums of x · pre over slices of tokens. An item is a few columns over one slice.
+template <class T, class C>
+struct sum_columns {
+  token_rows<T> x;
+  integer tokens, slice;
+  double pre;
+  double* sums;     // slices × cols
+  double* largest;  // slices × chunks: largest finite |x|
+
+  template <class Group>
+  RFLOW_HD void operator()(integer item, Group g) const {
+    constexpr integer block = Group::size * Group::columns;
+    integer const chunks = ceil_div(x.cols, block);
+    integer const s = item / chunks, from = item % chunks * block;
+    double sum[Group::columns] = {};
+    C most[Group::columns] = {};
+    integer used = 0;
+    integer const last = smaller(tokens, (s + 1) * slice);
+    for (integer t = s * slice; t < last; t += Group::tokens) {
+      C buffer[Group::tokens][Group::columns];
+      C const* here[Group::tokens];
+      integer const count = smaller(Group::tokens, last - t);
+      for (integer u = 0; u < count; ++u)
+        here[u] = values(x, x.row(t + u), from, g, buffer[u], used);
+      for (integer u = 0; u < count; ++u)
+        for (integer k = 0; k < used; ++k) {
+          C const size = here[u][k] < 0 ? -here[u][k] : here[u][k];
+          most[k] = most[k] < size ? size : most[k];
+          sum[k] += pre * static_cast<double>(here[u][k]);
+        }
+    }
+    C all = 0;
+    for (integer k = 0; k < used; ++k) {
+      integer const j = from + k * Group::size + g.lane();
+      if (j < x.cols) sums[s * x.cols + j] = sum[k];
+      all = all < most[k] ? most[k] : all;
+    }
+    all = static_cast<C>(g.max(static_cast<double>(all)));
+    if (g.lane() == 0) largest[item] = static_cast<double>(all);
+  }
+};
+
+/// What is known of a block of columns after sum_columns.
+struct column_facts {
+  double largest;
+  bool finite;
+};
+
+/// Adds the sums over slices to those of the whole site. An item is a few columns.
+struct fold_columns {
+  integer cols, slices, chunks;
+  double const *sums, *largest;
+  double* total;        // cols
+  column_facts* facts;  // chunks
+
+  template <class Group>
+  RFLOW_HD void operator()(integer chunk, Group g) const {
+    constexpr integer block = Group::size * Group::columns;
+    double bad = 0, most = facts[chunk].largest;
+    for (integer k = 0; k < Group::columns; ++k) {
+      integer const j = chunk * block + k * Group::size + g.lane();
+      if (j >= cols) break;
+      double sum = total[j];
+      for (integer s = 0; s < slices; ++s) sum += sums[s * cols + j];
+      if (!is_finite(sum)) bad = 1;
+      total[j] = sum;
+    }
+    for (integer s = g.lane(); s < slices; s += Group::size)
+      most = most < largest[s * chunks + chunk] ? largest[s * chunks + chunk] : most;
+    bad = g.max(bad);
+    most = g.max(most);
+    if (g.lane() == 0) facts[chunk] = {most, bad == 0 && facts[chunk].finite};
+  }
+};
+
+/// First feature of every token that is NaN or infinite, −1 if there is none.
+template <class T>
+struct find_bad {
+  token_rows<T> x;
+  integer* out;
+
+  template <class Group>
+  RFLOW_HD void operator()(integer t, Group g) const {
+    T const* const row = x.row(t);
+    double first = 0;  // counted from the end
+    for (integer j = g.lane(); j < x.cols && first == 0; j += Group::size)
+      if (!is_finite(static_cast<double>(row[j * x.col_stride])))
+        first = static_cast<double>(x.cols - j);
+    first = g.max(first);
+    if (g.lane() == 0) out[t] = first > 0 ? x.cols - static_cast<integer>(first) : -1;
+  }
+};
+
+/// Centred, scaled values: (x · scale + minus_high) + minus_low. The mean is in two parts, so that
+/// subtracting it is as exact as C allows; the scale is a power of two.
+template <class C>
+struct centring {
+  C scale;
+  C const *minus_high, *minus_low;
+
+  RFLOW_HD C operator()(C x, integer j) const { return (x * scale + minus_high[j]) + minus_low[j]; }
+};
+
+template <class C>
+struct set_means {
+  double const* total;
+  double factor;  // from a column's sum to its scaled mean
+  C *minus_high, *minus_low;
+
+  RFLOW_HD void operator()(integer j) const {
+    double const mean = total[j] * factor;
+    C const high = static_cast<C>(-mean);
+    minus_high[j] = high;
+    minus_low[j] = static_cast<C>(-mean - static_cast<double>(high));
+  }
+};
+
+/// ‖·‖² of centred rows: in C over a few terms, in double beyond. An item is a token.
+template <class T, class C>
+struct centred_norms {
+  token_rows<T> x;
+  centring<C> centre;
+  double* out;
+
+  template <class Group>
+  RFLOW_HD void operator()(integer t, Group g) const {
+    constexpr integer block = Group::size * Group::held;
+    double sum = 0;
+    for (integer from = 0; from < x.cols; from += block) {
+      C here[Group::held];
+      integer const used = load(x, x.row(t), from, g, here);
+      C part[Group::sums] = {};
+      for (integer k = 0; k < used; k += Group::sums)
+        for (integer i = 0; i < Group::sums; ++i) {
+          integer const j = from + (k + i) * Group::size + g.lane();
+          C const value = centre(here[k + i], j);
+          part[i] += value * value;
+        }
+      for (C const p : part) sum += static_cast<double>(p);
+    }
+    sum = g.sum(sum);
+    if (g.lane() == 0) out[t] = sum;
+  }
+};
+
+/// Features first … first + depth − 1 of some tokens, centred, row after row. What there is not is
+/// zero. An item is a token.
+template <class T, class C>
+struct fill_panel {
+  token_rows<T> x;
+  integer tokens, first, depth;
+  centring<C> centre;
+  C* out;
+
+  template <class Group>
+  RFLOW_HD void operator()(integer t, Group g) const {
+    C* const to = out + t * depth;
+    integer const here = t < tokens ? smaller(depth, x.cols - first) : 0;
+    T const* const row = x.row(t < tokens ? t : 0) + first * x.col_stride;
+    if (x.col_stride == 1)
+      for (integer k = g.lane(); k < here; k += Group::size)
+        to[k] = centre(static_cast<C>(row[k]), first + k);
+    else
+      for (integer k = g.lane(); k < here; k += Group::size)
+        to[k] = centre(static_cast<C>(row[k * x.col_stride]), first + k);
+    for (integer k = here + g.lane(); k < depth; k += Group::size) to[k] = C(0);
+  }
+};
+
+// ---- Gram: kernels ------------------------------------------------------------------------------
+//
+// What turns inner products of one site into G:
+//
+//     double token(double a)         a number per token, from a_i = ‖x_i‖²; it is rounded to C
+//     C operator()(C k, C ti, C tj)  G from the inner product and both tokens' numbers
+//     double diagonal(double a)      G_ii
+//     double unit                    G times this is in units of the data
+
+/// U_ij = K_ij − u_i − u_j, the U-centred linear kernel: its row sums without the diagonal are 0.
+template <class C>
+struct linear_entry {
+  static constexpr bool row_sums = false;
+  double unit, slope, offset;
+
+  double token(double a) const { return slope * a + offset; }
+  double diagonal(double a) const { return a - 2 * token(a); }
+  RFLOW_HD C operator()(C k, C ti, C tj) const { return k - (ti + tj); }
+};
+
+/// exp(−‖x_i − x_j‖² / 2σ²) − c, with c near the mean so that little cancels later.
+template <class C>
+struct rbf_entry {
+  static constexpr bool row_sums = true;
+  double unit;
+  C rate, centre;
+
+  double token(double a) const { return a * static_cast<double>(rate) / 2; }
+  double diagonal(double) const { return 1 - static_cast<double>(centre); }
+  RFLOW_HD C operator()(C k, C ti, C tj) const {
+    using std::exp;
+    C const exponent = k * rate - (ti + tj);
+    return exp(exponent < 0 ? exponent : C(0)) - centre;
+  }
+};
+
+/// Any function f(⟨x, y⟩, ‖x‖², ‖y‖²) of centred features, in double. On the host only.
+template <class C, class F>
+struct function_entry {
+  static constexpr bool row_sums = true;
+  double unit;
+  F const* f;
+  double factor, centre;
+
+  double at(double k, double a, double b) const {
+    return static_cast<double>((*f)(k * factor, a * factor, b * factor));
+  }
+  double token(double a) const { return a; }
+  double diagonal(double a) const { return at(a, a, a) - centre; }
+  C operator()(C k, C ti, C tj) const {
+    return static_cast<C>(
+        at(static_cast<double>(k), static_cast<double>(ti), static_cast<double>(tj)) - centre);
+  }
+};
+
+// ---- Gram: tiles --------------------------------------------------------------------------------
+
+/// A square of tokens: rows row …, columns col …; row ≥ col. Entry (i, j) of its buffer is at
+/// j · side + i: column-major, as BLAS has it.
+struct tile {
+  integer row, rows, col, cols, side;
+
+  RFLOW_HD bool diagonal() const { return row == col; }
+};
+
+inline constexpr integer tile_columns = 64;  // columns of one item of finish_tile
+
+/// Turns inner products into G, zeroes what is not below the diagonal, and leaves sums over parts of
+/// rows and columns. An item is a strip of rows over some columns.
+template <class Entry, class C>
+struct finish_tile {
+  tile at;
+  Entry entry;
+  C const *ti, *tj;  // the numbers of the tile's row and column tokens
+  C* g;
+  double *row_parts, *col_parts;  // column blocks × side; strips × side: squares, then plain sums
+
+  template <class Group>
+  static constexpr integer height = Group::size* Group::rows;
+
+  template <class Group>
+  RFLOW_HD void operator()(integer item, Group group) const {
+    integer const strips = ceil_div(at.side, height<Group>), s = item % strips, b = item / strips;
+    integer const from = s * height<Group> + group.lane(), first = b * tile_columns;
+    C square[Group::rows] = {}, sum[Group::rows] = {};
+    bool const whole = s * height<Group> + height<Group> <= at.rows &&
+                       first + tile_columns <= at.cols &&
+                       (!at.diagonal() || s * height<Group> >= first + tile_columns);
+    integer const held =
+        smaller(Group::rows, at.side > from ? ceil_div(at.side - from, Group::size) : 0);
+    for (integer j = first; j < smaller(at.side, first + tile_columns); ++j) {
+      C* const column = g + j * at.side + from;
+      C value[Group::rows] = {};
+      if (whole)
+        for (integer k = 0; k < Group::rows; ++k)
+          value[k] = entry(column[k * Group::size], ti[from + k * Group::size], tj[j]);
+      else
+        for (integer k = 0; k < held; ++k) {
+          integer const i = from + k * Group::size;
+          bool const counts = i < at.rows && j < at.cols && (!at.diagonal() || i > j);
+          value[k] = counts ? entry(column[k * Group::size], ti[i], tj[j]) : C(0);
+        }
+      for (integer k = 0; k < held; ++k) column[k * Group::size] = value[k];
+      C col_square = 0, col_sum = 0;
+      add(value, square, sum, col_square, col_sum);
+      col_square = group.sum(col_square);
+      if constexpr (Entry::row_sums) col_sum = group.sum(col_sum);
+      if (group.lane() == 0) {
+        col_parts[s * at.side + j] = static_cast<double>(col_square);
+        if constexpr (Entry::row_sums)
+          col_parts[(strips + s) * at.side + j] = static_cast<double>(col_sum);
+      }
+    }
+    integer const blocks = ceil_div(at.side, tile_columns);
+    for (integer k = 0; k < held; ++k) {
+      integer const i = from + k * Group::size;
+      row_parts[b * at.side + i] = static_cast<double>(square[k]);
+      if constexpr (Entry::row_sums)
+        row_parts[(blocks + b) * at.side + i] = static_cast<double>(sum[k]);
+    }
+  }
+
+ private:
+  template <int Rows>
+  RFLOW_HD static void add(C const (&value)[Rows], C (&square)[Rows], C (&sum)[Rows], C& col_square,
+                           C& col_sum) {
+    constexpr int side_by_side = Rows < 16 ? Rows : 16;
+    C squares[side_by_side] = {}, sums[side_by_side] = {};
+    for (int k = 0; k < Rows; k += side_by_side)
+      for (int i = 0; i < side_by_side; ++i) {
+        C const x = value[k + i], x2 = x * x;
+        square[k + i] += x2;
+        squares[i] += x2;
+        if constexpr (Entry::row_sums) sum[k + i] += x, sums[i] += x;
+      }
+    for (int i = 0; i < side_by_side; ++i) col_square += squares[i], col_sum += sums[i];
+  }
+};
+
+/// Adds the parts that finish_tile left to the sums of each token. An item is a token of the tile,
+/// first as a row, then as a column.
+template <bool RowSums>
+struct fold_tile {
+  tile at;
+  integer strips, blocks;
+  double const *row_parts, *col_parts;
+  double *squares, *row_sums;  // of all tokens
+
+  RFLOW_HD void operator()(integer k) const {
+    add(k, at.rows, at.row, blocks, row_parts);
+    add(k, at.cols, at.col, strips, col_parts);
+  }
+
+ private:
+  RFLOW_HD void add(integer k, integer count, integer first, integer parts,
+                    double const* from) const {
+    if (k >= count) return;
+    double square = 0, sum = 0;
+    for (integer p = 0; p < parts; ++p) {
+      square += from[p * at.side + k];
+      if constexpr (RowSums) sum += from[(parts + p) * at.side + k];
+    }
+    squares[first + k] += square;
+    if constexpr (RowSums) row_sums[first + k] += sum;
+  }
+};
+
+/// Adds the products of slices to those of all pairs of sites.
+template <class C>
+struct fold_pairs {
+  C const* slices;
+  integer count, pairs;
+  double* out;
+
+  RFLOW_HD void operator()(integer k) const {
+    double sum = 0;
+    for (integer s = 0; s < count; ++s) sum += static_cast<double>(slices[s * pairs + k]);
+    out[k] += sum;
+  }
+};
+
+// ---- Gram: the pass -----------------------------------------------------------------------------
+
+/// 2^e with e kept where C has normal numbers to spare.
+template <class C>
+double power_of_two(int e) {
+  constexpr int limit = std::numeric_limits<C>::max_exponent - 8;
+  return std::ldexp(1., std::clamp(e, -limit, limit));
+}
+
+/// The median of squared distances; 0 of none. All pairs have m zeros of the diagonal among them,
+/// and every other distance twice.
+template <class C>
+double median(std::vector<C>& distances, integer m, rbf::median convention) {
+  bool const all = convention == rbf::median::all_pairs;
+  integer const size = all ? m * m : static_cast<integer>(distances.size());
+  if (m < 2) return 0;
+  auto const at = [&](integer k) {
+    if (all) k = k < m ? -1 : (k - m) / 2;
+    if (k < 0) return 0.;
+    std::nth_element(distances.begin(), distances.begin() + k, distances.end());
+    return static_cast<double>(distances[size_of(k)]);
+  };
+  double const low = at((size - 1) / 2);
+  return (low + at(size / 2)) / 2;
+}
+
+/// The Gram moments of the sites of several sources, with C for products.
+template <class Device, class C, class... Sources>
+class gram_pass {
+  using group = typename Device::group;
+
+  struct site {
+    integer cols, first_col;
+    double largest = 0, pre = 1, scale = 0, trace = 0;  // scale 0: nothing to compare
+    position bad = {};
+
+    double unit() const { return scale > 0 ? 1 / scale / scale : 1; }
+  };
+
+  struct places {
+    integer side, slice_columns;
+    arena::place<double> totals, sums, largest, norms, squares, row_sums, row_parts, col_parts,
+        pairs;
+    arena::place<column_facts> facts;
+    arena::place<integer> bad;
+    arena::place<C> high, low, token, rows, cols, tiles, slices, scratch, sample;
+  };
+
+ public:
+  template <class... Stacks>
+  gram_pass(char const* where, Device& on, std::size_t memory_bound, bool sampled,
+            Stacks const&... stacks)
+      : on_(on),
+        sources_(on.source(stacks, memory_)...),
+        tokens_(std::get<0>(std::tie(stacks...)).size()) {
+    auto const add = [&](auto const& source) {
+      for (integer l = 0; l < source.sites(); ++l) {
+        sites_.push_back({source.cols(l), total_cols_});
+        total_cols_ += padded(source.cols(l));
+        widest_ = std::max(widest_, source.cols(l));
+      }
+    };
+    std::apply([&](auto const&... source) { (add(source), ...); }, sources_);
+    chunks_ = ceil_div(widest_, integer{group::size} * group::columns);
+    depth_ = round_up(std::min<integer>(widest_, Device::panel_bytes / integer{sizeof(C)}),
+                      Device::template depth_multiple<C>);
+    choose_side(where, memory_bound, sampled);
+  }
+
+  /// Runs everything; `make_entry` gives the kernel of a site once its norms are known.
+  template <class MakeEntry>
+  gram_moments operator()(MakeEntry const& make_entry, rbf const* bandwidth = nullptr) {
+    auto const owner = on_.allocate(memory_.bytes());
+    memory_.settle(owner.data());
+    std::apply([&](auto&... source) { (source.start(on_, memory_), ...); }, sources_);
+    prepare();
+
+    gram_moments m(count(), tokens_);
+    if (bandwidth != nullptr) m.sigma = sigmas(*bandwidth);
+    using entry = decltype(make_entry(0, 0., 0., 0.));
+    std::vector<entry> entries;
+    std::vector<C> token(size_of(count() * padded_tokens()));
+    for (integer p = 0; p < count(); ++p) {
+      site const& s = sites_[size_of(p)];
+      double const sigma = m.sigma.empty() ? 0 : m.sigma[size_of(p)];
+      entries.push_back(make_entry(tokens_, s.unit(), s.trace, sigma));
+      for (integer i = 0; i < tokens_; ++i) {
+        double const a = norms_[size_of(p * tokens_ + i)];
+        token[size_of(p * padded_tokens() + i)] = static_cast<C>(entries.back().token(a));
+        m.diagonal[size_of(p * tokens_ + i)] = entries.back().diagonal(a);
+      }
+    }
+    on_.upload(token.data(), static_cast<integer>(token.size()), memory_[at_.token]);
+    on_.zero(memory_[at_.pairs], count() * count());
+    on_.zero(memory_[at_.squares], count() * tokens_);
+    on_.zero(memory_[at_.row_sums], count() * tokens_);
+    for (integer row = 0; row < tokens_; row += at_.side)
+      for (integer col = 0; col <= row; col += at_.side)
+        add({row, std::min(at_.side, tokens_ - row), col, std::min(at_.side, tokens_ - col),
+             at_.side},
+            entries);
+    m.squares.resize(m.diagonal.size());
+    on_.download(memory_[at_.pairs], count() * count(), m.products.data());
+    on_.download(memory_[at_.squares], count() * tokens_, m.squares.data());
+    on_.download(memory_[at_.row_sums], count() * tokens_, m.row_sums.data());
+    on_.wait();
+    m.epsilon = static_cast<double>(std::numeric_limits<C>::epsilon()) / 2;
+    deliver(entries, m);
+    return m;
+  }
+
+ private:
+  integer count() const { return static_cast<integer>(sites_.size()); }
+  static integer padded(integer cols) { return round_up(cols, integer{group::size} * group::sums); }
+  integer padded_tokens() const { return round_up(tokens_, at_.side); }
+  static integer slice_columns(integer side) {
+    integer columns = 1;
+    while (2 * columns * side <= 4096 && side % (2 * columns) == 0) columns *= 2;
+    return columns;
+  }
+
+  // ---- memory
+
+  places reserve(arena& memory, integer side, bool sampled) const {
+    places at{};
+    integer const n = tokens_, s = count(), columns = slice_columns(side);
+    integer const strips = ceil_div(side, integer{group::size} * group::rows);
+    at.side = side;
+    at.slice_columns = columns;
+    at.totals = memory.reserve<double>(total_cols_);
+    at.facts = memory.reserve<column_facts>(s * chunks_);
+    at.sums = memory.reserve<double>(Device::column_slices * widest_);
+    at.largest = memory.reserve<double>(Device::column_slices * chunks_);
+    at.bad = memory.reserve<integer>(n);
+    at.norms = memory.reserve<double>(s * n);
+    at.squares = memory.reserve<double>(s * n);
+    at.row_sums = memory.reserve<double>(s * n);
+    at.row_parts = memory.reserve<double>(2 * ceil_div(side, tile_columns) * side);
+    at.col_parts = memory.reserve<double>(2 * strips * side);
+    at.pairs = memory.reserve<double>(s * s);
+    at.high = memory.reserve<C>(total_cols_);
+    at.low = memory.reserve<C>(total_cols_);
+    at.token = memory.reserve<C>(s * round_up(n, side));
+    integer const widest_side = sampled ? std::max(side, sample_side()) : side;
+    at.rows = memory.reserve<C>(widest_side * depth_);
+    at.cols = memory.reserve<C>(side * depth_);
+    at.scratch = memory.reserve<C>(Device::template scratch<C>(widest_side, depth_));
+    at.tiles = memory.reserve<C>(s * side * side);
+    at.slices = memory.reserve<C>(side / columns * s * s);
+    at.sample = memory.reserve<C>(sampled ? sample_side() * sample_side() : 0);
+    return at;
+  }
+
+  integer sample_side() const {
+    return round_up(sample_size(tokens_), Device::template side_multiple<C>);
+  }
+
+  void choose_side(char const* where, std::size_t memory_bound, bool sampled) {
+    constexpr integer multiple = Device::template side_multiple<C>;
+    for (integer cuts = 1;; ++cuts) {
+      integer const side = round_up(ceil_div(tokens_, cuts), multiple);
+      arena trial = memory_;
+      places const at = reserve(trial, side, sampled);
+      if (side <= Device::most_side && trial.bytes() <= memory_bound) {
+        memory_ = trial;
+        at_ = at;
+        return;
+      }
+      if (side == multiple)
+        reject(where, "a memory bound of " + std::to_string(memory_bound) + " bytes is below the " +
+                          std::to_string(trial.bytes()) + " bytes of the smallest tile");
+    }
+  }
+
+  // ---- preparation
+
+  template <class F>
+  void with_source(integer p, F const& f) {
+    auto const visit = [&](auto& source) {
+      if (p >= 0 && p < source.sites()) f(source, p);
+      p -= source.sites();
+    };
+    std::apply([&](auto&... source) { (visit(source), ...); }, sources_);
+  }
+
+  /// f(rows, first, count) over all tokens of a site, in as many parts as its source needs.
+  template <class F>
+  void each_part(integer p, F const& f) {
+    with_source(p, [&](auto& source, integer local) {
+      integer const most = source.most_rows(tokens_);
+      for (integer first = 0; first < tokens_; first += most) {
+        integer const count = std::min(most, tokens_ - first);
+        f(source.rows(local, first, count), first, count);
+        source.release();
+      }
+    });
+  }
+
+  void add_columns(integer p) {
+    site const& s = sites_[size_of(p)];
+    integer const chunks = ceil_div(s.cols, integer{group::size} * group::columns);
+    on_.zero(memory_[at_.totals] + s.first_col, padded(s.cols));
+    column_facts* const facts = memory_[at_.facts] + p * chunks_;
+    std::vector<column_facts> const none(size_of(chunks_), {0, true});
+    on_.upload(none.data(), chunks_, facts);
+    each_part(p, [&]<class T>(token_rows<T> const& x, integer, integer rows) {
+      integer const slice = round_up(ceil_div(rows, Device::column_slices), 4);
+      integer const slices = ceil_div(rows, slice);
+      on_.each_group(slices * chunks, sum_columns<T, C>{x, rows, slice, s.pre, memory_[at_.sums],
+                                                        memory_[at_.largest]});
+      on_.each_group(chunks,
+                     fold_columns{s.cols, slices, chunks, memory_[at_.sums], memory_[at_.largest],
+                                  memory_[at_.totals] + s.first_col, facts});
+    });
+  }
+
+  /// Reads back what is known of the columns; returns whether all their sums are finite.
+  std::vector<bool> read_facts() {
+    std::vector<column_facts> facts(size_of(count() * chunks_));
+    on_.download(memory_[at_.facts], static_cast<integer>(facts.size()), facts.data());
+    on_.wait();
+    std::vector<bool> finite(sites_.size(), true);
+    for (std::size_t i = 0; i < facts.size(); ++i) {
+      std::size_t const p = i / size_of(chunks_);
+      sites_[p].largest = std::max(sites_[p].largest, facts[i].largest);
+      finite[p] = finite[p] && facts[i].finite;
+    }
+    return finite;
+  }
+
+  position first_bad(integer p) {
+    position out;
+    std::vector<integer> bad(size_of(tokens_));
+    each_part(p, [&]<class T>(token_rows<T> const& x, integer first, integer rows) {
+      on_.each_group(rows, find_bad<T>{x, memory_[at_.bad] + first});
+    });
+    on_.download(memory_[at_.bad], tokens_, bad.data());
+    on_.wait();
+    for (integer t = 0; t < tokens_ && !out.found(); ++t)
+      if (bad[size_of(t)] >= 0) out = {t, bad[size_of(t)]};
+    return out;
+  }
+
+  centring<C> centre(integer p) const {
+    site const& s = sites_[size_of(p)];
+    return {static_cast<C>(s.scale), memory_[at_.high] + s.first_col,
+            memory_[at_.low] + s.first_col};
+  }
+
+  void write_means(integer p) {
+    site const& s = sites_[size_of(p)];
+    on_.each_index(padded(s.cols),
+                   set_means<C>{memory_[at_.totals] + s.first_col,
+                                s.scale / s.pre / static_cast<double>(tokens_),
+                                memory_[at_.high] + s.first_col, memory_[at_.low] + s.first_col});
+  }
+
+  void prepare() {
+    for (integer p = 0; p < count(); ++p) add_columns(p);
+    std::vector<bool> finite = read_facts();
+    bool again = false;
+    for (integer p = 0; p < count(); ++p) {
+      if (finite[size_of(p)]) continue;
+      sites_[size_of(p)].bad = first_bad(p);
+      if (sites_[size_of(p)].bad.found()) continue;
+      sites_[size_of(p)].pre = std::ldexp(1., -64);  // finite doubles whose sum is not
+      add_columns(p);
+      again = true;
+    }
+    if (again) read_facts();
+
+    // A first scale, by which centred values are at most 2 or so: their norms are safe in C.
+    on_.zero(memory_[at_.norms], count() * tokens_);
+    for (integer p = 0; p < count(); ++p) {
+      site& s = sites_[size_of(p)];
+      if (s.bad.found() || !(s.largest > 0)) continue;
+      s.scale = power_of_two<C>(-std::ilogb(s.largest) - 1);
+      write_means(p);
+      each_part(p, [&]<class T>(token_rows<T> const& x, integer first, integer rows) {
+        on_.each_group(rows,
+                       centred_norms<T, C>{x, centre(p), memory_[at_.norms] + p * tokens_ + first});
+      });
+    }
+    norms_.resize(size_of(count() * tokens_));
+    on_.download(memory_[at_.norms], static_cast<integer>(norms_.size()), norms_.data());
+    on_.wait();
+    for (integer p = 0; p < count(); ++p) rescale(p);
+  }
+
+  /// Chooses the scale that brings the largest norm to about 1, and tells what is constant.
+  void rescale(integer p) {
+    site& s = sites_[size_of(p)];
+    if (!(s.scale > 0)) return;
+    auto const norms = norms_.begin() + p * tokens_;
+    double const norm = *std::max_element(norms, norms + tokens_);
+    // What the rounding of the means alone may leave is a constant site, not a signal.
+    double const rounding = (64 + static_cast<double>(tokens_) / 128) *
+                            std::numeric_limits<double>::epsilon() * s.largest * s.scale;
+    if (norm <= rounding * rounding * static_cast<double>(s.cols)) {
+      std::fill(norms, norms + tokens_, 0.);
+      s.scale = 0;
+      return;
+    }
+    double const wanted = s.scale * std::ldexp(1., -std::ilogb(norm) / 2);
+    double const most =
+        power_of_two<C>(std::numeric_limits<C>::max_exponent - std::ilogb(s.largest));
+    double const scale = std::min(std::min(wanted, most), power_of_two<C>(1 << 20));
+    double const change = scale / s.scale;
+    s.scale = scale;
+    for (integer i = 0; i < tokens_; ++i) s.trace += norms[i] *= change * change;
+    write_means(p);
+  }
+
+  // ---- the bandwidth
+
+  std::vector<double> sigmas(rbf const& kernel) {
+    if (!kernel.sigma.empty()) return kernel.sigma;
+    std::vector<double> out;
+    for (integer p = 0; p < count(); ++p)
+      out.push_back(kernel.fraction * std::sqrt(median_distance(p, kernel.convention)));
+    return out;
+  }
+
+  double median_distance(integer p, rbf::median convention) {
+    site const& s = sites_[size_of(p)];
+    integer const m = sample_size(tokens_), side = sample_side();
+    if (!(s.scale > 0)) return 0;
+    with_source(p, [&](auto& source, integer local) {
+      multiply(s, source.sample(local), m, centre(p), memory_[at_.rows], side, true,
+               memory_[at_.sample]);
+      source.release();
+    });
+    std::vector<C> products(size_of(side * side)), distances;
+    on_.download(memory_[at_.sample], side * side, products.data());
+    on_.wait();
+    // Below this share of the norms a distance is rounding: copies of a token are at distance 0.
+    double const rounding = (8 + std::sqrt(static_cast<double>(s.cols))) *
+                            static_cast<double>(std::numeric_limits<C>::epsilon());
+    auto const norm = [&](integer i) { return norms_[size_of(p * tokens_ + i * tokens_ / m)]; };
+    for (integer j = 0; j < m; ++j)
+      for (integer i = j + 1; i < m; ++i) {
+        double const both = norm(i) + norm(j);
+        double const distance = both - 2 * static_cast<double>(products[size_of(j * side + i)]);
+        distances.push_back(distance > rounding * both ? static_cast<C>(distance) : C(0));
+      }
+    return median(distances, m, convention) * s.unit();
+  }
+
+  // ---- tiles
+
+  /// Inner products of some rows with themselves, panel after panel.
+  template <class T>
+  void multiply(site const& s, token_rows<T> const& x, integer rows, centring<C> const& centre,
+                C* panel, integer side, bool lower, C* out) {
+    for (integer k = 0; k < s.cols; k += depth_) {
+      on_.each_group(side, fill_panel<T, C>{x, rows, k, depth_, centre, panel});
+      on_.product(panel, panel, side, depth_, k > 0, lower, memory_[at_.scratch], out);
+    }
+  }
+
+  void multiply(integer p, tile const& t, C* out) {
+    site const& s = sites_[size_of(p)];
+    if (!(s.scale > 0)) return on_.zero(out, t.side * t.side);
+    with_source(p, [&](auto& source, integer local) {
+      auto const x = source.rows(local, t.row, t.rows);
+      if (t.diagonal()) {
+        multiply(s, x, t.rows, centre(p), memory_[at_.rows], t.side, true, out);
+        return source.release();
+      }
+      auto const y = source.rows(local, t.col, t.cols);
+      using fill = fill_panel<typename std::remove_reference_t<decltype(source)>::scalar, C>;
+      for (integer k = 0; k < s.cols; k += depth_) {
+        on_.each_group(t.side, fill{x, t.rows, k, depth_, centre(p), memory_[at_.rows]});
+        on_.each_group(t.side, fill{y, t.cols, k, depth_, centre(p), memory_[at_.cols]});
+        on_.product(memory_[at_.rows], memory_[at_.cols], t.side, depth_, k > 0, false,
+                    memory_[at_.scratch], out);
+      }
+      source.release();
+    });
+  }
+
+  template <class Entry>
+  void add(tile const& t, std::vector<Entry> const& entries) {
+    integer const area = t.side * t.side, blocks = ceil_div(t.side, tile_columns);
+    integer const strips = ceil_div(t.side, integer{group::size} * group::rows);
+    for (integer p = 0; p < count(); ++p) {
+      C* const g = memory_[at_.tiles] + p * area;
+      C const* const token = memory_[at_.token] + p * padded_tokens();
+      multiply(p, t, g);
+      on_.each_group(strips * blocks,
+                     finish_tile<Entry, C>{t, entries[size_of(p)], token + t.row, token + t.col, g,
+                                           memory_[at_.row_parts], memory_[at_.col_parts]});
+      on_.each_index(t.side, fold_tile<Entry::row_sums>{t, strips, blocks, memory_[at_.row_parts],
+                                                        memory_[at_.col_parts],
+                                                        memory_[at_.squares] + p * tokens_,
+                                                        memory_[at_.row_sums] + p * tokens_});
+    }
+    integer const slice = at_.slice_columns * t.side;
+    on_.pair_products(memory_[at_.tiles], count(), area, slice, memory_[at_.slices]);
+    on_.each_index(count() * count(), fold_pairs<C>{memory_[at_.slices], area / slice,
+                                                    count() * count(), memory_[at_.pairs]});
+  }
+
+  /// Both halves, in units of the data; NaN where the data are not finite.
+  template <class Entry>
+  void deliver(std::vector<Entry> const& entries, gram_moments& m) const {
+    std::vector<double> unit(sites_.size());
+    for (std::size_t p = 0; p < unit.size(); ++p) {
+      site const& s = sites_[p];
+      unit[p] = s.bad.found() ? missing : entries[p].unit;
+      if (unit[p] < 1e-60 || unit[p] > 1e60) {  // products would leave the range
+        m.unit[p] = unit[p];
+        unit[p] = 1;
+      }
+      m.non_finite[p] = s.bad;
+      if (!(s.scale > 0)) m.why[p] = status::constant_layer;
+      if (s.bad.found()) m.why[p] = status::non_finite;
+      if (m.why[p] == status::ok && !m.sigma.empty() && !(m.sigma[p] > 0))
+        m.why[p] = status::zero_bandwidth;
+      for (std::size_t i = p * size_of(tokens_); i < (p + 1) * size_of(tokens_); ++i) {
+        m.row_sums[i] *= unit[p];
+        m.diagonal[i] *= unit[p];
+        m.squares[i] *= unit[p] * unit[p];
+      }
+      for (std::size_t q = 0; q <= p; ++q) {
+        double const product = 2 * m.products[p * unit.size() + q] * unit[p] * unit[q];
+        m.products[p * unit.size() + q] = m.products[q * unit.size() + p] = product;
+      }
+      m.trace[p] = m.sigma.empty() ? std::abs(m.centred_trace(static_cast<integer>(p)))
+                                   : static_cast<double>(tokens_);
+    }
+  }
+
+  Device& on_;
+  arena memory_;
+  std::tuple<Sources...> sources_;
+  integer tokens_, total_cols_ = 0, widest_ = 1, chunks_ = 1, depth_ = 1;
+  std::vector<site> sites_;
+  std::vector<double> norms_;
+  places at_{};
+};
+
+template <class C>
+struct make_linear {
+  linear_entry<C> operator()(integer tokens, double unit, double trace, double) const {
+    double const n = static_cast<double>(tokens);
+    if (n < 3) return {unit, 0, 0};
+    return {unit, -1 / (n - 2), trace / (2 * (n - 1) * (n - 2))};
+  }
+};
+
+template <class C>
+struct make_rbf {
+  double centre;
+
+  rbf_entry<C> operator()(integer, double unit, double, double sigma) const {
+    constexpr double most = 1e30;  // a_i ≤ 4: the exponent stays finite
+    return {1, static_cast<C>(std::min(unit / sigma / sigma, most)), static_cast<C>(centre)};
+  }
+};
+
+template <class C, class F>
+struct make_function {
+  F const& f;
+
+  function_entry<C, F> operator()(integer tokens, double unit, double trace, double) const {
+    double const typical = trace / static_cast<double>(tokens) * unit;
+    double const centre = static_cast<double>(f(0., typical, typical));
+    return {1, &f, unit, is_finite(centre) ? centre : 0};
+  }
+};
+
+inline void require_tiles(char const* where, rflow::gram_path path) {
+  if (path == rflow::gram_path::feature)
+    reject(where, "gram_path::feature is for on_cpu; here moments come from kernel matrices");
+}
+
+/// The Gram moments of the sites of several stacks.
+/// @throws std::invalid_argument if the stacks differ in tokens, bandwidths in number from sites, or
+///         the memory bound is below the smallest tile
+template <class Device, class Kernel, class... T, class... Memory>
+gram_moments gram(char const* where, Device& on, std::size_t memory_bound, Kernel const& kernel,
+                  layer_stack<T, Memory> const&... stacks) {
+  using C = std::conditional_t<(std::same_as<T, double> || ...), double, float>;
+  integer const tokens = std::get<0>(std::tie(stacks...)).size();
+  integer sites = 0;
+  auto const check = [&](auto const& stack) {
+    sites += stack.sites();
+    if (stack.size() != tokens)
+      reject(where, "the stacks have " + std::to_string(tokens) + " and " +
+                        std::to_string(stack.size()) + " tokens");
+  };
+  (check(stacks), ...);
+  if (tokens == 0) return gram_moments(sites, 0);
+
+  using pass = gram_pass<Device, C, source_of<Device, layer_stack<T, Memory>>...>;
+  gram_moments m;
+  if constexpr (std::same_as<Kernel, linear>) {
+    m = pass(where, on, memory_bound, false, stacks...)(make_linear<C>{});
+    if (tokens < 3)  // too few to U-centre: G = K, whose rows sum to 0
+      for (std::size_t i = 0; i < m.diagonal.size(); ++i) m.row_sums[i] = -m.diagonal[i];
+  } else if constexpr (std::same_as<Kernel, rbf>) {
+    if (!kernel.sigma.empty() && static_cast<integer>(kernel.sigma.size()) != sites)
+      reject(where, std::to_string(kernel.sigma.size()) + " bandwidths for " +
+                        std::to_string(sites) + " sites");
+    double const centre = std::exp(-0.5 / (kernel.fraction * kernel.fraction));
+    m = pass(where, on, memory_bound, true, stacks...)(make_rbf<C>{centre}, &kernel);
+  } else {
+    static_assert(pair_kernel<Kernel>,
+                  "rflow: a kernel is linear, rbf, or a function object "
+                  "k(inner product, squared norm, squared norm) -> double");
+    m = pass(where, on, memory_bound, false, stacks...)(make_function<C, Kernel>{kernel});
+  }
+  auto const& first = std::get<0>(std::tie(stacks...));
+  for (position& at : m.non_finite)
+    if (at.found()) at.token = first.token(at.token);
+  return m;
+}
+
+}  // namespace rflow::detail::passes
+
+#undef RFLOW_HD
