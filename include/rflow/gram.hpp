@@ -9,7 +9,7 @@
 //     for each macro tile (I, J), I ≥ J       a square of tokens; its size is set by the memory bound
 //       for each site p
 //         for each range of features          shared panels: centred, widened, packed
-//           for each block of the tile        one task: 192 × 256 inner products, kept in L2
+//           for each block of the tile        one task: 240 × 256 inner products, kept in L2
 //             for each depth block, column strip, row strip
 //               micro-kernel                  48 × 8 inner products in registers (AVX-512 floats)
 //               at the last depth             G = kernel(inner product), sums per token
@@ -203,7 +203,7 @@ struct packed_product {
   /// Depth of a block in bytes: a column strip of it stays in L1, a few row strips in L2.
   static constexpr integer depth_bytes = 2048;
   /// Row strips and columns of one task.
-  static constexpr integer block_strips = 4, block_cols = 256;
+  static constexpr integer block_strips = 5, block_cols = 256;
 
   /// out = (accumulate ? out : 0) + rows · colsᵀ, a column after the other, without the first `above`
   /// rows: those are not needed. `next` is prefetched: the columns of the call that follows.

@@ -72,8 +72,9 @@ class team {
     }
     start_.notify_all();
     work.take_part(0);
+    wait_briefly([this] { return busy_.load(std::memory_order_relaxed) == 0; });
     std::unique_lock lock(mutex_);
-    finished_.wait(lock, [this] { return busy_ == 0; });
+    finished_.wait(lock, [this] { return busy_.load(std::memory_order_relaxed) == 0; });
     if (work.error) std::rethrow_exception(work.error);
   }
 
@@ -105,10 +106,18 @@ class team {
     }
   };
 
+  /// Looks a few times before the caller goes to sleep: the next run() is often microseconds away,
+  /// less than it takes to wake up. The mutex still orders everything.
+  template <class Ready>
+  static void wait_briefly(Ready const& ready) {
+    for (int i = 0; i < 100 && !ready(); ++i) std::this_thread::yield();
+  }
+
   void serve(int thread) {
     std::size_t seen = 0;
     for (;;) {
       job* work = nullptr;
+      wait_briefly([&] { return round_.load(std::memory_order_relaxed) != seen; });
       {
         std::unique_lock lock(mutex_);
         start_.wait(lock, [&] { return stopping_ || round_ != seen; });
@@ -136,10 +145,40 @@ class team {
   std::condition_variable start_;
   std::condition_variable finished_;
   job* job_ = nullptr;
-  std::size_t busy_ = 0;
-  std::size_t round_ = 0;
+  std::atomic<std::size_t> busy_{0};  // both change under the mutex only
+  std::atomic<std::size_t> round_{0};
   bool stopping_ = false;
   std::vector<std::thread> workers_;  // last: the threads use everything above
+};
+
+/// Lets the tasks of a run through one at a time, in the order of their numbers.
+class turnstile {
+ public:
+  /// Held by task `number` while it runs; the next one may go when it is destroyed.
+  class pass {
+   public:
+    pass(turnstile& gate, std::ptrdiff_t number) : gate_(gate), number_(number) {}
+    ~pass() {
+      wait();  // also after an exception: tasks leave in order, whatever happens to them
+      gate_.next_.store(number_ + 1);
+      gate_.next_.notify_all();
+    }
+    pass(pass const&) = delete;
+    pass& operator=(pass const&) = delete;
+
+    /// Returns when all tasks of lower numbers are over.
+    void wait() const noexcept {
+      for (std::ptrdiff_t at = gate_.next_.load(); at < number_; at = gate_.next_.load())
+        gate_.next_.wait(at);
+    }
+
+   private:
+    turnstile& gate_;
+    std::ptrdiff_t number_;
+  };
+
+ private:
+  std::atomic<std::ptrdiff_t> next_{0};
 };
 
 }  // namespace rflow::detail
