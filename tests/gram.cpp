@@ -25,13 +25,17 @@ std::size_t at(ptrdiff_t i) { return static_cast<std::size_t>(i); }
 
 template <class T>
 T stored(double x) {
-  if constexpr (std::is_floating_point_v<T>) return static_cast<T>(x);
-  else return T::nearest(static_cast<float>(x));
+  if constexpr (std::is_floating_point_v<T>)
+    return static_cast<T>(x);
+  else
+    return T::nearest(static_cast<float>(x));
 }
 template <class T>
 double read(T x) {
-  if constexpr (std::is_floating_point_v<T>) return static_cast<double>(x);
-  else return static_cast<double>(static_cast<float>(x));
+  if constexpr (std::is_floating_point_v<T>)
+    return static_cast<double>(x);
+  else
+    return static_cast<double>(static_cast<float>(x));
 }
 
 /// One site in some layout, with rows that a mask leaves out.
@@ -135,7 +139,8 @@ void check(gram_moments const& m, std::vector<matrix> const& g, double tolerance
       CHECK(std::abs(m.diagonal[at(p * n + i)] - diagonal) <=
             tolerance * (std::abs(diagonal) + entry));
       if (!m.squares.empty())
-        CHECK(std::abs(m.squares[at(p * n + i)] - squares) <= tolerance * (squares + entry * entry));
+        CHECK(std::abs(m.squares[at(p * n + i)] - squares) <=
+              tolerance * (squares + entry * entry));
     }
   }
 }
@@ -363,8 +368,8 @@ TEST_CASE("gram: copies of one token have bandwidth 0") {
   for (float& v : x) v = normal(g);
   for (std::size_t i = 3 * 300; i < x.size(); ++i) x[i] = x[i - 300];
   engine::site_rows<float> const rows{view<float>(x.data(), 40, 300), nullptr};
-  gram_moments const m = engine::gram_rbf<float>({engine::source_of<float>(rows)}, 40, rbf{},
-                                                 engine::gram_options{});
+  gram_moments const m =
+      engine::gram_rbf<float>({engine::source_of<float>(rows)}, 40, rbf{}, engine::gram_options{});
   CHECK(m.sigma[0] == 0);
   CHECK(m.why[0] == status::zero_bandwidth);
 }

@@ -133,13 +133,36 @@ chunk<T> load_chunk(T const* from) {
   }
 }
 
-/// The feature that stands at place j of a row read by load_chunk.
+/// Where feature j stands in a row read by load_chunk.
 template <class T>
-std::ptrdiff_t feature_of(std::ptrdiff_t j) {
+std::ptrdiff_t place_of(std::ptrdiff_t j) {
   if constexpr (chunk<T>::packets == 1) return j;
   std::ptrdiff_t const within = j % chunk<T>::width;
-  return j - within + 2 * (within % chunk<T>::lanes) + within / chunk<T>::lanes;
+  return j - within + within % 2 * chunk<T>::lanes + within / 2;
 }
+
+/// Sums of unit vectors of a sequence that is not over yet, S × padded, features in their places.
+struct open_sequence {
+  Eigen::ArrayXXd sum;        // padded × S
+  std::vector<double> units;  // S: number of terms
+
+  open_sequence(std::ptrdiff_t sites, std::ptrdiff_t padded)
+      : sum(Eigen::ArrayXXd::Zero(padded, sites)), units(static_cast<std::size_t>(sites)) {}
+
+  void clear() {
+    sum.setZero();
+    std::fill(units.begin(), units.end(), 0.0);
+  }
+  void add(open_sequence const& more) {
+    sum += more.sum;
+    for (std::size_t l = 0; l < units.size(); ++l) units[l] += more.units[l];
+  }
+  void close(flow_moments& m) {
+    for (std::size_t l = 0; l < units.size(); ++l)
+      m.end_sequence(l, sum.col(static_cast<Eigen::Index>(l)).square().sum(), units[l]);
+    clear();
+  }
+};
 
 /// Inner products of one row of the chain with the rows before it.
 struct chain_products {
@@ -162,6 +185,9 @@ class flow_walker {
   /// Tokens that walk together, so that unit sums are touched once for all of them.
   static constexpr std::ptrdiff_t group = 4;
 
+  /// Places in a row: the width, rounded up to whole chunks.
+  std::ptrdiff_t padded() const { return padded_; }
+
   flow_walker(layer_stack<T> const& stack, flow_sink const& sink)
       : stack_(stack),
         sink_(sink),
@@ -175,17 +201,51 @@ class flow_walker {
         absent_(count(padded_)),
         mean_(group * padded_),
         units_(sites_ * padded_),
-        products_(count(group * sites_)) {
+        zeros_(Eigen::Array<C, Eigen::Dynamic, 1>::Zero(padded_)),
+        products_(count(group * sites_)),
+        sequence_(sites_, padded_),
+        head_(0, 0) {
     units_.setZero();
   }
 
-  /// Adds tokens first … first + tokens − 1 of those that count to m; tokens ≤ group.
-  void walk(std::ptrdiff_t first, std::ptrdiff_t tokens, flow_moments& m) {
+  /// Walks tokens begin … end of those that count. `boundaries` are the ends of sequences.
+  void walk(std::ptrdiff_t begin, std::ptrdiff_t end,
+            std::vector<std::ptrdiff_t> const& boundaries) {
+    auto boundary = std::lower_bound(boundaries.begin(), boundaries.end(), begin + 1);
+    for (std::ptrdiff_t i = begin; i < end;) {
+      std::ptrdiff_t const tokens = (std::min)({group, end - i, *boundary - i});
+      walk_group(i, tokens);
+      i += tokens;
+      for (; boundary != boundaries.end() && *boundary == i; ++boundary) end_sequence();
+    }
+    flush();
+  }
+
+  /// Appends what walk() has seen to the tokens before it, of which `open` is the last sequence, and
+  /// forgets it.
+  void append_to(flow_moments& total, open_sequence& open) {
+    if (has_boundary_) {
+      open.add(head_);
+      open.close(total);
+    }
+    open.add(sequence_);
+    total.merge(moments_);
+    moments_ = flow_moments(sites_, 0);
+    sequence_.clear();
+    has_boundary_ = false;
+  }
+
+ private:
+  static constexpr std::ptrdiff_t ring = 8;  // gathered rows kept of a token: more than four + two
+
+  static std::size_t count(std::ptrdiff_t n) { return static_cast<std::size_t>(n); }
+
+  void walk_group(std::ptrdiff_t first, std::ptrdiff_t tokens) {
     first_ = first;
     tokens_ = tokens;
-    mean_.setZero();
-    // Sums of four sites fit 32 vector registers, those of two fit 16.
-    constexpr std::ptrdiff_t most = EIGEN_ARCH_DEFAULT_NUMBER_OF_REGISTERS >= 32 ? 4 : 2;
+    // Sums of four sites fit 32 vector registers, unless two packets go side by side.
+    constexpr bool many = EIGEN_ARCH_DEFAULT_NUMBER_OF_REGISTERS >= 32 && chunk<T>::packets == 1;
+    constexpr std::ptrdiff_t most = many ? 4 : 2;
     std::ptrdiff_t l = 0;
     if constexpr (most == 4)
       for (; l + 4 <= sites_; l += 4) walk_sites<4>(l);
@@ -195,34 +255,33 @@ class flow_walker {
       bool ordinary = true;
       for (l = 0; l < sites_; ++l) ordinary = ordinary && in_range(product(k, l).norm2);
       if (ordinary)
-        add_products(k, m);
+        add_products(k, moments_);
       else
-        rescue(k, m);
+        rescue(k, moments_);
     }
-    m.tokens += static_cast<double>(tokens);
+    moments_.tokens += static_cast<double>(tokens);
     pending_ += tokens;
-    if (pending_ >= 16) flush(m);
+    if (pending_ >= 64) flush();
   }
 
-  /// Moves the unit sums of the last tokens into m. Sums in C are short; m's are double.
-  void flush(flow_moments& m) {
+  /// Moves the unit sums of the last tokens on. Sums in C are short; those of a sequence are double.
+  void flush() {
     if (pending_ == 0) return;
-    for (std::ptrdiff_t l = 0; l < sites_; ++l) {
-      double* const to = m.unit_sum.data() + l * width_;
-      C* const from = units_.data() + l * padded_;
-      for (std::ptrdiff_t j = 0; j < body_; ++j)
-        to[feature_of<T>(j)] += static_cast<double>(from[j]);
-      for (std::ptrdiff_t j = body_; j < padded_; ++j)
-        if (feature_of<T>(j) < width_) to[feature_of<T>(j)] += static_cast<double>(from[j]);
-      std::fill(from, from + padded_, C(0));
-    }
+    double* const to = sequence_.sum.data();
+    C* const from = units_.data();
+    for (std::ptrdiff_t j = 0; j < units_.size(); ++j) to[j] += static_cast<double>(from[j]);
+    units_.setZero();
     pending_ = 0;
   }
 
- private:
-  static constexpr std::ptrdiff_t ring = 8;  // gathered rows kept of a token: more than four + two
-
-  static std::size_t count(std::ptrdiff_t n) { return static_cast<std::size_t>(n); }
+  /// The first sequence to end may have begun before these tokens: kept for append_to.
+  void end_sequence() {
+    flush();
+    if (has_boundary_) return sequence_.close(moments_);
+    has_boundary_ = true;
+    head_ = sequence_;
+    sequence_.clear();
+  }
 
   // Squares of C neither overflow nor lose their last bits in this range.
   static bool in_range(double norm2) {
@@ -270,18 +329,19 @@ class flow_walker {
       std::ptrdiff_t const q = (std::max<std::ptrdiff_t>)(site - 2, 0);
       chain_products* const to = &product(k, site);
       C* const mean = mean_.data() + k * padded_;
+      C const* const mean_before = site == 0 ? zeros_.data() : mean;
       constexpr std::ptrdiff_t block =
           64 * chunk<T>::width;  // features summed in C, then in double
       T const* next[Sites];
       for (std::ptrdiff_t s = 0; s < Sites; ++s) next[s] = wanted_next(k, site + Sites + s);
       for (std::ptrdiff_t j = 0; j < body_; j += block)
         add_chunks<Sites>(&row(k, site), next, row(k, p), row(k, q), j,
-                          (std::min)(body_, j + block), mean, site, to);
+                          (std::min)(body_, j + block), mean_before, mean, site, to);
       if (body_ < padded_) {
         T const* tails[Sites];
         for (std::ptrdiff_t s = 0; s < Sites; ++s) tails[s] = tail(k, site + s);
-        add_chunks<Sites>(tails, tails, tail(k, p), tail(k, q), 0, chunk<T>::width, mean + body_,
-                          site, to);
+        add_chunks<Sites>(tails, tails, tail(k, p), tail(k, q), 0, chunk<T>::width,
+                          mean_before + body_, mean + body_, site, to);
       }
     }
     for (std::ptrdiff_t s = 0; s < Sites; ++s) add_units(site + s);
@@ -303,8 +363,8 @@ class flow_walker {
   /// features of the rows in `next` are asked for from memory.
   template <std::ptrdiff_t Sites>
   static void add_chunks(T const* const* x, T const* const* next, T const* p, T const* q,
-                         std::ptrdiff_t begin, std::ptrdiff_t end, C* mean, std::ptrdiff_t site,
-                         chain_products* to) {
+                         std::ptrdiff_t begin, std::ptrdiff_t end, C const* mean_before, C* mean,
+                         std::ptrdiff_t site, chain_products* to) {
     struct site_sums {
       P norm2, dot, step2, turn, away2, weight;
       T const *x, *next;
@@ -321,11 +381,11 @@ class flow_walker {
       chunk<T> average;
       for (std::ptrdiff_t i = 0; i < chunk<T>::packets; ++i) {
         step_before.at[i] = packet::psub(before.at[i], step_before.at[i]);
-        average.at[i] = packet::pload<P>(mean + j + i * chunk<T>::lanes);
+        average.at[i] = packet::pload<P>(mean_before + j + i * chunk<T>::lanes);
       }
       auto const add = [&](site_sums& sum) {
         chunk<T> const here = load_chunk(sum.x + j);
-        packet::prefetch(sum.next + j);
+        __builtin_prefetch(sum.next + j, 0, 2);  // into L2: L1 is full
         for (std::ptrdiff_t i = 0; i < chunk<T>::packets; ++i) {
           P const step = packet::psub(here.at[i], before.at[i]);
           P const away = packet::psub(here.at[i], average.at[i]);
@@ -392,7 +452,7 @@ class flow_walker {
       auto const s = count(l);
       chain_products const& r = product(k, l);
       m.squares[s] += r.norm2;
-      m.units[s] += 1;
+      sequence_.units[s] += 1;
       note_norm(l, first_ + k, std::sqrt(r.norm2));
       if (l == 0) continue;
       m.spread += r.away2 * (static_cast<double>(l) / static_cast<double>(l + 1));
@@ -444,9 +504,10 @@ class flow_walker {
       m.squares[s] += unscaled(square);
       note_norm(l, i, std::sqrt(square) / scale);
       if (square > 0) {
-        m.units[s] += 1;
+        sequence_.units[s] += 1;
         if (!in_range(product(k, l).norm2))  // else add_units has it
-          for (std::size_t j = 0; j < d; ++j) m.unit_sum[s * d + j] += x[j] / std::sqrt(square);
+          for (std::ptrdiff_t j = 0; j < width_; ++j)
+            sequence_.sum(place_of<T>(j), l) += x[count(j)] / std::sqrt(square);
       } else {
         m.zero_rows[s] += 1;
       }
@@ -498,39 +559,15 @@ class flow_walker {
   std::vector<T> absent_;                  // zeros, for rows that do not take part
   Eigen::Array<C, Eigen::Dynamic, 1> mean_;   // group × padded: mean of the rows so far
   Eigen::Array<C, Eigen::Dynamic, 1> units_;  // S × padded: unit vectors of the pending tokens
+  Eigen::Array<C, Eigen::Dynamic, 1> zeros_;  // padded: the mean before the first row
   std::vector<chain_products> products_;      // group × S
+  flow_moments moments_{sites_, 0};           // of width 0: unit sums are kept below
+  open_sequence sequence_;                    // the sequence under way
+  open_sequence head_;                        // the one under way before these tokens
+  bool has_boundary_ = false;
 };
 
 #pragma GCC diagnostic pop
-
-/// One slice of tokens. Its first tokens may belong to a sequence that began in an earlier slice.
-struct flow_slice {
-  flow_moments moments;
-  std::vector<double> head_sum, head_units;  // what was open when the first boundary came
-  bool has_boundary = false;
-
-  void end_sequence() {
-    if (!has_boundary) {
-      has_boundary = true;
-      head_sum = moments.unit_sum;
-      head_units = moments.units;
-      std::fill(moments.unit_sum.begin(), moments.unit_sum.end(), 0.0);
-      std::fill(moments.units.begin(), moments.units.end(), 0.0);
-    } else {
-      moments.end_sequence();
-    }
-  }
-
-  /// Appends this slice to the tokens before it.
-  void append_to(flow_moments& total) {
-    if (has_boundary) {
-      for (std::size_t i = 0; i < head_sum.size(); ++i) total.unit_sum[i] += head_sum[i];
-      for (std::size_t l = 0; l < head_units.size(); ++l) total.units[l] += head_units[l];
-      total.end_sequence();
-    }
-    total.merge(moments);
-  }
-};
 
 }  // namespace detail
 
@@ -606,33 +643,26 @@ struct on_cpu {
   template <class T>
   flow_moments flow(layer_stack<T> const& stack, flow_sink const& sink = {}) const {
     std::ptrdiff_t const n = stack.size();
+    using walker = detail::flow_walker<T>;
+    flow_moments total(stack.sites(), 0);
+    if (n == 0) return widened(total, stack.width());
     // As many slices as the shape gives, not as the machine has threads: sums stay the same.
-    std::ptrdiff_t const slices = std::clamp<std::ptrdiff_t>(n, 1, 16);
+    std::ptrdiff_t const slices = std::clamp<std::ptrdiff_t>(n / (4 * walker::group), 1, 16);
     std::vector<std::ptrdiff_t> const boundaries = stack.boundaries();
-    std::vector<detail::flow_slice> parts(static_cast<std::size_t>(slices));
-
-    detail::team team(std::min(thread_count(), static_cast<int>(slices)));
-    team.run(slices, [&](std::ptrdiff_t s) {
-      detail::flow_slice& part = parts[static_cast<std::size_t>(s)];
-      part.moments = flow_moments(stack.sites(), stack.width());
-      detail::flow_walker<T> walker(stack, sink);
-      std::ptrdiff_t const begin = n * s / slices, end = n * (s + 1) / slices;
-      auto boundary = std::lower_bound(boundaries.begin(), boundaries.end(), begin + 1);
-      for (std::ptrdiff_t i = begin; i < end;) {
-        std::ptrdiff_t const tokens = (std::min)({walker.group, end - i, *boundary - i});
-        walker.walk(i, tokens, part.moments);
-        i += tokens;
-        for (; boundary != boundaries.end() && *boundary == i; ++boundary) {
-          walker.flush(part.moments);
-          part.end_sequence();
-        }
-      }
-      walker.flush(part.moments);
+    detail::team team((std::min)(thread_count(), static_cast<int>(slices)));
+    std::vector<std::unique_ptr<walker>> walkers(static_cast<std::size_t>(team.size()));
+    std::unique_ptr<detail::open_sequence> open;
+    detail::turnstile turns;
+    team.run(slices, [&](std::ptrdiff_t s, int thread) {
+      detail::turnstile::pass const pass(turns, s);
+      auto& mine = walkers[static_cast<std::size_t>(thread)];
+      if (!mine) mine = std::make_unique<walker>(stack, sink);
+      mine->walk(n * s / slices, n * (s + 1) / slices, boundaries);
+      pass.wait();
+      if (!open) open = std::make_unique<detail::open_sequence>(stack.sites(), mine->padded());
+      mine->append_to(total, *open);
     });
-
-    flow_moments total(stack.sites(), stack.width());
-    for (detail::flow_slice& part : parts) part.append_to(total);
-    return total;
+    return widened(total, stack.width());
   }
 
   /// @note  S n² d multiply-adds, or (Σd)² n / 2 when those are fewer and the kernel is linear
@@ -644,6 +674,14 @@ struct on_cpu {
                                        static_cast<detail::gram_path>(path)};
     return detail::host_gram<detail::packed_product>("rflow::on_cpu::gram", kernel, options,
                                                      stacks...);
+  }
+
+ private:
+  /// All sequences are closed: their unit sums are 0.
+  static flow_moments widened(flow_moments& m, std::ptrdiff_t width) {
+    m.width = width;
+    m.unit_sum.assign(static_cast<std::size_t>(m.sites * width), 0.0);
+    return std::move(m);
   }
 };
 
