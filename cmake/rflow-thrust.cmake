@@ -8,7 +8,7 @@ endif()
 if(Thrust_FOUND OR TARGET rflow_thrust_headers)
   set(rflow_thrust_FOUND TRUE)
   if(NOT TARGET rflow_thrust_headers)
-    add_library(rflow_thrust_headers INTERFACE IMPORTED)
+    add_library(rflow_thrust_headers INTERFACE IMPORTED GLOBAL)
     get_target_property(rflow_thrust_include Thrust::Thrust INTERFACE_INCLUDE_DIRECTORIES)
     target_include_directories(rflow_thrust_headers SYSTEM INTERFACE ${rflow_thrust_include})
     # Else a plain C++ compiler looks for CUDA; under nvcc these macros would break Thrust.

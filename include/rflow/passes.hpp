@@ -59,11 +59,11 @@ struct one_lane {
   static constexpr int rows = 64;      // rows of a tile that a lane holds at once
   static constexpr int sums = 16;      // partial sums side by side
 
-  int lane() const { return 0; }
-  double sum(double x) const { return x; }
-  float sum(float x) const { return x; }
-  double max(double x) const { return x; }
-  void sync() const {}
+  RFLOW_HD int lane() const { return 0; }
+  RFLOW_HD double sum(double x) const { return x; }
+  RFLOW_HD float sum(float x) const { return x; }
+  RFLOW_HD double max(double x) const { return x; }
+  RFLOW_HD void sync() const {}
   /// Asks for memory that is wanted soon.
   void prefetch(void const* from, std::ptrdiff_t bytes) const {
     for (std::ptrdiff_t k = 0; k < bytes; k += 64)
@@ -199,22 +199,28 @@ class direct_source {
 };
 
 /// Widens up to Count · Group::size features of a row: a lane's k-th is from + k · size + lane.
-/// Returns how many of them a lane has to look at; what there is not is zero.
+/// Returns how many of them a lane has to look at; what there is not is zero. A lane of a GPU looks
+/// at all, so that they stay in registers.
 template <class C, int Count, class Group, class T>
 RFLOW_HD integer load(token_rows<T> const& x, T const* row, integer from, Group g, C (&to)[Count]) {
   constexpr integer step = Group::size;
   integer const left = x.cols - from - g.lane();
   integer const here = smaller(Count, left > 0 ? ceil_div(left, step) : 0);
-  integer const used =
-      smaller(Count, round_up(ceil_div(x.cols - from, step), smaller(Group::sums, Count)));
   T const* const at = row + (from + g.lane()) * x.col_stride;
-  if (x.col_stride == 1) {
-    for (integer k = 0; k < here; ++k) to[k] = static_cast<C>(at[k * step]);
+  if constexpr (Group::sums == 1) {
+    for (integer k = 0; k < Count; ++k)
+      to[k] = k < here ? static_cast<C>(at[k * step * x.col_stride]) : C(0);
+    return Count;
   } else {
-    for (integer k = 0; k < here; ++k) to[k] = static_cast<C>(at[k * step * x.col_stride]);
+    integer const used =
+        smaller(Count, round_up(ceil_div(x.cols - from, step), smaller(Group::sums, Count)));
+    if (x.col_stride == 1)
+      for (integer k = 0; k < here; ++k) to[k] = static_cast<C>(at[k * step]);
+    else
+      for (integer k = 0; k < here; ++k) to[k] = static_cast<C>(at[k * step * x.col_stride]);
+    for (integer k = here; k < used; ++k) to[k] = C(0);
+    return used;
   }
-  for (integer k = here; k < used; ++k) to[k] = C(0);
-  return used;
 }
 
 /// The same where a row can be read as it lies: a pointer to what `load` would have copied.
@@ -481,15 +487,16 @@ struct add_units {
       C buffer[Group::tokens][Columns];
       C const* here[Group::tokens];
       double norm[Group::tokens];
-      integer const tokens = smaller(Group::tokens, end - t);
       integer used = 0;
-      for (integer u = 0; u < tokens; ++u) {
+      for (int u = 0; u < Group::tokens; ++u) {
+        norm[u] = missing;
+        if (t + u >= end) continue;
         norm[u] = table.norm[table.at(l, t + u)];
         if (t + u + 1 < end)
           g.prefetch(site.row(x.first + t + u + 1) + from, used * integer{sizeof(T)});
         here[u] = values(site, site.row(x.first + t + u), from, g, buffer[u], used);
       }
-      for (integer u = 0; u < tokens; ++u) {
+      for (int u = 0; u < Group::tokens; ++u) {
         if (!(norm[u] > 0)) continue;
         count += 1;
         if (!in_range<C>(norm[u] * norm[u])) {
@@ -775,11 +782,10 @@ struct sum_columns {
     for (integer t = s * slice; t < last; t += Group::tokens) {
       C buffer[Group::tokens][Group::columns];
       C const* here[Group::tokens];
-      integer const count = smaller(Group::tokens, last - t);
-      for (integer u = 0; u < count; ++u)
-        here[u] = values(x, x.row(t + u), from, g, buffer[u], used);
-      for (integer u = 0; u < count; ++u)
-        for (integer k = 0; k < used; ++k) {
+      for (int u = 0; u < Group::tokens; ++u)
+        if (t + u < last) here[u] = values(x, x.row(t + u), from, g, buffer[u], used);
+      for (int u = 0; u < Group::tokens; ++u)
+        for (integer k = 0; k < used && t + u < last; ++k) {
           C const size = here[u][k] < 0 ? -here[u][k] : here[u][k];
           most[k] = most[k] < size ? size : most[k];
           sum[k] += pre * static_cast<double>(here[u][k]);
@@ -1247,6 +1253,7 @@ class gram_pass {
     at.high = memory.reserve<C>(total_cols_);
     at.low = memory.reserve<C>(total_cols_);
     at.token = memory.reserve<C>(s * round_up(n, side));
+    // Panels hold the sample, too.
     integer const widest_side = sampled ? std::max(side, sample_side()) : side;
     at.rows = memory.reserve<C>(widest_side * depth_);
     at.cols = memory.reserve<C>(side * depth_);
@@ -1267,7 +1274,8 @@ class gram_pass {
       integer const side = round_up(ceil_div(tokens_, cuts), multiple);
       arena trial = memory_;
       places const at = reserve(trial, side, sampled);
-      if (side <= Device::most_side && trial.bytes() <= memory_bound) {
+      if (side <= round_up(most_rows(), multiple) && side <= Device::most_side &&
+          trial.bytes() <= memory_bound) {
         memory_ = trial;
         at_ = at;
         return;
@@ -1276,6 +1284,14 @@ class gram_pass {
         reject(where, "a memory bound of " + std::to_string(memory_bound) + " bytes is below the " +
                           std::to_string(trial.bytes()) + " bytes of the smallest tile");
     }
+  }
+
+  integer most_rows() const {
+    integer most = tokens_;
+    std::apply(
+        [&](auto const&... source) { ((most = std::min(most, source.most_rows(tokens_))), ...); },
+        sources_);
+    return most;
   }
 
   // ---- preparation
