@@ -46,8 +46,8 @@ void check_widening() {
     for (std::ptrdiff_t p = 0; p < chunk::packets; ++p)
       Eigen::internal::pstoreu<float, P>(wide + p * chunk::lanes, loaded.at[p]);
     for (std::ptrdiff_t j = 0; j < chunk::width; ++j) {
-      float const expected = values[rflow::detail::feature_of<T>(j)];
-      wrong += std::bit_cast<std::uint32_t>(wide[j]) != std::bit_cast<std::uint32_t>(expected);
+      float const expected = values[j], found = wide[rflow::detail::place_of<T>(j)];
+      wrong += std::bit_cast<std::uint32_t>(found) != std::bit_cast<std::uint32_t>(expected);
     }
   }
   CHECK(wrong == 0);
@@ -146,9 +146,9 @@ TEST_CASE_TEMPLATE("loads of 16-bit features permute them, and the permutation i
   constexpr std::ptrdiff_t width = rflow::detail::chunk<T>::width;
   std::vector<int> seen(static_cast<std::size_t>(3 * width));
   for (std::ptrdiff_t j = 0; j < 3 * width; ++j) {
-    std::ptrdiff_t const feature = rflow::detail::feature_of<T>(j);
-    REQUIRE(feature / width == j / width);
-    ++seen[static_cast<std::size_t>(feature)];
+    std::ptrdiff_t const place = rflow::detail::place_of<T>(j);
+    REQUIRE(place / width == j / width);
+    ++seen[static_cast<std::size_t>(place)];
   }
   CHECK(std::count(seen.begin(), seen.end(), 1) == 3 * width);
 }
