@@ -673,33 +673,40 @@ void transpose(P const&, C const* from, integer from_ld, C* to, integer to_ld) {
 /// Packs one strip of rows (strip · R to (strip + 1) · R of the panels), the first `available` of
 /// which exist: side by side for `rows`, one after the other for `cols`. Either panel may be absent.
 /// Missing rows are zeros, and so are depths beyond the end.
+///
+/// Goes along a few rows at a time, as many as fill cache lines of the panel: long runs of the input
+/// for the hardware to prefetch, whole lines for the stores.
 template <class Product, class C, class Fetch>
 void pack_strip(Fetch const& fetch, integer row, integer available, integer strip,
                 depth_range const& k, bool shared, panel<C>* rows, panel<C>* cols) {
   constexpr integer R = Product::template rows<C>, W = lanes_v<C>, S = small_lanes<C>;
-  constexpr integer chunk = 1024 / sizeof(C);
-  alignas(128) C x[W * chunk], side_by_side[R * chunk];
-  for (integer b = 0; b < k.blocks(); ++b) {
-    integer const size = k.size(b), depth = round_up(size, depth_unit<C>);
-    for (integer c = 0; c < size; c += chunk) {
-      integer const count = std::min(chunk, size - c), padded = round_up(count, depth_unit<C>);
-      for (integer i = 0; i < R; i += W) {
-        integer const here = std::clamp<integer>(available - i, 0, W);
+  constexpr integer G = W * sizeof(C) % 64 == 0 ? W : R, chunk = 1024 / sizeof(C);
+  alignas(128) C x[G * chunk], side_by_side[G * chunk];
+  for (integer i = 0; i < R; i += G) {
+    integer const here = std::clamp<integer>(available - i, 0, G);
+    std::fill(x + here * chunk, x + G * chunk, C(0));
+    for (integer b = 0; b < k.blocks(); ++b) {
+      integer const size = k.size(b), depth = round_up(size, depth_unit<C>);
+      for (integer c = 0; c < size; c += chunk) {
+        integer const count = std::min(chunk, size - c), padded = round_up(count, depth_unit<C>);
         if (here > 0) fetch(row + i, here, k.first + b * k.block + c, count, x, chunk);
-        std::fill(x + here * chunk, x + W * chunk, C(0));
         for (integer r = 0; r < here && padded > count; ++r)
           std::fill(x + r * chunk + count, x + r * chunk + padded, C(0));
-        for (integer r = 0; r < W && cols; ++r)
+        for (integer r = 0; r < G && cols; ++r)
           copy_packets(x + r * chunk, padded, shared,
                        cols->block(b, k) + (strip * R + i + r) * depth + c);
-        for (integer m = 0; m < padded && rows; m += S)
-          for (integer r = 0; r < W; r += S)
+        if (!rows) continue;
+        for (integer m = 0; m < padded; m += S)
+          for (integer r = 0; r < G; r += S)
             transpose(Eigen::internal::pset1<small_packet_t<C>>(C(0)), x + r * chunk + m, chunk,
-                      side_by_side + m * R + i + r, R);
+                      side_by_side + m * G + r, G);
+        C* const to = rows->block(b, k) + strip * R * depth + c * R + i;
+        if constexpr (G == R)
+          copy_packets(side_by_side, padded * R, shared, to);
+        else
+          for (integer m = 0; m < padded; ++m)
+            copy_packets(side_by_side + m * G, G, shared, to + m * R);
       }
-      if (rows)
-        copy_packets(side_by_side, padded * R, shared,
-                     rows->block(b, k) + strip * R * depth + c * R);
     }
   }
   if (shared) std::atomic_thread_fence(std::memory_order_seq_cst);  // streamed stores need one
