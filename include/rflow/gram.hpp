@@ -9,7 +9,7 @@
 //     for each macro tile (I, J), I ≥ J       a square of tokens; its size is set by the memory bound
 //       for each site p
 //         for each range of features          shared panels: centred, widened, packed
-//           for each block of the tile        one task: 240 × 256 inner products, kept in L2
+//           for each block of the tile        one task: 192 × 256 inner products, kept in L2
 //             for each depth block, column strip, row strip
 //               micro-kernel                  48 × 8 inner products in registers (AVX-512 floats)
 //               at the last depth             G = kernel(inner product), sums per token
@@ -200,10 +200,11 @@ struct packed_product {
   static constexpr integer cols = many_registers ? 8 : 4;
 
   static constexpr bool interleaved_rows = true;
-  /// Depth of a block in bytes: a column strip of it stays in L1, a few row strips in L2.
-  static constexpr integer depth_bytes = 2048;
+  /// Depth of a block in cache lines: a column strip of it stays in L1, a few row strips in L2. Odd,
+  /// for columns that are a power of two apart fight for the same few sets of L1.
+  static constexpr integer depth_lines = 33;
   /// Row strips and columns of one task.
-  static constexpr integer block_strips = 5, block_cols = 256;
+  static constexpr integer block_strips = 4, block_cols = 256;
 
   /// out = (accumulate ? out : 0) + rows · colsᵀ, a column after the other, without the first `above`
   /// rows: those are not needed. `next` is prefetched: the columns of the call that follows.
@@ -600,6 +601,18 @@ struct function_kernel {
 /// Depths of a block are filled up to whole packets and whole cache lines.
 template <class C>
 inline constexpr integer depth_unit = std::max<integer>(lanes_v<C>, 64 / sizeof(C));
+
+/// Cuts `depth` into blocks of about the same size, of an odd number of lines, at most `most`.
+template <class C>
+integer depth_of_block(integer depth, integer most) {
+  integer const line = 64 / sizeof(C), lines = ceil_div(depth, line);
+  for (integer blocks = ceil_div(lines, most);; ++blocks) {
+    integer const block = ceil_div(lines, blocks) | 1;
+    integer const last = lines - (blocks - 1) * block;
+    if (last > 0 && last % 32 != 0) return round_up(block * line, depth_unit<C>);
+    if (block == 1) return depth_unit<C>;
+  }
+}
 
 /// A store past the caches, where the instruction set has one. Threads share panels: storing into
 /// lines that another core has read, an ordinary store waits for that core (ten times slower where
@@ -1060,9 +1073,8 @@ class gram_engine {
       features += static_cast<double>(site.source.cols);
     }
     gram_sizes z{};
-    integer const block = Product::depth_bytes / static_cast<integer>(sizeof(C));
-    integer const blocks = ceil_div(widest, block);
-    z.depth_block = round_up(ceil_div(widest, blocks), depth_unit<C>);
+    z.depth_block = depth_of_block<C>(widest, Product::depth_lines);
+    integer const blocks = ceil_div(widest, z.depth_block);
     double best = std::numeric_limits<double>::max(), needed = 0;
     for (integer count = 1, last = 0; last != R; ++count) {
       integer const side = round_up(ceil_div(tokens_, count), R);
@@ -1231,7 +1243,7 @@ class feature_engine {
       starts_.push_back(starts_.back() + d);
       owner_.insert(owner_.end(), static_cast<std::size_t>(d), p);
     }
-    depth_ = round_up(std::min(tokens, Product::depth_bytes / integer{sizeof(C)}), depth_unit<C>);
+    depth_ = depth_of_block<C>(tokens, Product::depth_lines);
     side_ = round_up(std::min<integer>(features(), 1536), R);
     double const bound = static_cast<double>(memory_bound);
     auto const bytes = [&] {
