@@ -178,8 +178,8 @@ inline constexpr integer lanes_v = Eigen::internal::packet_traits<C>::size;
 /// f(0), …, f(Count − 1) written out, so that arrays indexed by them stay in registers at any -O.
 template <integer Count, class F>
 EIGEN_ALWAYS_INLINE void unrolled(F const& f) {
-  [&]<integer... I>(std::integer_sequence<integer, I...>) __attribute__((always_inline)) {
-    (f(I), ...);
+  [&]<integer... Each>(std::integer_sequence<integer, Each...>) __attribute__((always_inline)) {
+    (f(Each), ...);
   }
   (std::make_integer_sequence<integer, Count>{});
 }
@@ -338,10 +338,10 @@ double add_columns(panel_source<C> const& x, integer row, integer rows, double p
   auto largest = Eigen::internal::pset1<packet_t<C>>(C(0));
   std::fill_n(sums, round_up(x.cols, step), 0.);
   for (integer i = row; i < row + rows; i += 4) {
-    integer const count = std::min<integer>(4, row + rows - i);
+    integer const count = (std::min<integer>)(4, row + rows - i);
     if (count < 4 || i == row) std::fill_n(raw, 4 * chunk, C(0));
     for (integer k = 0; k < x.cols; k += chunk) {
-      integer const cols = std::min(chunk, x.cols - k), padded = round_up(cols, step);
+      integer const cols = (std::min)(chunk, x.cols - k), padded = round_up(cols, step);
       x(i, count, k, cols, raw, chunk);
       for (integer r = 0; r < 4; ++r)
         std::fill(raw + r * chunk + cols, raw + r * chunk + padded, C(0));
@@ -363,7 +363,7 @@ void add_norms(C const* x, integer rows, integer cols, integer ld, double* norms
     alignas(128) C narrow[W];
     for (integer k = 0; k < cols; k += 8 * W) {
       P sum = pset1<P>(C(0));
-      for (integer m = k; m < std::min(cols, k + 8 * W); m += W) {
+      for (integer m = k; m < (std::min)(cols, k + 8 * W); m += W) {
         P const y = ploadu<P>(x + m);
         sum = pmadd(y, y, sum);
       }
@@ -381,7 +381,7 @@ position find_non_finite(panel_source<C> const& x, integer tokens) {
   C raw[chunk];
   for (integer i = 0; i < tokens; ++i)
     for (integer k0 = 0; k0 < x.cols; k0 += chunk) {
-      integer const cols = std::min(chunk, x.cols - k0);
+      integer const cols = (std::min)(chunk, x.cols - k0);
       x(i, 1, k0, cols, raw, chunk);
       for (integer k = 0; k < cols; ++k)
         if (!is_finite(raw[k])) return {i, k0 + k};
@@ -393,12 +393,12 @@ position find_non_finite(panel_source<C> const& x, integer tokens) {
 template <class C>
 bool find_means(team& threads, panel_source<C> const& x, integer tokens, double pre,
                 std::vector<double>& means, double& largest) {
-  integer const slice = std::max<integer>(16, round_up(ceil_div(tokens, 32), 4));
+  integer const slice = (std::max<integer>)(16, round_up(ceil_div(tokens, 32), 4));
   integer const slices = ceil_div(tokens, slice), d = x.cols, ld = round_up(d, 16);
   aligned_array<double> sums(slices * ld), most(slices);
   threads.run(slices, [&](integer s) {
     integer const row = s * slice;
-    most[s] = add_columns(x, row, std::min(slice, tokens - row), pre, sums.data() + s * ld);
+    most[s] = add_columns(x, row, (std::min)(slice, tokens - row), pre, sums.data() + s * ld);
   });
   means.assign(static_cast<std::size_t>(d), 0.);
   for (integer s = 0; s < slices; ++s)
@@ -461,10 +461,10 @@ prepared_site<C> prepare(team& threads, panel_source<C> const& source, integer t
   constexpr integer group = 16, rows_at_once = 4, chunk = 1024;
   threads.run(ceil_div(tokens, group), [&](integer g) {
     alignas(128) C x[rows_at_once * chunk];
-    integer const end = std::min((g + 1) * group, tokens);
+    integer const end = (std::min)((g + 1) * group, tokens);
     for (integer row = g * group; row < end; row += rows_at_once)
       for (integer k = 0; k < d; k += chunk) {
-        integer const rows = std::min(rows_at_once, end - row), cols = std::min(chunk, d - k);
+        integer const rows = (std::min)(rows_at_once, end - row), cols = (std::min)(chunk, d - k);
         site.fetch(row, rows, k, cols, x, chunk);
         add_norms(x, rows, round_up(cols, lanes_v<C>), chunk, site.norms.data() + row);
       }
@@ -481,7 +481,7 @@ prepared_site<C> prepare(team& threads, panel_source<C> const& source, integer t
   }
   double const wanted = scale * std::ldexp(1., -std::ilogb(norm) / 2);
   double const most = power_of_two<C>(std::numeric_limits<C>::max_exponent - std::ilogb(largest));
-  double const final_scale = std::min(std::min(wanted, most), power_of_two<C>(1 << 20));
+  double const final_scale = (std::min)((std::min)(wanted, most), power_of_two<C>(1 << 20));
   double const rescale = final_scale / scale;
   for (integer k = 0; k < d; ++k) {
     site.minus_high[k] = static_cast<C>(static_cast<double>(site.minus_high[k]) * rescale);
@@ -553,7 +553,7 @@ struct rbf_kernel {
   bound<C> bind(integer p, prepared_site<C> const& site) const {
     double const s = sigma[static_cast<std::size_t>(p)];
     constexpr double most = 1e30;  // a_i ≤ 4: the exponent stays finite
-    return {1, std::min(site.unit() / s / s, most), centre};
+    return {1, (std::min)(site.unit() / s / s, most), centre};
   }
 };
 
@@ -600,7 +600,7 @@ struct function_kernel {
 
 /// Depths of a block are filled up to whole packets and whole cache lines.
 template <class C>
-inline constexpr integer depth_unit = std::max<integer>(lanes_v<C>, 64 / sizeof(C));
+inline constexpr integer depth_unit = (std::max<integer>)(lanes_v<C>, 64 / sizeof(C));
 
 /// Cuts `depth` into blocks of about the same size, of an odd number of lines, at most `most`.
 template <class C>
@@ -651,7 +651,7 @@ struct depth_range {
   integer first, count, block;
 
   integer blocks() const { return ceil_div(count, block); }
-  integer size(integer b) const { return std::min(block, count - b * block); }
+  integer size(integer b) const { return (std::min)(block, count - b * block); }
 };
 
 /// Part of a site's rows, packed. Block b of the depths starts at b · block · rows.
@@ -670,7 +670,7 @@ struct panel {
 template <class C>
 using small_packet_t = typename Eigen::internal::find_best_packet<C, 4>::type;
 template <class C>
-inline constexpr integer small_lanes = std::min<integer>(4, lanes_v<C>);
+inline constexpr integer small_lanes = (std::min<integer>)(4, lanes_v<C>);
 
 /// to = fromᵀ, a square of packets of the type of the first argument.
 template <class P, class C>
@@ -701,7 +701,7 @@ void pack_strip(Fetch const& fetch, integer row, integer available, integer stri
     for (integer b = 0; b < k.blocks(); ++b) {
       integer const size = k.size(b), depth = round_up(size, depth_unit<C>);
       for (integer c = 0; c < size; c += chunk) {
-        integer const count = std::min(chunk, size - c), padded = round_up(count, depth_unit<C>);
+        integer const count = (std::min)(chunk, size - c), padded = round_up(count, depth_unit<C>);
         if (here > 0) fetch(row + i, here, k.first + b * k.block + c, count, x, chunk);
         for (integer r = 0; r < here && padded > count; ++r)
           std::fill(x + r * chunk + count, x + r * chunk + padded, C(0));
@@ -771,7 +771,7 @@ struct tiling {
     integer const height = Product::block_strips * R, width = Product::block_cols;
     for (integer i = 0; i < rows; i += height)
       for (integer j = 0; j < cols; j += width) {
-        block b{row + i, std::min(height, rows - i), col + j, std::min(width, cols - j), t.area,
+        block b{row + i, (std::min)(height, rows - i), col + j, (std::min)(width, cols - j), t.area,
                 t.sums};
         integer const end = each(b, lower, [](integer, integer, integer) {});
         if (end == t.area) continue;
@@ -802,9 +802,10 @@ struct packing {
     bool const of_rows = task < row_tasks();
     integer const origin = of_rows ? t.row : t.col, count = of_rows ? t.rows : t.cols;
     integer const from = (of_rows ? task : task - row_tasks()) * group;
-    for (integer at = from; at < std::min(count, from + group); at += R)
-      pack_strip<Product, C>(fetch, origin + at, std::min(R, end - origin - at), at / R, k, shared,
-                             of_rows ? &rows : nullptr, !of_rows || t.diagonal() ? &cols : nullptr);
+    for (integer at = from; at < (std::min)(count, from + group); at += R)
+      pack_strip<Product, C>(fetch, origin + at, (std::min)(R, end - origin - at), at / R, k,
+                             shared, of_rows ? &rows : nullptr,
+                             !of_rows || t.diagonal() ? &cols : nullptr);
   }
 };
 
@@ -893,10 +894,10 @@ class row_products {
   void operator()(C const* x, integer ld, integer count, double* out) {
     std::fill_n(out, rows_ * rows_, 0.);
     for (integer c = 0; c < count; c += flush) {
-      integer const part = std::min(flush, count - c);
+      integer const part = (std::min)(flush, count - c);
       for (integer k = 0; k < part; k += chunk_)
         each_block([&](integer p, integer q, C* sums) {
-          multiply(x + c + k, ld, p, q, std::min(chunk_, part - k), k > 0, sums);
+          multiply(x + c + k, ld, p, q, (std::min)(chunk_, part - k), k > 0, sums);
         });
       each_block([&](integer p, integer q, C const* sums) {
         for (integer r = 0; r < R; ++r)
@@ -915,7 +916,7 @@ class row_products {
   void each_block(F const& f) {
     C* sums = partial_.data();
     for (integer p = 0; p < rows_; p += R)
-      for (integer q = 0; q < std::min(rows_, p + R); q += N, sums += R * N * W) f(p, q, sums);
+      for (integer q = 0; q < (std::min)(rows_, p + R); q += N, sums += R * N * W) f(p, q, sums);
   }
 
   void multiply(C const* x, integer ld, integer p, integer q, integer count, bool accumulate,
@@ -923,8 +924,8 @@ class row_products {
     using namespace Eigen::internal;
     using P = packet_t<C>;
     C const *a[R], *b[N];
-    for (integer r = 0; r < R; ++r) a[r] = x + std::min(p + r, rows_ - 1) * ld;
-    for (integer s = 0; s < N; ++s) b[s] = x + std::min(q + s, rows_ - 1) * ld;
+    for (integer r = 0; r < R; ++r) a[r] = x + (std::min)(p + r, rows_ - 1) * ld;
+    for (integer s = 0; s < N; ++s) b[s] = x + (std::min)(q + s, rows_ - 1) * ld;
     P sum[R][N];
     for (integer r = 0; r < R; ++r)
       for (integer s = 0; s < N; ++s)
@@ -1028,8 +1029,8 @@ class gram_engine {
     integer const side = sizes_.side;
     for (integer row = 0; row < tokens_; row += side)
       for (integer col = 0; col <= row; col += side) {
-        tile const t = plan<bound::row_sums>(row, std::min(side, tokens_ - row), col,
-                                             std::min(side, tokens_ - col));
+        tile const t = plan<bound::row_sums>(row, (std::min)(side, tokens_ - row), col,
+                                             (std::min)(side, tokens_ - col));
         fill(t, kernels, token);
         reduce<bound::row_sums>(t, m);
       }
@@ -1069,13 +1070,13 @@ class gram_engine {
     integer widest = 1;
     double features = 0;
     for (auto const& site : sites_) {
-      widest = std::max(widest, site.source.cols);
+      widest = (std::max)(widest, site.source.cols);
       features += static_cast<double>(site.source.cols);
     }
     gram_sizes z{};
     z.depth_block = depth_of_block<C>(widest, Product::depth_lines);
     integer const blocks = ceil_div(widest, z.depth_block);
-    double best = std::numeric_limits<double>::max(), needed = 0;
+    double best = (std::numeric_limits<double>::max)(), needed = 0;
     for (integer count = 1, last = 0; last != R; ++count) {
       integer const side = round_up(ceil_div(tokens_, count), R);
       if (side == last) continue;
@@ -1123,7 +1124,7 @@ class gram_engine {
     for (integer p = 0; p < site_count_; ++p) {
       integer const d = sites_[static_cast<std::size_t>(p)].source.cols;
       for (integer k = 0; k < d; k += sizes_.depth) {
-        integer const count = std::min(sizes_.depth, d - k);
+        integer const count = (std::min)(sizes_.depth, d - k);
         all.push_back({p, {k, count, sizes_.depth_block}, k == 0, k + count == d});
       }
     }
@@ -1181,7 +1182,7 @@ class gram_engine {
     threads_.run(slices + site_count_, [&](integer i) {
       if (i < slices) {
         row_products<C> multiply(site_count_);
-        multiply(buffer_.data() + i * slice, stride_, std::min(slice, t.area - i * slice),
+        multiply(buffer_.data() + i * slice, stride_, (std::min)(slice, t.area - i * slice),
                  slice_products_.data() + i * pairs);
       } else {
         add_sums<RowSums>(t, i - slices, m);
@@ -1244,12 +1245,12 @@ class feature_engine {
       owner_.insert(owner_.end(), static_cast<std::size_t>(d), p);
     }
     depth_ = depth_of_block<C>(tokens, Product::depth_lines);
-    side_ = round_up(std::min<integer>(features(), 1536), R);
+    side_ = round_up((std::min<integer>)(features(), 1536), R);
     double const bound = static_cast<double>(memory_bound);
     auto const bytes = [&] {
       return static_cast<double>((side_ + 4 * depth_) * side_ * integer{sizeof(C)});
     };
-    while (side_ > R && bytes() > bound) side_ = std::max(R, side_ / 2 / R * R);
+    while (side_ > R && bytes() > bound) side_ = (std::max)(R, side_ / 2 / R * R);
     if (bytes() > bound) reject_bound(bound, bytes());
   }
 
@@ -1262,8 +1263,8 @@ class feature_engine {
     }
     for (integer row = 0; row < features(); row += side_)
       for (integer col = 0; col <= row; col += side_)
-        add_tile(tiles::plan(row, std::min(side_, features() - row), col,
-                             std::min(side_, features() - col), true,
+        add_tile(tiles::plan(row, (std::min)(side_, features() - row), col,
+                             (std::min)(side_, features() - col), true,
                              [&](block const& b) {
                                return sites_of(b.row, b.rows).count * sites_of(b.col, b.cols).count;
                              }),
@@ -1306,9 +1307,9 @@ class feature_engine {
     std::fill_n(x, chunk * W, C(0));
     for (integer f = feature; f < feature + count;) {
       integer const p = owner_.data()[f];
-      integer const end = std::min(feature + count, starts_.data()[p + 1]);
+      integer const end = (std::min)(feature + count, starts_.data()[p + 1]);
       for (integer t = 0; t < tokens; t += chunk) {
-        integer const here = std::min(chunk, tokens - t);
+        integer const here = (std::min)(chunk, tokens - t);
         std::fill(x + here * W, x + chunk * W, C(0));
         sites_[static_cast<std::size_t>(p)].fetch(token + t, here, f - starts_.data()[p], end - f,
                                                   x, W);
@@ -1334,7 +1335,7 @@ class feature_engine {
     integer const steps = ceil_div(tokens_, depth_);
     aligned_array<double> sums(t.sums, 0.);
     auto const range = [&](integer s) {
-      return depth_range{s * depth_, std::min(depth_, tokens_ - s * depth_), depth_};
+      return depth_range{s * depth_, (std::min)(depth_, tokens_ - s * depth_), depth_};
     };
     packing<Product, C> const panels{t, features(), threads_.size() > 1};
     auto const pack = [&](integer s, integer task) {
@@ -1371,11 +1372,11 @@ class feature_engine {
   void add_squares(block const& b, integer i0, integer j0, C const* g, double* sums) const {
     site_range const p = sites_of(b.row, b.rows), q = sites_of(b.col, b.cols);
     integer const last = b.row + b.rows;
-    for (integer j = j0; j < std::min(j0 + N, b.col + b.cols); ++j, g += R) {
+    for (integer j = j0; j < (std::min)(j0 + N, b.col + b.cols); ++j, g += R) {
       integer const of_col = owner_.data()[j];
-      for (integer i = std::max(i0, j); i < std::min(i0 + R, last);) {
+      for (integer i = (std::max)(i0, j); i < (std::min)(i0 + R, last);) {
         integer const of_row = owner_.data()[i];
-        integer const end = std::min(std::min(i0 + R, last), starts_.data()[of_row + 1]);
+        integer const end = (std::min)((std::min)(i0 + R, last), starts_.data()[of_row + 1]);
         double sum = 0, diagonal = 0;
         if (i == j) {
           double const x = static_cast<double>(g[i - i0]);
@@ -1406,7 +1407,7 @@ class feature_engine {
 /// to 512 tokens, above that over 512 evenly strided ones.
 template <class Product, class C>
 double median_distance(prepared_site<C> const& site, integer tokens, rbf::median convention) {
-  integer const m = std::min<integer>(tokens, 512), d = site.source.cols;
+  integer const m = (std::min<integer>)(tokens, 512), d = site.source.cols;
   if (m < 2) return 0;
   auto const row = [&](integer i) { return i * tokens / m; };
   auto const fetch = [&](integer r, integer rows, integer col, integer cols, C* to, integer ld) {
@@ -1425,16 +1426,16 @@ double median_distance(prepared_site<C> const& site, integer tokens, rbf::median
                           static_cast<double>(std::numeric_limits<C>::epsilon());
   auto const collect = [&](integer i0, integer j0, C const* g) {
     for (integer j = j0; j < j0 + Product::template cols<C>; ++j, g += R)
-      for (integer i = std::max(i0, j + 1); i < std::min(i0 + R, m); ++i) {
+      for (integer i = (std::max)(i0, j + 1); i < (std::min)(i0 + R, m); ++i) {
         double const norms = site.norms.data()[row(i)] + site.norms.data()[row(j)];
         double const distance = norms - 2 * static_cast<double>(g[i - i0]);
         distances.push_back(distance > rounding * norms ? static_cast<C>(distance) : C(0));
       }
   };
   for (integer k = 0; k < d; k += depth) {
-    depth_range const range{k, std::min(depth, d - k), depth};
+    depth_range const range{k, (std::min)(depth, d - k), depth};
     for (integer s = 0; s < ceil_div(m, R); ++s)
-      pack_strip<Product, C>(fetch, s * R, std::min(R, m - s * R), s, range, false, &rows, &cols);
+      pack_strip<Product, C>(fetch, s * R, (std::min)(R, m - s * R), s, range, false, &rows, &cols);
     for (block const& b : t.blocks)
       multiply_block<Product>(t, b, rows, cols, range, k == 0, k + depth >= d, products.data(),
                               collect);
