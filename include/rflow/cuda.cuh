@@ -12,6 +12,7 @@
 #include <concepts>
 #include <cstddef>
 #include <cstdint>
+#include <exception>
 #include <limits>
 #include <memory>
 #include <mutex>
@@ -250,7 +251,9 @@ class __attribute__((visibility("hidden"))) staged_source {
   }
   staged_source(staged_source&&) = default;  // moved before start() only
   ~staged_source() {
-    if (device_[0] != nullptr) static_cast<void>(cudaStreamSynchronize(context_.copies()));
+    // Else the stream of the call has waited for every copy.
+    if (device_[0] != nullptr && std::uncaught_exceptions() > exceptions_)
+      static_cast<void>(cudaStreamSynchronize(context_.copies()));
   }
 
   template <class Device>
@@ -355,7 +358,7 @@ class __attribute__((visibility("hidden"))) staged_source {
   passes::arena::place<passes::token_rows<T>> tables_[2];
   T *device_[2] = {}, *pinned_[2] = {};
   passes::token_rows<T>* table_[2] = {};
-  int next_ = 0, taken_ = 0;
+  int next_ = 0, taken_ = 0, exceptions_ = std::uncaught_exceptions();
 };
 
 // ---- the device ---------------------------------------------------------------------------------

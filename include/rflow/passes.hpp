@@ -1136,18 +1136,19 @@ double median(std::vector<C>& distances, integer m, rbf::median convention) {
   return (low + at(size / 2)) / 2;
 }
 
+/// What the host knows of a site.
+struct site_facts {
+  integer cols, first_col;
+  double largest = 0, pre = 1, scale = 0, trace = 0;  // scale 0: nothing to compare
+  position bad = {};
+
+  double unit() const { return scale > 0 ? 1 / scale / scale : 1; }
+};
+
 /// The Gram moments of the sites of several sources, with C for products.
 template <class Device, class C, class... Sources>
 class gram_pass {
   using group = typename Device::group;
-
-  struct site {
-    integer cols, first_col;
-    double largest = 0, pre = 1, scale = 0, trace = 0;  // scale 0: nothing to compare
-    position bad = {};
-
-    double unit() const { return scale > 0 ? 1 / scale / scale : 1; }
-  };
 
   struct places {
     integer side, slice_columns;
@@ -1193,7 +1194,7 @@ class gram_pass {
     std::vector<entry> entries;
     std::vector<C> token(size_of(count() * padded_tokens()));
     for (integer p = 0; p < count(); ++p) {
-      site const& s = sites_[size_of(p)];
+      site_facts const& s = sites_[size_of(p)];
       double const sigma = m.sigma.empty() ? 0 : m.sigma[size_of(p)];
       entries.push_back(make_entry(tokens_, s.unit(), s.trace, sigma));
       for (integer i = 0; i < tokens_; ++i) {
@@ -1223,7 +1224,8 @@ class gram_pass {
 
  private:
   integer count() const { return static_cast<integer>(sites_.size()); }
-  static integer padded(integer cols) { return round_up(cols, integer{group::size} * group::sums); }
+  /// Columns that a group may look at: the mean of those that are not there is zero.
+  static integer padded(integer cols) { return round_up(cols, integer{group::size} * group::held); }
   integer padded_tokens() const { return round_up(tokens_, at_.side); }
   static integer slice_columns(integer side) {
     integer columns = 1;
@@ -1319,7 +1321,7 @@ class gram_pass {
   }
 
   void add_columns(integer p) {
-    site const& s = sites_[size_of(p)];
+    site_facts const& s = sites_[size_of(p)];
     integer const chunks = ceil_div(s.cols, integer{group::size} * group::columns);
     on_.zero(memory_[at_.totals] + s.first_col, padded(s.cols));
     column_facts* const facts = memory_[at_.facts] + p * chunks_;
@@ -1364,13 +1366,13 @@ class gram_pass {
   }
 
   centring<C> centre(integer p) const {
-    site const& s = sites_[size_of(p)];
+    site_facts const& s = sites_[size_of(p)];
     return {static_cast<C>(s.scale), memory_[at_.high] + s.first_col,
             memory_[at_.low] + s.first_col};
   }
 
   void write_means(integer p) {
-    site const& s = sites_[size_of(p)];
+    site_facts const& s = sites_[size_of(p)];
     on_.each_index(padded(s.cols),
                    set_means<C>{memory_[at_.totals] + s.first_col,
                                 s.scale / s.pre / static_cast<double>(tokens_),
@@ -1394,7 +1396,7 @@ class gram_pass {
     // A first scale, by which centred values are at most 2 or so: their norms are safe in C.
     on_.zero(memory_[at_.norms], count() * tokens_);
     for (integer p = 0; p < count(); ++p) {
-      site& s = sites_[size_of(p)];
+      site_facts& s = sites_[size_of(p)];
       if (s.bad.found() || !(s.largest > 0)) continue;
       s.scale = power_of_two<C>(-std::ilogb(s.largest) - 1);
       write_means(p);
@@ -1411,7 +1413,7 @@ class gram_pass {
 
   /// Chooses the scale that brings the largest norm to about 1, and tells what is constant.
   void rescale(integer p) {
-    site& s = sites_[size_of(p)];
+    site_facts& s = sites_[size_of(p)];
     if (!(s.scale > 0)) return;
     auto const norms = norms_.begin() + p * tokens_;
     double const norm = *std::max_element(norms, norms + tokens_);
@@ -1444,7 +1446,7 @@ class gram_pass {
   }
 
   double median_distance(integer p, rbf::median convention) {
-    site const& s = sites_[size_of(p)];
+    site_facts const& s = sites_[size_of(p)];
     integer const m = sample_size(tokens_), side = sample_side();
     if (!(s.scale > 0)) return 0;
     with_source(p, [&](auto& source, integer local) {
@@ -1472,8 +1474,8 @@ class gram_pass {
 
   /// Inner products of some rows with themselves, panel after panel.
   template <class T>
-  void multiply(site const& s, token_rows<T> const& x, integer rows, centring<C> const& centre,
-                C* panel, integer side, bool lower, C* out) {
+  void multiply(site_facts const& s, token_rows<T> const& x, integer rows,
+                centring<C> const& centre, C* panel, integer side, bool lower, C* out) {
     for (integer k = 0; k < s.cols; k += depth_) {
       on_.each_group(side, fill_panel<T, C>{x, rows, k, depth_, centre, panel});
       on_.product(panel, panel, side, depth_, k > 0, lower, memory_[at_.scratch], out);
@@ -1481,7 +1483,7 @@ class gram_pass {
   }
 
   void multiply(integer p, tile const& t, C* out) {
-    site const& s = sites_[size_of(p)];
+    site_facts const& s = sites_[size_of(p)];
     if (!(s.scale > 0)) return on_.zero(out, t.side * t.side);
     with_source(p, [&](auto& source, integer local) {
       auto const x = source.rows(local, t.row, t.rows);
@@ -1528,7 +1530,7 @@ class gram_pass {
   void deliver(std::vector<Entry> const& entries, gram_moments& m) const {
     std::vector<double> unit(sites_.size());
     for (std::size_t p = 0; p < unit.size(); ++p) {
-      site const& s = sites_[p];
+      site_facts const& s = sites_[p];
       unit[p] = s.bad.found() ? missing : entries[p].unit;
       if (unit[p] < 1e-60 || unit[p] > 1e60) {  // products would leave the range
         m.unit[p] = unit[p];
@@ -1557,7 +1559,7 @@ class gram_pass {
   arena memory_;
   std::tuple<Sources...> sources_;
   integer tokens_, total_cols_ = 0, widest_ = 1, chunks_ = 1, depth_ = 1;
-  std::vector<site> sites_;
+  std::vector<site_facts> sites_;
   std::vector<double> norms_;
   places at_{};
 };

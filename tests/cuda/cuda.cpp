@@ -1,0 +1,33 @@
+// SPDX-License-Identifier: Apache-2.0
+// The suite of all backends on on_cuda, over host memory and over device memory. Compiled without
+// nvcc; on_cpu is in here, on_cuda in device.cu.
+#include <cstdio>
+#include <stdexcept>
+#include <string>
+
+#include "device.hpp"
+
+#define RFLOW_BACKENDS device::staged, device::resident
+#define DOCTEST_CONFIG_IMPLEMENT
+#include "../backends.hpp"
+
+TEST_CASE("a pointer that lies about its space is caught") {
+  CHECK_THROWS_AS(device::lie_about_space(), std::invalid_argument);
+}
+
+TEST_CASE("a device that there is not") {
+  CHECK_THROWS_WITH_AS(device::wrong_ordinal(), doctest::Contains("cudaSetDevice(1000)"),
+                       std::runtime_error);
+}
+
+int main(int argc, char** argv) {
+  doctest::Context context(argc, argv);
+  std::string why_not;
+  if (device::count(why_not) == 0) {
+    std::printf("skipped: %u test cases on a GPU, for there is none (%s)\n",
+                static_cast<unsigned>(doctest::detail::getRegisteredTests().size()),
+                why_not.c_str());
+    return 77;
+  }
+  return context.run();
+}
