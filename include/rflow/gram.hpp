@@ -74,12 +74,7 @@ class aligned_array {
 
 // ---- what a caller may choose -------------------------------------------------------------------
 
-/// How the products come about; `automatic` takes the one with fewer operations (gram_cost).
-enum class gram_path {
-  automatic,
-  gram,     ///< n × n kernel matrices in tiles
-  feature,  ///< d × d cross-covariances; linear kernels only, no squares per token
-};
+using rflow::gram_path;
 
 struct gram_options {
   int threads = 1;
@@ -1211,7 +1206,7 @@ class gram_engine {
     }
   }
 
-  static constexpr integer panel_bytes = integer{12} << 20;  // of one of four panels
+  static constexpr integer panel_bytes = integer{6} << 20;  // of one of four panels
 
   team& threads_;
   integer tokens_, site_count_;
@@ -1299,7 +1294,7 @@ class feature_engine {
     return {first, owner_.data()[feature + count - 1] - first + 1};
   }
 
-  /// Features in rows, tokens in columns; at most W features.
+  /// Features in rows, tokens in columns.
   void fetch(integer feature, integer count, integer token, integer tokens, C* to,
              integer ld) const {
     constexpr integer S = small_lanes<C>, chunk = 64;
