@@ -379,10 +379,6 @@ class __attribute__((visibility("hidden"))) cuda_device {
   static constexpr integer side_multiple = 64;
   template <class C>
   static constexpr integer depth_multiple = 16;
-  template <class C>
-  static integer scratch(integer, integer) {
-    return 0;
-  }
 
   cuda_device(cuda_context& context, cudaStream_t stream, bool tf32)
       : context_(context), stream_(stream != nullptr ? stream : context.stream()), tf32_(tf32) {}
@@ -451,7 +447,7 @@ class __attribute__((visibility("hidden"))) cuda_device {
   /// out(i, j) = Σ_k rows(i, k) cols(j, k). Panels are row-major, which BLAS calls transposed.
   template <class C>
   void product(C const* rows, C const* cols, integer side, integer depth, bool accumulate,
-               bool lower, C*, C* out) {
+               bool lower, C* out) {
     int const n = static_cast<int>(side), k = static_cast<int>(depth);
     C const one = 1, start = accumulate ? C(1) : C(0);
     cublasHandle_t const handle = blas();

@@ -11,7 +11,7 @@
 //     allocate(bytes)             an owner of memory, with data()
 //     upload, download, zero      copies between host and device, wait() ends them all
 //     source(stack, arena)        where the rows of a stack are read from
-//     product, pair_products      inner products; see packed_products in thrust.hpp
+//     product, pair_products      inner products; see thrust.hpp
 //
 // and some sizes. Work is cut by the shape of the data and these sizes alone, and every sum has an
 // owner: results do not depend on the number of threads.
@@ -1156,7 +1156,7 @@ class gram_pass {
         pairs;
     arena::place<column_facts> facts;
     arena::place<integer> bad;
-    arena::place<C> high, low, token, rows, cols, tiles, slices, scratch, sample;
+    arena::place<C> high, low, token, rows, cols, tiles, slices, sample;
   };
 
  public:
@@ -1255,11 +1255,10 @@ class gram_pass {
     at.high = memory.reserve<C>(total_cols_);
     at.low = memory.reserve<C>(total_cols_);
     at.token = memory.reserve<C>(s * round_up(n, side));
-    // Panels hold the sample, too.
-    integer const widest_side = sampled ? std::max(side, sample_side()) : side;
+    integer const widest_side =  // the rows' panel holds the sample, too
+        sampled ? std::max(side, sample_side()) : side;
     at.rows = memory.reserve<C>(widest_side * depth_);
     at.cols = memory.reserve<C>(side * depth_);
-    at.scratch = memory.reserve<C>(Device::template scratch<C>(widest_side, depth_));
     at.tiles = memory.reserve<C>(s * side * side);
     at.slices = memory.reserve<C>(side / columns * s * s);
     at.sample = memory.reserve<C>(sampled ? sample_side() * sample_side() : 0);
@@ -1478,7 +1477,7 @@ class gram_pass {
                 centring<C> const& centre, C* panel, integer side, bool lower, C* out) {
     for (integer k = 0; k < s.cols; k += depth_) {
       on_.each_group(side, fill_panel<T, C>{x, rows, k, depth_, centre, panel});
-      on_.product(panel, panel, side, depth_, k > 0, lower, memory_[at_.scratch], out);
+      on_.product(panel, panel, side, depth_, k > 0, lower, out);
     }
   }
 
@@ -1496,8 +1495,7 @@ class gram_pass {
       for (integer k = 0; k < s.cols; k += depth_) {
         on_.each_group(t.side, fill{x, t.rows, k, depth_, centre(p), memory_[at_.rows]});
         on_.each_group(t.side, fill{y, t.cols, k, depth_, centre(p), memory_[at_.cols]});
-        on_.product(memory_[at_.rows], memory_[at_.cols], t.side, depth_, k > 0, false,
-                    memory_[at_.scratch], out);
+        on_.product(memory_[at_.rows], memory_[at_.cols], t.side, depth_, k > 0, false, out);
       }
       source.release();
     });

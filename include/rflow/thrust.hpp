@@ -130,10 +130,6 @@ class thrust_device {
   static constexpr integer side_multiple = 64;
   template <class C>
   static constexpr integer depth_multiple = 16;
-  template <class C>
-  static integer scratch(integer, integer) {
-    return 0;
-  }
 
   class memory {
    public:
@@ -178,7 +174,7 @@ class thrust_device {
 
   template <class C>
   void product(C const* rows, C const* cols, integer side, integer depth, bool accumulate,
-               bool lower, C*, C* out) {
+               bool lower, C* out) {
     using task = product_of_block<C>;
     each_index(task::blocks(side, lower), task{rows, cols, side, depth, accumulate, lower, out});
   }
