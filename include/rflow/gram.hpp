@@ -30,6 +30,7 @@
 #include <limits>
 #include <memory>
 #include <new>
+#include <numeric>
 #include <stdexcept>
 #include <string>
 #include <type_traits>
@@ -186,15 +187,18 @@ EIGEN_ALWAYS_INLINE void unrolled(F const& f) {
 struct packed_product {
   static constexpr bool many_registers = EIGEN_ARCH_DEFAULT_NUMBER_OF_REGISTERS >= 32;
 
-  /// Row packets × columns of the register tile: 3 × 8 accumulators of 32 registers, 3 × 4 of 16.
+  static constexpr bool wide(std::size_t bytes) { return bytes > 16; }
+
+  /// Row packets × columns of the register tile: 3 × 8 accumulators where there are 32 registers, 3 × 4
+  /// of 16; with packets of 16 bytes 4 × 4 and 2 × 4. Whole column strips fit a row strip.
   template <class C>
-  static constexpr integer packets = many_registers || sizeof(packet_t<C>) > 16 ? 3 : 2;
+  static constexpr integer packets = wide(sizeof(packet_t<C>)) ? 3 : many_registers ? 4 : 2;
   template <class C>
   static constexpr integer rows = packets<C>* lanes_v<C>;
   template <class C>
-  static constexpr integer cols = many_registers ? 8 : 4;
+  static constexpr integer cols =
+      std::gcd(rows<C>, many_registers && wide(sizeof(packet_t<C>)) ? 8 : 4);
 
-  static constexpr bool interleaved_rows = true;
   /// Depth of a block in cache lines: a column strip of it stays in L1, a few row strips in L2. Odd,
   /// for columns that are a power of two apart fight for the same few sets of L1.
   static constexpr integer depth_lines = 33;
@@ -741,6 +745,7 @@ struct tile {
 template <class Product, class C>
 struct tiling {
   static constexpr integer R = Product::template rows<C>, N = Product::template cols<C>;
+  static_assert(R % N == 0 && R % lanes_v<C> == 0);
 
   /// Whether a micro tile has an entry below the diagonal.
   static bool below(integer i, integer j) { return i + R - 1 > j; }
@@ -816,7 +821,7 @@ void multiply_block(tile const& t, block const& b, panel<C> const& rows, panel<C
     bool const start = first && d == 0, end = last && d + 1 == k.blocks();
     tiling<Product, C>::each(b, t.lower, [&](integer i, integer j, integer at) {
       bool const turn = i + R >= b.row + b.rows;  // the next one is of the next strip of columns
-      Product::multiply(x + i * depth, y + j * depth, depth, !start, t.lower ? j - i + 1 : 0,
+      Product::multiply(x + i * depth, y + j * depth, depth, !start, t.lower ? j - i : 0,
                         y + (turn ? j + N : j) * depth, buffer + at);
       if (end) finish(i, j, buffer + at);
     });
@@ -1302,7 +1307,7 @@ class feature_engine {
     std::fill_n(x, chunk * W, C(0));
     for (integer f = feature; f < feature + count;) {
       integer const p = owner_.data()[f];
-      integer const end = (std::min)(feature + count, starts_.data()[p + 1]);
+      integer const end = (std::min)((std::min)(f + W, feature + count), starts_.data()[p + 1]);
       for (integer t = 0; t < tokens; t += chunk) {
         integer const here = (std::min)(chunk, tokens - t);
         std::fill(x + here * W, x + chunk * W, C(0));
