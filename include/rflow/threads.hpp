@@ -110,7 +110,8 @@ class team {
   /// less than it takes to wake up. The mutex still orders everything.
   template <class Ready>
   static void wait_briefly(Ready const& ready) {
-    for (int i = 0; i < 100 && !ready(); ++i) std::this_thread::yield();
+    for (int i = 0; i < 4000 && !ready(); ++i) {
+    }
   }
 
   void serve(int thread) {
