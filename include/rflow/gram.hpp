@@ -6,7 +6,7 @@
 // eigen.hpp and on_blas in blas.hpp call it.
 //
 //     for each site                           column means, norms of the centred rows, a scale
-//     for each macro tile (I, J), I ≥ J       a square of tokens; its size is set by the memory bound
+//     for each macro tile (I, J), I ≥ J       a square of tokens, as large as memory allows
 //       for each site p
 //         for each range of features          shared panels: centred, widened, packed
 //           for each block of the tile        one task: 192 × 256 inner products, kept in L2
@@ -15,9 +15,13 @@
 //               at the last depth             G = kernel(inner product), sums per token
 //       products += 2 · (tile buffer, S rows) · (the same)ᵀ
 //
-// Only entries below the diagonal are formed; the rest of the tiles on the diagonal is exactly zero.
+// Only entries below the diagonal are formed; the rest of a tile on the diagonal is exactly zero.
 // Every sum has its own place and is added up in a fixed order, and sizes depend on the shape and
 // the memory bound alone: the result is the same to the last bit for any number of threads.
+//
+// Two costs that are easy to miss shape the code. Panels are written past the caches: storing to a
+// line that another core has read is ten times slower where cores do not share a cache. And the
+// columns of a panel are an odd number of cache lines apart, or L1 could not hold a strip of them.
 
 #include <Eigen/Core>
 
@@ -189,8 +193,8 @@ struct packed_product {
 
   static constexpr bool wide(std::size_t bytes) { return bytes > 16; }
 
-  /// Row packets × columns of the register tile: 3 × 8 accumulators where there are 32 registers, 3 × 4
-  /// of 16; with packets of 16 bytes 4 × 4 and 2 × 4. Whole column strips fit a row strip.
+  /// Row packets × columns of the register tile: 3 × 8 accumulators where there are 32 registers,
+  /// 3 × 4 of 16; with packets of 16 bytes 4 × 4 and 2 × 4. Whole column strips fit a row strip.
   template <class C>
   static constexpr integer packets = wide(sizeof(packet_t<C>)) ? 3 : many_registers ? 4 : 2;
   template <class C>
@@ -199,14 +203,14 @@ struct packed_product {
   static constexpr integer cols =
       std::gcd(rows<C>, many_registers && wide(sizeof(packet_t<C>)) ? 8 : 4);
 
-  /// Depth of a block in cache lines: a column strip of it stays in L1, a few row strips in L2. Odd,
-  /// for columns that are a power of two apart fight for the same few sets of L1.
+  /// Depth of a block in cache lines: a column strip of it stays in L1, a few row strips in L2.
+  /// Odd, for columns that are a power of two apart fight for the same few sets of L1.
   static constexpr integer depth_lines = 33;
   /// Row strips and columns of one task.
   static constexpr integer block_strips = 4, block_cols = 256;
 
-  /// out = (accumulate ? out : 0) + rows · colsᵀ, a column after the other, without the first `above`
-  /// rows: those are not needed. `next` is prefetched: the columns of the call that follows.
+  /// out = (accumulate ? out : 0) + rows · colsᵀ, a column after the other, without the first
+  /// `above` rows: those are not needed. `next`, the columns of the call to come, is prefetched.
   template <class C>
   static void multiply(C const* a, C const* b, integer depth, bool accumulate, integer above,
                        C const* next, C* out) {
@@ -683,10 +687,10 @@ void transpose(P const&, C const* from, integer from_ld, C* to, integer to_ld) {
 }
 
 /// Packs one strip of rows (strip · R to (strip + 1) · R of the panels), the first `available` of
-/// which exist: side by side for `rows`, one after the other for `cols`. Either panel may be absent.
+/// which exist: side by side for `rows`, one after the other for `cols`. Either may be absent.
 /// Missing rows are zeros, and so are depths beyond the end.
 ///
-/// Goes along a few rows at a time, as many as fill cache lines of the panel: long runs of the input
+/// Goes along a few rows at a time, as many as fill cache lines of the panel: long runs of input
 /// for the hardware to prefetch, whole lines for the stores.
 template <class Product, class C, class Fetch>
 void pack_strip(Fetch const& fetch, integer row, integer available, integer strip,
@@ -783,8 +787,7 @@ struct tiling {
   }
 };
 
-/// Packing of a tile's panels as tasks: a few strips in a row, first of its rows, then of its columns
-/// (on the diagonal the same strips serve both). Few enough that a thread's prefetches pay off.
+/// Packing of a tile's panels as tasks: a few strips in a row, first of rows, then of columns (on the diagonal the same strips serve both). Few enough that a thread's prefetches pay off.
 template <class Product, class C>
 struct packing {
   static constexpr integer R = Product::template rows<C>, group = Product::block_strips * R;
@@ -946,8 +949,8 @@ class row_products {
   aligned_array<C> partial_;
 };
 
-/// Fills in the other half of the products, goes over to units of the data, and writes NaN where the
-/// data are not finite.
+/// Fills in the other half of the products, goes over to units of the data, and writes NaN where
+/// the data are not finite.
 template <class C>
 void deliver(std::vector<prepared_site<C>> const& sites, std::vector<double> units,
              gram_moments& m) {
@@ -1058,8 +1061,8 @@ class gram_engine {
     return s * area * c + 4 * b * static_cast<double>(depth) * c + sums;
   }
 
-  /// Rough nanoseconds that depend on the side of a tile. Larger tiles pack each row less often, but
-  /// each page of the buffer has to be had from the system once.
+  /// Rough nanoseconds that depend on the side of a tile. Larger tiles pack each row less often,
+  /// but each page of the buffer has to be had from the system once.
   double overhead(integer side, double features) const {
     double const n = static_cast<double>(tokens_), b = static_cast<double>(side);
     double const bytes = static_cast<double>(site_count_) * b * b * sizeof(C);
