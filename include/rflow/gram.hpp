@@ -787,7 +787,8 @@ struct tiling {
   }
 };
 
-/// Packing of a tile's panels as tasks: a few strips in a row, first of rows, then of columns (on the diagonal the same strips serve both). Few enough that a thread's prefetches pay off.
+/// Packing of a tile's panels as tasks: a few strips in a row, first of rows, then of columns (on
+/// the diagonal the same strips serve both). Few enough tasks that a thread's prefetches pay off.
 template <class Product, class C>
 struct packing {
   static constexpr integer R = Product::template rows<C>, group = Product::block_strips * R;
