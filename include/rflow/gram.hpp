@@ -196,12 +196,14 @@ struct packed_product {
   /// Row packets × columns of the register tile: 3 × 8 accumulators where there are 32 registers,
   /// 3 × 4 of 16; with packets of 16 bytes 4 × 4 and 2 × 4. Whole column strips fit a row strip.
   template <class C>
-  static constexpr integer packets = wide(sizeof(packet_t<C>)) ? 3 : many_registers ? 4 : 2;
+  static constexpr integer packets = wide(sizeof(packet_t<C>)) ? 3
+                                     : many_registers          ? 4
+                                                               : 2;
   template <class C>
   static constexpr integer rows = packets<C>* lanes_v<C>;
   template <class C>
-  static constexpr integer cols =
-      std::gcd(rows<C>, many_registers && wide(sizeof(packet_t<C>)) ? 8 : 4);
+  static constexpr integer cols = std::gcd(rows<C>,
+                                           many_registers&& wide(sizeof(packet_t<C>)) ? 8 : 4);
 
   /// Depth of a block in cache lines: a column strip of it stays in L1, a few row strips in L2.
   /// Odd, for columns that are a power of two apart fight for the same few sets of L1.
