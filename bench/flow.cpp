@@ -24,11 +24,15 @@ constexpr std::ptrdiff_t sites = 33, tokens = 2048, width = 2560;
 
 int threads() { return std::max(1, static_cast<int>(std::thread::hardware_concurrency())); }
 
-/// A random walk over sites; cheap to draw, since only its size matters here.
+/// Aligned to 64 bytes as the tensors of runtimes are.
 template <class T>
-std::vector<T> const& activations() {
-  static std::vector<T> const values = [] {
-    std::vector<T> out(static_cast<std::size_t>(sites * tokens * width));
+using tensor = std::vector<T, Eigen::aligned_allocator<T>>;
+
+/// Cheap to draw, since only the size matters here.
+template <class T>
+tensor<T> const& activations() {
+  static tensor<T> const values = [] {
+    tensor<T> out(static_cast<std::size_t>(sites * tokens * width));
     std::uint32_t bits = 1;
     for (T& v : out) {
       bits = bits * 1664525u + 1013904223u;
