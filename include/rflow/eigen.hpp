@@ -285,10 +285,11 @@ class flow_walker {
 
   // Squares of C neither overflow nor lose their last bits in this range.
   static bool in_range(double norm2) {
-    if constexpr (std::same_as<C, float>)
-      return norm2 > 1e-18 && norm2 < 1e30;
-    else
-      return norm2 > 1e-270 && norm2 < 1e290;
+    constexpr bool narrow = std::same_as<C, float>;
+    // Through memory: with -ffast-math a compiler may believe that no sum is a NaN.
+    double const volatile kept = norm2;
+    double const x = kept;
+    return is_finite(x) && x > (narrow ? 1e-18 : 1e-270) && x < (narrow ? 1e30 : 1e290);
   }
 
   bool needs_gather() const {
