@@ -334,12 +334,25 @@ TEST_CASE("figures scale with the data down to the edge of its type") {
   CHECK(r.inter_token[2] == Approx(base.inter_token[2]).epsilon(1e-5));
 }
 
+TEST_CASE("one site far larger than another, and rows of subnormals, spoil nothing") {
+  std::vector<double> const far{1e150, 1, 1, 1e-13, 1e-13, 1e-13};
+  rflow::flow_report const r = rflow::flow(rflow::layer_stack<double>(far.data(), {2, 3, 1}));
+  CHECK(r.inter_token[1] == Approx(1.0));
+  CHECK(r.zero_rows[1] == 0);
+  std::vector<double> const tiny{1e-310, 0, 1, 2, 0, 1e-310, 3, 4};
+  rflow::flow_report const s = rflow::flow(rflow::layer_stack<double>(tiny.data(), {2, 2, 2}));
+  CHECK(s.inter_token[0] == Approx(1 / std::sqrt(5.0)));
+  CHECK(std::isfinite(s.variance.st2.value));
+  CHECK(s.variance.path_energy == Approx(8.0));
+}
+
 TEST_CASE("sites of different width do not make a chain") {
   std::vector<float> const a(12, 1.0f);
   rflow::layer_stack<float> const stack{rflow::view(a, 2, 6), rflow::view<float>(a.data(), 2, 5)};
   CHECK_THROWS_WITH_AS(rflow::flow(stack), "rflow::flow: site 1 has 5 features, site 0 has 6",
                        std::invalid_argument);
   CHECK_THROWS_AS(rflow::variance(stack), std::invalid_argument);
+  CHECK_THROWS_AS(rflow::on_cpu{}.flow(stack), std::invalid_argument);
 }
 
 TEST_CASE("one token, or none, has no pairs") {

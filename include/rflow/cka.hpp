@@ -312,16 +312,19 @@ class cka_accumulator {
   template <class T, class Memory, class On = default_backend_t<Memory>>
   void add(layer_stack<T, Memory> const& batch, On const& on = {}) {
     require_sites(batch.sites());
-    if (batch.size() < debiased::minimum_tokens) {
+    if (batch.size() < debiased::minimum_tokens)
       ++left_out_;
-      return;
-    }
-    add(on.gram(kernel_, batch));
+    else
+      add(on.gram(kernel_, batch));
   }
 
   /// Adds the moments of one batch.
   void add(gram_moments const& m) {
     require_sites(m.sites);
+    if (m.tokens < debiased::minimum_tokens) {
+      ++left_out_;
+      return;
+    }
     double const n = static_cast<double>(m.tokens);
     double const scale = weight_ == batch_weight::pairs   ? 1
                          : weight_ == batch_weight::equal ? 1 / (n * (n - 3))

@@ -484,7 +484,7 @@ class flow_walker {
       }
       rows[count(l)] = std::move(row);
     }
-    double const scale = largest > 0 ? std::ldexp(1.0, -std::ilogb(largest)) : 1;
+    double const scale = largest > 0 ? std::ldexp(1.0, (std::min)(1000, -std::ilogb(largest))) : 1;
     for (auto& row : rows)
       for (double& value : row) value *= scale;
     auto const unscaled = [&](double square) { return square / scale / scale; };
@@ -504,9 +504,10 @@ class flow_walker {
       for (double const value : x) square += value * value;
       m.squares[s] += unscaled(square);
       note_norm(l, i, std::sqrt(square) / scale);
-      if (square > 0) {
+      bool const added = in_range(product(k, l).norm2);  // by add_units
+      if (square > 0 || added) {
         sequence_.units[s] += 1;
-        if (!in_range(product(k, l).norm2))  // else add_units has it
+        if (!added)
           for (std::ptrdiff_t j = 0; j < width_; ++j)
             sequence_.sum(place_of<T>(j), l) += x[count(j)] / std::sqrt(square);
       } else {
@@ -643,6 +644,7 @@ struct on_cpu {
   /// @note  O(S n d) time, one read; 16·S·d doubles of memory
   template <class T>
   flow_moments flow(layer_stack<T> const& stack, flow_sink const& sink = {}) const {
+    detail::require_one_width("rflow::on_cpu::flow", stack);
     std::ptrdiff_t const n = stack.size();
     using walker = detail::flow_walker<T>;
     flow_moments total(stack.sites(), 0);

@@ -258,5 +258,13 @@ constexpr void require_same_memory() {
                           std::to_string(at.token) + ", feature " + std::to_string(at.feature));
 }
 
+template <class T, class Memory>
+void require_one_width(char const* where, layer_stack<T, Memory> const& stack) {
+  for (std::ptrdiff_t l = 1; l < stack.sites(); ++l)
+    if (stack[l].cols != stack.width())
+      reject(where, "site " + std::to_string(l) + " has " + std::to_string(stack[l].cols) +
+                        " features, site 0 has " + std::to_string(stack.width()));
+}
+
 }  // namespace detail
 }  // namespace rflow

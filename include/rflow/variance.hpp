@@ -118,14 +118,6 @@ inline layer_variance variance_of(flow_moments const& m, normalization by) {
   return out;
 }
 
-template <class T, class Memory>
-void require_one_width(char const* where, layer_stack<T, Memory> const& stack) {
-  for (std::ptrdiff_t l = 1; l < stack.sites(); ++l)
-    if (stack[l].cols != stack.width())
-      reject(where, "site " + std::to_string(l) + " has " + std::to_string(stack[l].cols) +
-                        " features, site 0 has " + std::to_string(stack.width()));
-}
-
 }  // namespace detail
 
 /// St1, St2 and the path of a chain of representations.
