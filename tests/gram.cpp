@@ -173,13 +173,13 @@ void random_shapes(unsigned seed) {
     sources.push_back(engine::source_of<C>(sites.back().rows));
     k.push_back(inner_products(sites.back().centred(), n));
   }
-  engine::gram_options options{1, some_bound(g), engine::gram_path::gram};
+  engine::gram_options options{{1}, some_bound(g), engine::gram_path::gram};
   std::vector<matrix> u;
   for (matrix const& x : k) u.push_back(u_centred(x, n));
   gram_moments const one = engine::gram<C>(sources, n, engine::linear_kernel{}, options);
   check(one, u, tolerance);
   for (int threads : {2, 5}) {
-    options.threads = threads;
+    options.workers.threads = threads;
     gram_moments const more = engine::gram<C>(sources, n, engine::linear_kernel{}, options);
     CHECK(more.products == one.products);
     CHECK(more.squares == one.squares);
@@ -200,7 +200,7 @@ void random_shapes(unsigned seed) {
       }
       CHECK(std::abs(by_feature.product(p, q) - off) <= tolerance * std::sqrt(scale_p * scale_q));
     }
-  options.threads = 1;
+  options.workers.threads = 1;
   CHECK(engine::gram<C>(sources, n, engine::linear_kernel{}, options).products ==
         by_feature.products);
 
@@ -228,7 +228,7 @@ void random_shapes(unsigned seed) {
   };
   engine::function_kernel<decltype(own)> const function{own};
   check(engine::gram<C>(sources, n, function, options), own_matrices, 20 * tolerance);
-  options.threads = 3;
+  options.workers.threads = 3;
   gram_moments const rbf_three = engine::gram<C>(sources, n, kernel, options);
   CHECK(rbf_three.products == rbf_one.products);
   CHECK(rbf_three.row_sums == rbf_one.row_sums);
@@ -266,7 +266,7 @@ TEST_CASE("gram: the scale of the data does not matter") {
     std::mt19937 g(7), h(7);
     site<float> const x(g, 50, 40, 0, false, 1);
     site<float> const y(h, 50, 40, 0, false, 1, scale);
-    engine::gram_options const options{2, std::size_t{256} << 20, engine::gram_path::gram};
+    engine::gram_options const options{{2}, std::size_t{256} << 20, engine::gram_path::gram};
     gram_moments const m = engine::gram<float>({engine::source_of<float>(x.rows)}, 50,
                                                engine::linear_kernel{}, options);
     gram_moments const s = engine::gram<float>({engine::source_of<float>(y.rows)}, 50,
@@ -300,7 +300,7 @@ TEST_CASE("gram: a NaN in one site leaves the others as they are") {
     for (int p = 0; p < 3; ++p) sites.emplace_back(g, 70, 33, 0, false, 1);
     std::vector<engine::panel_source<float>> sources;
     for (auto const& s : sites) sources.push_back(engine::source_of<float>(s.rows));
-    engine::gram_options const options{2, std::size_t{256} << 20, path};
+    engine::gram_options const options{{2}, std::size_t{256} << 20, path};
     gram_moments const good = engine::gram<float>(sources, 70, engine::linear_kernel{}, options);
     sites[1].data[at(12 * 33 + 5)] = std::numeric_limits<float>::quiet_NaN();
     sites[1].data[at(40 * 33 + 1)] = std::numeric_limits<float>::infinity();
@@ -325,7 +325,7 @@ TEST_CASE("gram: a constant site is constant, whatever its value") {
       std::vector<double> const y(101 * 7, value);
       engine::site_rows<float> const rows{view<float>(x.data(), 101, 7), nullptr};
       engine::site_rows<double> const wide{view<double>(y.data(), 101, 7), nullptr};
-      engine::gram_options const options{1, std::size_t{256} << 20, path};
+      engine::gram_options const options{{1}, std::size_t{256} << 20, path};
       auto const one = engine::gram<float>({engine::source_of<float>(rows)}, 101,
                                            engine::linear_kernel{}, options);
       auto const two = engine::gram<double>({engine::source_of<double>(wide)}, 101,
@@ -377,7 +377,7 @@ TEST_CASE("gram: copies of one token have bandwidth 0") {
 TEST_CASE("gram: a memory bound too small for one tile is an error that names both") {
   std::mt19937 g(5);
   site<float> const x(g, 100, 10, 0, false, 2);
-  engine::gram_options const options{1, 1000};
+  engine::gram_options const options{{1}, 1000};
   CHECK_THROWS_AS(engine::gram<float>({engine::source_of<float>(x.rows)}, 100,
                                       engine::linear_kernel{}, options),
                   std::invalid_argument);

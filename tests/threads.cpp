@@ -55,3 +55,25 @@ TEST_CASE("what tasks wrote is seen after run") {
     CHECK(std::accumulate(values.begin(), values.end(), 0.0) == 64.0 * round);
   }
 }
+
+namespace {
+
+/// A runtime that has one thread and starts the last worker first.
+void launch_backwards(int workers, void (*part)(void* job, int worker), void* job) {
+  while (workers-- > 0) part(job, workers);
+}
+
+}  // namespace
+
+TEST_CASE("a team of borrowed threads: the same tasks, the same exceptions") {
+  team t(rflow::detail::crew{3, &launch_backwards});
+  CHECK(t.size() == 3);
+  std::vector<std::ptrdiff_t> order;
+  t.run(10, [&](std::ptrdiff_t i) { order.push_back(i); });
+  CHECK(order == std::vector<std::ptrdiff_t>{0, 1, 2, 3, 4, 5, 6, 7, 8, 9});
+  CHECK_THROWS_WITH_AS(t.run(10,
+                             [](std::ptrdiff_t i) {
+                               if (i >= 4) throw std::runtime_error(std::to_string(i));
+                             }),
+                       "4", std::runtime_error);
+}

@@ -577,6 +577,46 @@ class flow_walker {
 
 namespace detail {
 
+inline int threads_or_all(int threads) {
+  return threads > 0 ? threads
+                     : (std::max)(1, static_cast<int>(std::thread::hardware_concurrency()));
+}
+
+/// The flow moments of a stack in host memory.
+template <class T>
+flow_moments host_flow(char const* where, crew of, layer_stack<T> const& stack,
+                       flow_sink const& sink) {
+  require_one_width(where, stack);
+  std::ptrdiff_t const n = stack.size();
+  using walker = flow_walker<T>;
+  flow_moments total(stack.sites(), 0);
+  // All sequences are closed: their unit sums are 0.
+  auto const widened = [&] {
+    total.width = stack.width();
+    total.unit_sum.assign(static_cast<std::size_t>(total.sites * total.width), 0.0);
+    return std::move(total);
+  };
+  if (n == 0) return widened();
+  // As many slices as the shape gives, not as there are threads: sums stay the same.
+  std::ptrdiff_t const slices = std::clamp<std::ptrdiff_t>(n / (4 * walker::group), 1, 16);
+  std::vector<std::ptrdiff_t> const boundaries = stack.boundaries();
+  of.threads = (std::min)(of.threads, static_cast<int>(slices));
+  team workers(of);
+  std::vector<std::unique_ptr<walker>> walkers(static_cast<std::size_t>(workers.size()));
+  std::unique_ptr<open_sequence> open;
+  turnstile turns;
+  workers.run(slices, [&](std::ptrdiff_t s, int thread) {
+    turnstile::pass const pass(turns, s);
+    auto& mine = walkers[static_cast<std::size_t>(thread)];
+    if (!mine) mine = std::make_unique<walker>(stack, sink);
+    mine->walk(n * s / slices, n * (s + 1) / slices, boundaries);
+    pass.wait();
+    if (!open) open = std::make_unique<open_sequence>(stack.sites(), mine->padded());
+    mine->append_to(total, *open);
+  });
+  return widened();
+}
+
 /// The Gram moments of the sites of several stacks, with the product of a backend.
 template <class Product, class Kernel, class... T>
 gram_moments host_gram(char const* where, Kernel const& kernel, gram_options const& options,
@@ -636,36 +676,12 @@ struct on_cpu {
   template <class Memory>
   static constexpr bool reads = std::same_as<Memory, host_memory>;
 
-  int thread_count() const {
-    return threads > 0 ? threads
-                       : (std::max)(1, static_cast<int>(std::thread::hardware_concurrency()));
-  }
+  int thread_count() const { return detail::threads_or_all(threads); }
 
   /// @note  O(S n d) time, one read; 16·S·d doubles of memory
   template <class T>
   flow_moments flow(layer_stack<T> const& stack, flow_sink const& sink = {}) const {
-    detail::require_one_width("rflow::on_cpu::flow", stack);
-    std::ptrdiff_t const n = stack.size();
-    using walker = detail::flow_walker<T>;
-    flow_moments total(stack.sites(), 0);
-    if (n == 0) return widened(total, stack.width());
-    // As many slices as the shape gives, not as the machine has threads: sums stay the same.
-    std::ptrdiff_t const slices = std::clamp<std::ptrdiff_t>(n / (4 * walker::group), 1, 16);
-    std::vector<std::ptrdiff_t> const boundaries = stack.boundaries();
-    detail::team team((std::min)(thread_count(), static_cast<int>(slices)));
-    std::vector<std::unique_ptr<walker>> walkers(static_cast<std::size_t>(team.size()));
-    std::unique_ptr<detail::open_sequence> open;
-    detail::turnstile turns;
-    team.run(slices, [&](std::ptrdiff_t s, int thread) {
-      detail::turnstile::pass const pass(turns, s);
-      auto& mine = walkers[static_cast<std::size_t>(thread)];
-      if (!mine) mine = std::make_unique<walker>(stack, sink);
-      mine->walk(n * s / slices, n * (s + 1) / slices, boundaries);
-      pass.wait();
-      if (!open) open = std::make_unique<detail::open_sequence>(stack.sites(), mine->padded());
-      mine->append_to(total, *open);
-    });
-    return widened(total, stack.width());
+    return detail::host_flow("rflow::on_cpu::flow", {thread_count()}, stack, sink);
   }
 
   /// @note  S n² d multiply-adds, or (Σd)² n / 2 when those are fewer and the kernel is linear
@@ -673,18 +689,10 @@ struct on_cpu {
   ///         for one tile (the text says what is needed)
   template <class Kernel, class... T>
   gram_moments gram(Kernel const& kernel, layer_stack<T> const&... stacks) const {
-    detail::gram_options const options{thread_count(), memory_bound,
-                                       static_cast<detail::gram_path>(path)};
+    detail::gram_options const options{
+        {thread_count()}, memory_bound, static_cast<detail::gram_path>(path)};
     return detail::host_gram<detail::packed_product>("rflow::on_cpu::gram", kernel, options,
                                                      stacks...);
-  }
-
- private:
-  /// All sequences are closed: their unit sums are 0.
-  static flow_moments widened(flow_moments& m, std::ptrdiff_t width) {
-    m.width = width;
-    m.unit_sum.assign(static_cast<std::size_t>(m.sites * width), 0.0);
-    return std::move(m);
   }
 };
 

@@ -82,7 +82,7 @@ class aligned_array {
 using rflow::gram_path;
 
 struct gram_options {
-  int threads = 1;
+  crew workers{};
   std::size_t memory_bound = std::size_t{256} << 20;  ///< bytes beyond input and result
   gram_path path = gram_path::automatic;
 };
@@ -1488,7 +1488,7 @@ template <class C, class Kernel, class Product = packed_product>
 gram_moments gram(std::vector<panel_source<C>> const& sources, integer tokens, Kernel const& kernel,
                   gram_options const& options) {
   if (sources.empty()) return gram_moments(0, tokens);
-  team threads(options.threads);
+  team threads(options.workers);
   auto const sites = prepare_all(threads, sources, tokens);
   if constexpr (std::is_same_v<Kernel, linear_kernel>)
     if (by_features(sources, tokens, options.path))
@@ -1501,7 +1501,7 @@ template <class C, class Product = packed_product>
 gram_moments gram_rbf(std::vector<panel_source<C>> const& sources, integer tokens,
                       rbf const& kernel, gram_options const& options) {
   if (sources.empty()) return gram_moments(0, tokens);
-  team threads(options.threads);
+  team threads(options.workers);
   auto const sites = prepare_all(threads, sources, tokens);
   rbf_kernel k{kernel.sigma, std::exp(-0.5 / (kernel.fraction * kernel.fraction))};
   if (k.sigma.empty()) {

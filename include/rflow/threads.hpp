@@ -2,7 +2,8 @@
 #pragma once
 
 // A small team of threads that shares out numbered tasks. The library owns its threads, so that
-// nothing depends on the consumer's OpenMP flags and ThreadSanitizer sees every hand-over.
+// nothing depends on the consumer's OpenMP flags and ThreadSanitizer sees every hand-over; or it borrows
+// those of a runtime that the program has already.
 //
 // Tasks go to whichever thread is free. A result must therefore depend on the task's number only:
 // write it to a place of its own and add such places up in their order afterwards.
@@ -23,13 +24,25 @@
 
 namespace rflow::detail {
 
+/// Somebody else's threads: calls part(job, worker) for every worker in [0, workers), in any order and
+/// side by side or not, and returns when all have returned.
+using launcher = void (*)(int workers, void (*part)(void* job, int worker), void* job);
+
+/// Whose threads do the work, and how many at most.
+struct crew {
+  int threads = 1;
+  launcher launch = nullptr;  // null: threads of our own
+};
+
 class team {
  public:
   /// Starts threads − 1 threads; the caller of run() is the last one. If the system grants fewer,
   /// the team is smaller: results do not depend on its size.
-  explicit team(int threads) {
+  explicit team(int threads) : team(crew{threads}) {}
+  explicit team(crew of) : crew_(of) {
+    if (crew_.launch != nullptr) return;
     try {
-      for (int id = 1; id < threads; ++id) workers_.emplace_back([this, id] { serve(id); });
+      for (int id = 1; id < crew_.threads; ++id) workers_.emplace_back([this, id] { serve(id); });
     } catch (std::system_error const&) {
       // out of threads: carry on with those that started
     } catch (...) {
@@ -41,7 +54,10 @@ class team {
   team(team const&) = delete;
   team& operator=(team const&) = delete;
 
-  int size() const noexcept { return static_cast<int>(workers_.size()) + 1; }
+  int size() const noexcept {
+    return crew_.launch != nullptr ? (std::max)(1, crew_.threads)
+                                   : static_cast<int>(workers_.size()) + 1;
+  }
 
   /// Calls f(i), or f(i, thread) with 0 ≤ thread < size(), for every i in [0, count) and returns
   /// when all are done. Tasks start in the order of their numbers. After an exception no further
@@ -60,8 +76,15 @@ class team {
                }
              },
              std::addressof(f), count};
-    if (workers_.empty() || count <= 1) {
+    if (size() == 1 || count <= 1) {
       for (std::ptrdiff_t i = 0; i < count; ++i) work.call(work.self, i, 0);
+      return;
+    }
+    if (crew_.launch != nullptr) {
+      crew_.launch(
+          static_cast<int>((std::min<std::ptrdiff_t>)(size(), count)),
+          [](void* self, int worker) { static_cast<job*>(self)->take_part(worker); }, &work);
+      if (work.error) std::rethrow_exception(work.error);
       return;
     }
     {
@@ -142,6 +165,7 @@ class team {
     workers_.clear();
   }
 
+  crew crew_;
   std::mutex mutex_;
   std::condition_variable start_;
   std::condition_variable finished_;

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include <rflow/cuda.cuh>
+#include <rflow/passes.hpp>
 
 namespace device {
 namespace {
