@@ -68,11 +68,8 @@ inline void check(cublasStatus_t error, std::string const& call) {
 /// The group of a GPU: a warp, whose lanes read neighbours in memory.
 struct warp {
   static constexpr int size = 32;
-  static constexpr int held = 16;
-  static constexpr int columns = 1;
-  static constexpr int tokens = 8;
-  static constexpr int rows = 1;
-  static constexpr int sums = 1;
+  static constexpr int held = 16;   // features of a row that a lane holds at once
+  static constexpr int tokens = 8;  // rows that are read before the first is used
 
   __device__ int lane() const { return static_cast<int>(threadIdx.x) % size; }
   template <class V>
@@ -89,7 +86,6 @@ struct warp {
     return x;
   }
   __device__ void sync() const { __syncwarp(); }
-  __device__ void prefetch(void const*, std::ptrdiff_t) const {}
 };
 
 inline constexpr unsigned warps_per_block = 4;

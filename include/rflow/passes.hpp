@@ -1,20 +1,19 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
-// The flow pass and the Gram pass for any parallel device: functors, and the order in which they
-// run. Not a public interface: on_thrust in thrust.hpp and on_cuda in cuda.cuh give it a device.
-// A device is a class with
+// The flow pass and the Gram pass for a device of many small threads: functors, and the order in which
+// they run. Not a public interface: on_cuda in cuda.cuh gives it a device, a class with
 //
-//     group                       a few threads that share an item, see one_lane
+//     group                       some threads (lanes) that share an item: lane(), sum(), max(), sync()
 //     each_index(count, f)        f(i) for every i, in any order
 //     each_group(count, f)        f(i, group) for every i, in any order
 //     allocate(bytes)             an owner of memory, with data()
 //     upload, download, zero      copies between host and device, wait() ends them all
 //     source(stack, arena)        where the rows of a stack are read from
-//     product, pair_products      inner products; see thrust.hpp
+//     product, pair_products      inner products, column-major as BLAS has them
 //
 // and some sizes. Work is cut by the shape of the data and these sizes alone, and every sum has an
-// owner: results do not depend on the number of threads.
+// owner: results do not depend on how many threads there are.
 
 #include <algorithm>
 #include <cmath>
@@ -49,27 +48,6 @@ RFLOW_HD constexpr integer smaller(integer a, integer b) { return a < b ? a : b;
 inline constexpr double missing = std::numeric_limits<double>::quiet_NaN();
 
 inline std::size_t size_of(integer count) { return static_cast<std::size_t>(count); }
-
-/// The group of a host system: one thread, which holds many values so that loops vectorise.
-struct one_lane {
-  static constexpr int size = 1;
-  static constexpr int held = 512;     // features of a row that a lane holds at once
-  static constexpr int columns = 512;  // columns of which a lane keeps sums
-  static constexpr int tokens = 1;     // rows that are read before the first is used
-  static constexpr int rows = 64;      // rows of a tile that a lane holds at once
-  static constexpr int sums = 16;      // partial sums side by side
-
-  RFLOW_HD int lane() const { return 0; }
-  RFLOW_HD double sum(double x) const { return x; }
-  RFLOW_HD float sum(float x) const { return x; }
-  RFLOW_HD double max(double x) const { return x; }
-  RFLOW_HD void sync() const {}
-  /// Asks for memory that is wanted soon.
-  void prefetch(void const* from, std::ptrdiff_t bytes) const {
-    for (std::ptrdiff_t k = 0; k < bytes; k += 64)
-      __builtin_prefetch(static_cast<char const*>(from) + k);
-  }
-};
 
 // ---- memory, asked for once ---------------------------------------------------------------------
 
@@ -198,41 +176,15 @@ class direct_source {
   integer const* sample_on_device_ = nullptr;
 };
 
-/// Widens up to Count · Group::size features of a row: a lane's k-th is from + k · size + lane.
-/// Returns how many of them a lane has to look at; what there is not is zero. A lane of a GPU looks
-/// at all, so that they stay in registers.
+/// Widens up to Count · Group::size features of a row: a lane's k-th is from + k · size + lane. What
+/// there is not is zero, and is looked at too, so that all stay in registers.
 template <class C, int Count, class Group, class T>
-RFLOW_HD integer load(token_rows<T> const& x, T const* row, integer from, Group g, C (&to)[Count]) {
-  constexpr integer step = Group::size;
+RFLOW_HD void load(token_rows<T> const& x, T const* row, integer from, Group g, C (&to)[Count]) {
   integer const left = x.cols - from - g.lane();
-  integer const here = smaller(Count, left > 0 ? ceil_div(left, step) : 0);
+  integer const here = smaller(Count, left > 0 ? ceil_div(left, Group::size) : 0);
   T const* const at = row + (from + g.lane()) * x.col_stride;
-  if constexpr (Group::sums == 1) {
-    for (integer k = 0; k < Count; ++k)
-      to[k] = k < here ? static_cast<C>(at[k * step * x.col_stride]) : C(0);
-    return Count;
-  } else {
-    integer const used =
-        smaller(Count, round_up(ceil_div(x.cols - from, step), smaller(Group::sums, Count)));
-    if (x.col_stride == 1)
-      for (integer k = 0; k < here; ++k) to[k] = static_cast<C>(at[k * step]);
-    else
-      for (integer k = 0; k < here; ++k) to[k] = static_cast<C>(at[k * step * x.col_stride]);
-    for (integer k = here; k < used; ++k) to[k] = C(0);
-    return used;
-  }
-}
-
-/// The same where a row can be read as it lies: a pointer to what `load` would have copied.
-template <class C, int Count, class Group, class T>
-RFLOW_HD C const* values(token_rows<T> const& x, T const* row, integer from, Group g,
-                         C (&buffer)[Count], integer& used) {
-  if constexpr (Group::size == 1 && std::same_as<C, T>) {
-    used = smaller(Count, x.cols - from);
-    if (x.col_stride == 1 && used % smaller(Group::sums, Count) == 0) return row + from;
-  }
-  used = load(x, row, from, g, buffer);
-  return buffer;
+  for (integer k = 0; k < Count; ++k)
+    to[k] = k < here ? static_cast<C>(at[k * Group::size * x.col_stride]) : C(0);
 }
 
 // ---- flow: one token through the chain ----------------------------------------------------------
@@ -255,17 +207,10 @@ struct token_table {
   RFLOW_HD integer at(integer site, integer token) const { return site * tokens + token; }
 };
 
-/// Sums over features, several side by side.
-template <class A, int Count>
+/// Sums of a lane over its features.
+template <class A>
 struct chain_sums {
-  A square[Count] = {}, dot[Count] = {}, step2[Count] = {}, turn[Count] = {}, away2[Count] = {};
-
-  template <class Group>
-  RFLOW_HD static double total(A const (&x)[Count], Group g) {
-    A sum = 0;
-    for (int i = 0; i < Count; ++i) sum += x[i];
-    return static_cast<double>(g.sum(sum));
-  }
+  A square = 0, dot = 0, step2 = 0, turn = 0, away2 = 0;
 };
 
 /// Walks one token through all sites: norms, products with the site before, distance from the mean
@@ -311,28 +256,17 @@ struct walk_chain {
           if (from == 0 && g.lane() == 0) store(out.at(l, t), 0, missing, 0, 0, 0);
           continue;
         }
-        if (l + 1 < out.sites)
-          g.prefetch(x.sites[l + 1].row(x.first + t) + from,
-                     smaller(block, width - from) * integer{sizeof(T)});
-        else if (from + block < width)
-          g.prefetch(x.sites[0].row(x.first + t) + from + block,
-                     smaller(block, width - from - block) * integer{sizeof(T)});
-        A buffer[Group::held];
-        integer used = 0;
-        T const* const row = x.sites[l].row(x.first + t);
-        A const* here = buffer;
-        if constexpr (Careful) {
-          used = load(x.sites[l], row, from, g, buffer);
-          for (integer k = 0; k < used; ++k) buffer[k] *= scale;
-        } else {
-          here = values(x.sites[l], row, from, g, buffer, used);
-        }
-        chain_sums<A, Group::sums> s;
-        add_features(here, used, A(1) / static_cast<A>(seen + 1), mean, before, step, s);
-        using sums = chain_sums<A, Group::sums>;
-        double const square = sums::total(s.square, g), dot = sums::total(s.dot, g),
-                     step2 = sums::total(s.step2, g), turn = sums::total(s.turn, g),
-                     away2 = sums::total(s.away2, g) * static_cast<double>(seen) /
+        A here[Group::held];
+        load(x.sites[l], x.sites[l].row(x.first + t), from, g, here);
+        if constexpr (Careful)
+          for (A& value : here) value *= static_cast<A>(scale);
+        chain_sums<A> s;
+        add_features(here, A(1) / static_cast<A>(seen + 1), mean, before, step, s);
+        double const square = static_cast<double>(g.sum(s.square)),
+                     dot = static_cast<double>(g.sum(s.dot)),
+                     step2 = static_cast<double>(g.sum(s.step2)),
+                     turn = static_cast<double>(g.sum(s.turn)),
+                     away2 = static_cast<double>(g.sum(s.away2)) * static_cast<double>(seen) /
                              static_cast<double>(seen + 1);
         if (g.lane() == 0) {
           integer const at = out.at(l, t);
@@ -348,25 +282,20 @@ struct walk_chain {
     }
   }
 
-  template <class A, int Held, int Sums>
-  RFLOW_HD static void add_features(A const* __restrict here, integer used, A weight,
-                                    A (&mean_)[Held], A (&before_)[Held], A (&step_)[Held],
-                                    chain_sums<A, Sums>& s) {
-    chain_sums<A, Sums> r;
-    A* __restrict mean = mean_, * __restrict before = before_, * __restrict step = step_;
-    for (integer k = 0; k < used; k += Sums)
-      for (int i = 0; i < Sums; ++i) {
-        A const v = here[k + i], move = v - before[k + i], away = v - mean[k + i];
-        r.square[i] += v * v;
-        r.dot[i] += v * before[k + i];
-        r.step2[i] += move * move;
-        r.turn[i] += move * step[k + i];
-        r.away2[i] += away * away;
-        mean[k + i] += away * weight;
-        before[k + i] = v;
-        step[k + i] = move;
-      }
-    s = r;
+  template <class A, int Held>
+  RFLOW_HD static void add_features(A const (&here)[Held], A weight, A (&mean)[Held],
+                                    A (&before)[Held], A (&step)[Held], chain_sums<A>& s) {
+    for (int k = 0; k < Held; ++k) {
+      A const v = here[k], move = v - before[k], away = v - mean[k];
+      s.square += v * v;
+      s.dot += v * before[k];
+      s.step2 += move * move;
+      s.turn += move * step[k];
+      s.away2 += away * away;
+      mean[k] += away * weight;
+      before[k] = v;
+      step[k] = move;
+    }
   }
 
   RFLOW_HD void store(integer at, double square, double cosine, double step2, double turn,
@@ -429,8 +358,8 @@ struct walk_chain {
 
 // ---- flow: sums over tokens ---------------------------------------------------------------------
 
-/// Sums of unit vectors over sequences. An item is a few columns of one site; it walks all tokens of
-/// a slab. What is open at its end is kept for the next slab.
+/// Sums of unit vectors over sequences. An item is a column a lane of one site; it walks all tokens
+/// of a slab. What is open at its end is kept for the next slab.
 template <class T>
 struct add_units {
   using C = compute_t<T>;
@@ -446,81 +375,64 @@ struct add_units {
 
   template <class Group>
   RFLOW_HD void operator()(integer item, Group g) const {
-    constexpr integer block = Group::size * Group::columns;
-    integer const width = x.sites[0].cols, chunks = ceil_div(width, block);
-    integer const l = item / chunks, chunk = item % chunks, from = chunk * block;
-    integer const left = width - from - g.lane();
-    integer const here = smaller(Group::columns, left > 0 ? ceil_div(left, Group::size) : 0);
+    integer const width = x.sites[0].cols, chunks = ceil_div(width, integer{Group::size});
+    integer const l = item / chunks, chunk = item % chunks;
+    integer const j = chunk * Group::size + g.lane();
     bool const counts_tokens = chunk == 0 && g.lane() == 0;
-    double* const rest = open + l * width + from + g.lane();
 
-    double sum[Group::columns] = {};
-    for (integer k = 0; k < here; ++k) sum[k] = rest[k * Group::size];
+    double sum = j < width ? open[l * width + j] : 0;
     double count = counts_tokens ? open_count[l] : 0;
     integer t = 0;
     for (integer e = 0; e < end_count; ++e) {
-      count += add(l, t, ends[e], from, g, sum);
+      count += add<Group::tokens>(l, t, ends[e], j, sum);
       t = ends[e];
-      double square = 0;
-      for (integer k = 0; k < here; ++k) square += sum[k] * sum[k];
-      square = g.sum(square);
+      double const square = g.sum(sum * sum);
       if (g.lane() == 0) norms[(e * table.sites + l) * chunks + chunk] = square;
       if (counts_tokens) counts[e * table.sites + l] = count;
-      for (integer k = 0; k < here; ++k) sum[k] = 0;
+      sum = 0;
       count = 0;
     }
-    count += add(l, t, table.tokens, from, g, sum);
-    for (integer k = 0; k < here; ++k) rest[k * Group::size] = sum[k];
+    count += add<Group::tokens>(l, t, table.tokens, j, sum);
+    if (j < width) open[l * width + j] = sum;
     if (counts_tokens) open_count[l] = count;
   }
 
  private:
-  /// Adds tokens begin … end − 1, in C over four of them; returns how many are not zero.
-  template <class Group, int Columns>
-  RFLOW_HD double add(integer l, integer begin, integer end, integer from, Group g,
-                      double (&sum)[Columns]) const {
+  /// Adds feature j of tokens begin … end − 1, in C over four of them; returns how many rows are not
+  /// zero. `Ahead` tokens are read before the first is used.
+  template <int Ahead>
+  RFLOW_HD double add(integer l, integer begin, integer end, integer j, double& sum) const {
     token_rows<T> const& site = x.sites[l];
-    C part[Columns] = {};
+    C part = 0;
     int pending = 0;
     double count = 0;
-    for (integer t = begin; t < end; t += Group::tokens) {
-      C buffer[Group::tokens][Columns];
-      C const* here[Group::tokens];
-      double norm[Group::tokens];
-      integer used = 0;
-      for (int u = 0; u < Group::tokens; ++u) {
-        norm[u] = missing;
-        if (t + u >= end) continue;
-        norm[u] = table.norm[table.at(l, t + u)];
-        if (t + u + 1 < end)
-          g.prefetch(site.row(x.first + t + u + 1) + from, used * integer{sizeof(T)});
-        here[u] = values(site, site.row(x.first + t + u), from, g, buffer[u], used);
+    for (integer t = begin; t < end; t += Ahead) {
+      C here[Ahead];
+      double norm[Ahead];
+      for (int u = 0; u < Ahead; ++u) {
+        norm[u] = t + u < end ? table.norm[table.at(l, t + u)] : missing;
+        here[u] = t + u < end ? value(site, t + u, j) : C(0);
       }
-      for (int u = 0; u < Group::tokens; ++u) {
+      for (int u = 0; u < Ahead; ++u) {
         if (!(norm[u] > 0)) continue;
         count += 1;
         if (!in_range<C>(norm[u] * norm[u])) {
-          double wide[Columns];
-          load(site, site.row(x.first + t + u), from, g, wide);
-          for (integer k = 0; k < used; ++k) sum[k] += wide[k] / norm[u];
+          sum += static_cast<double>(here[u]) / norm[u];
           continue;
         }
-        C const scale = static_cast<C>(1 / norm[u]);
-        for (integer k = 0; k < used; ++k) part[k] += here[u][k] * scale;
-        if (++pending == 4) pending = flush(part, sum);
+        part += here[u] * static_cast<C>(1 / norm[u]);
+        if (++pending < 4) continue;
+        sum += static_cast<double>(part);
+        part = 0;
+        pending = 0;
       }
     }
-    flush(part, sum);
+    sum += static_cast<double>(part);
     return count;
   }
 
-  template <int Columns>
-  RFLOW_HD static int flush(C (&part)[Columns], double (&sum)[Columns]) {
-    for (int k = 0; k < Columns; ++k) {
-      sum[k] += static_cast<double>(part[k]);
-      part[k] = 0;
-    }
-    return 0;
+  RFLOW_HD C value(token_rows<T> const& site, integer t, integer j) const {
+    return j < site.cols ? static_cast<C>(site.row(x.first + t)[j * site.col_stride]) : C(0);
   }
 };
 
@@ -634,7 +546,7 @@ class flow_pass {
         sites_(stack.sites()),
         width_(stack.width()),
         tokens_(stack.size()),
-        chunks_(ceil_div(width_, integer{group::size} * group::columns)),
+        chunks_(ceil_div(width_, integer{group::size})),
         ends_(sequence_ends(stack)) {
     integer const row = std::max<integer>(1, sites_ * width_ * integer{sizeof(T)});
     integer const table = sites_ * integer{7 * sizeof(double)};
@@ -761,7 +673,7 @@ flow_moments flow(Device& on, layer_stack<T, Memory> const& stack, flow_sink con
 
 // ---- Gram: means, norms, panels -----------------------------------------------------------------
 
-/// Column sums of x · pre over slices of tokens. An item is a few columns over one slice.
+/// Column sums of x · pre over slices of tokens. An item is a column a lane over one slice.
 template <class T, class C>
 struct sum_columns {
   token_rows<T> x;
@@ -772,33 +684,25 @@ struct sum_columns {
 
   template <class Group>
   RFLOW_HD void operator()(integer item, Group g) const {
-    constexpr integer block = Group::size * Group::columns;
-    integer const chunks = ceil_div(x.cols, block);
-    integer const s = item / chunks, from = item % chunks * block;
-    double sum[Group::columns] = {};
-    C most[Group::columns] = {};
-    integer used = 0;
+    integer const chunks = ceil_div(x.cols, integer{Group::size});
+    integer const s = item / chunks, j = item % chunks * Group::size + g.lane();
     integer const last = smaller(tokens, (s + 1) * slice);
-    for (integer t = s * slice; t < last; t += Group::tokens) {
-      C buffer[Group::tokens][Group::columns];
-      C const* here[Group::tokens];
+    bool const counts = j < x.cols;
+    double sum = 0;
+    C most = 0;
+    for (integer t = s * slice; counts && t < last; t += Group::tokens) {
+      C here[Group::tokens];  // read before the first is used
       for (int u = 0; u < Group::tokens; ++u)
-        if (t + u < last) here[u] = values(x, x.row(t + u), from, g, buffer[u], used);
-      for (int u = 0; u < Group::tokens; ++u)
-        for (integer k = 0; k < used && t + u < last; ++k) {
-          C const size = here[u][k] < 0 ? -here[u][k] : here[u][k];
-          most[k] = most[k] < size ? size : most[k];
-          sum[k] += pre * static_cast<double>(here[u][k]);
-        }
+        here[u] = t + u < last ? static_cast<C>(x.row(t + u)[j * x.col_stride]) : C(0);
+      for (int u = 0; u < Group::tokens; ++u) {
+        C const size = here[u] < 0 ? -here[u] : here[u];
+        most = most < size ? size : most;
+        sum += pre * static_cast<double>(here[u]);
+      }
     }
-    C all = 0;
-    for (integer k = 0; k < used; ++k) {
-      integer const j = from + k * Group::size + g.lane();
-      if (j < x.cols) sums[s * x.cols + j] = sum[k];
-      all = all < most[k] ? most[k] : all;
-    }
-    all = static_cast<C>(g.max(static_cast<double>(all)));
-    if (g.lane() == 0) largest[item] = static_cast<double>(all);
+    if (counts) sums[s * x.cols + j] = sum;
+    double const all = g.max(static_cast<double>(most));
+    if (g.lane() == 0) largest[item] = all;
   }
 };
 
@@ -808,7 +712,7 @@ struct column_facts {
   bool finite;
 };
 
-/// Adds the sums over slices to those of the whole site. An item is a few columns.
+/// Adds the sums over slices to those of the whole site. An item is a column a lane.
 struct fold_columns {
   integer cols, slices, chunks;
   double const *sums, *largest;
@@ -817,11 +721,9 @@ struct fold_columns {
 
   template <class Group>
   RFLOW_HD void operator()(integer chunk, Group g) const {
-    constexpr integer block = Group::size * Group::columns;
     double bad = 0, most = facts[chunk].largest;
-    for (integer k = 0; k < Group::columns; ++k) {
-      integer const j = chunk * block + k * Group::size + g.lane();
-      if (j >= cols) break;
+    integer const j = chunk * Group::size + g.lane();
+    if (j < cols) {
       double sum = total[j];
       for (integer s = 0; s < slices; ++s) sum += sums[s * cols + j];
       if (!is_finite(sum)) bad = 1;
@@ -890,15 +792,13 @@ struct centred_norms {
     double sum = 0;
     for (integer from = 0; from < x.cols; from += block) {
       C here[Group::held];
-      integer const used = load(x, x.row(t), from, g, here);
-      C part[Group::sums] = {};
-      for (integer k = 0; k < used; k += Group::sums)
-        for (integer i = 0; i < Group::sums; ++i) {
-          integer const j = from + (k + i) * Group::size + g.lane();
-          C const value = centre(here[k + i], j);
-          part[i] += value * value;
-        }
-      for (C const p : part) sum += static_cast<double>(p);
+      load(x, x.row(t), from, g, here);
+      C part = 0;
+      for (integer k = 0; k < Group::held; ++k) {
+        C const value = centre(here[k], from + k * Group::size + g.lane());
+        part += value * value;
+      }
+      sum += static_cast<double>(part);
     }
     sum = g.sum(sum);
     if (g.lane() == 0) out[t] = sum;
@@ -965,25 +865,6 @@ struct rbf_entry {
   }
 };
 
-/// Any function f(⟨x, y⟩, ‖x‖², ‖y‖²) of centred features, in double. On the host only.
-template <class C, class F>
-struct function_entry {
-  static constexpr bool row_sums = true;
-  double unit;
-  F const* f;
-  double factor, centre;
-
-  double at(double k, double a, double b) const {
-    return static_cast<double>((*f)(k * factor, a * factor, b * factor));
-  }
-  double token(double a) const { return a; }
-  double diagonal(double a) const { return at(a, a, a) - centre; }
-  C operator()(C k, C ti, C tj) const {
-    return static_cast<C>(
-        at(static_cast<double>(k), static_cast<double>(ti), static_cast<double>(tj)) - centre);
-  }
-};
-
 // ---- Gram: tiles --------------------------------------------------------------------------------
 
 /// A square of tokens: rows row …, columns col …; row ≥ col. Entry (i, j) of its buffer is at
@@ -997,7 +878,7 @@ struct tile {
 inline constexpr integer tile_columns = 64;  // columns of one item of finish_tile
 
 /// Turns inner products into G, zeroes what is not below the diagonal, and leaves sums over parts of
-/// rows and columns. An item is a strip of rows over some columns.
+/// rows and columns. An item is a strip of rows, one a lane, over some columns.
 template <class Entry, class C>
 struct finish_tile {
   tile at;
@@ -1007,64 +888,30 @@ struct finish_tile {
   double *row_parts, *col_parts;  // column blocks × side; strips × side: squares, then plain sums
 
   template <class Group>
-  static constexpr integer height = Group::size* Group::rows;
-
-  template <class Group>
   RFLOW_HD void operator()(integer item, Group group) const {
-    integer const strips = ceil_div(at.side, height<Group>), s = item % strips, b = item / strips;
-    integer const from = s * height<Group> + group.lane(), first = b * tile_columns;
-    C square[Group::rows] = {}, sum[Group::rows] = {};
-    bool const whole = s * height<Group> + height<Group> <= at.rows &&
-                       first + tile_columns <= at.cols &&
-                       (!at.diagonal() || s * height<Group> >= first + tile_columns);
-    integer const held =
-        smaller(Group::rows, at.side > from ? ceil_div(at.side - from, Group::size) : 0);
-    for (integer j = first; j < smaller(at.side, first + tile_columns); ++j) {
-      C* const column = g + j * at.side + from;
-      C value[Group::rows] = {};
-      if (whole)
-        for (integer k = 0; k < Group::rows; ++k)
-          value[k] = entry(column[k * Group::size], ti[from + k * Group::size], tj[j]);
-      else
-        for (integer k = 0; k < held; ++k) {
-          integer const i = from + k * Group::size;
-          bool const counts = i < at.rows && j < at.cols && (!at.diagonal() || i > j);
-          value[k] = counts ? entry(column[k * Group::size], ti[i], tj[j]) : C(0);
-        }
-      for (integer k = 0; k < held; ++k) column[k * Group::size] = value[k];
-      C col_square = 0, col_sum = 0;
-      add(value, square, sum, col_square, col_sum);
-      col_square = group.sum(col_square);
-      if constexpr (Entry::row_sums) col_sum = group.sum(col_sum);
-      if (group.lane() == 0) {
-        col_parts[s * at.side + j] = static_cast<double>(col_square);
-        if constexpr (Entry::row_sums)
-          col_parts[(strips + s) * at.side + j] = static_cast<double>(col_sum);
-      }
-    }
+    integer const strips = ceil_div(at.side, integer{Group::size});
     integer const blocks = ceil_div(at.side, tile_columns);
-    for (integer k = 0; k < held; ++k) {
-      integer const i = from + k * Group::size;
-      row_parts[b * at.side + i] = static_cast<double>(square[k]);
-      if constexpr (Entry::row_sums)
-        row_parts[(blocks + b) * at.side + i] = static_cast<double>(sum[k]);
-    }
-  }
-
- private:
-  template <int Rows>
-  RFLOW_HD static void add(C const (&value)[Rows], C (&square)[Rows], C (&sum)[Rows], C& col_square,
-                           C& col_sum) {
-    constexpr int side_by_side = Rows < 16 ? Rows : 16;
-    C squares[side_by_side] = {}, sums[side_by_side] = {};
-    for (int k = 0; k < Rows; k += side_by_side)
-      for (int i = 0; i < side_by_side; ++i) {
-        C const x = value[k + i], x2 = x * x;
-        square[k + i] += x2;
-        squares[i] += x2;
-        if constexpr (Entry::row_sums) sum[k + i] += x, sums[i] += x;
+    integer const s = item % strips, b = item / strips;
+    integer const i = s * Group::size + group.lane(), first = b * tile_columns;
+    bool const held = i < at.side;
+    C square = 0, sum = 0;
+    for (integer j = first; j < smaller(at.side, first + tile_columns); ++j) {
+      C* const here = g + j * at.side + i;
+      bool const counts = i < at.rows && j < at.cols && (!at.diagonal() || i > j);
+      C const value = counts ? entry(*here, ti[i], tj[j]) : C(0);
+      if (held) *here = value;
+      square += value * value;
+      C const col_square = group.sum(value * value);
+      if (group.lane() == 0) col_parts[s * at.side + j] = static_cast<double>(col_square);
+      if constexpr (Entry::row_sums) {
+        sum += value;
+        C const col_sum = group.sum(value);
+        if (group.lane() == 0) col_parts[(strips + s) * at.side + j] = static_cast<double>(col_sum);
       }
-    for (int i = 0; i < side_by_side; ++i) col_square += squares[i], col_sum += sums[i];
+    }
+    if (!held) return;
+    row_parts[b * at.side + i] = static_cast<double>(square);
+    if constexpr (Entry::row_sums) row_parts[(blocks + b) * at.side + i] = static_cast<double>(sum);
   }
 };
 
@@ -1174,7 +1021,7 @@ class gram_pass {
       }
     };
     std::apply([&](auto const&... source) { (add(source), ...); }, sources_);
-    chunks_ = ceil_div(widest_, integer{group::size} * group::columns);
+    chunks_ = ceil_div(widest_, integer{group::size});
     depth_ = round_up(std::min<integer>(widest_, Device::panel_bytes / integer{sizeof(C)}),
                       Device::template depth_multiple<C>);
     choose_side(where, memory_bound, sampled);
@@ -1238,7 +1085,7 @@ class gram_pass {
   places reserve(arena& memory, integer side, bool sampled) const {
     places at{};
     integer const n = tokens_, s = count(), columns = slice_columns(side);
-    integer const strips = ceil_div(side, integer{group::size} * group::rows);
+    integer const strips = ceil_div(side, integer{group::size});
     at.side = side;
     at.slice_columns = columns;
     at.totals = memory.reserve<double>(total_cols_);
@@ -1321,7 +1168,7 @@ class gram_pass {
 
   void add_columns(integer p) {
     site_facts const& s = sites_[size_of(p)];
-    integer const chunks = ceil_div(s.cols, integer{group::size} * group::columns);
+    integer const chunks = ceil_div(s.cols, integer{group::size});
     on_.zero(memory_[at_.totals] + s.first_col, padded(s.cols));
     column_facts* const facts = memory_[at_.facts] + p * chunks_;
     std::vector<column_facts> const none(size_of(chunks_), {0, true});
@@ -1504,7 +1351,7 @@ class gram_pass {
   template <class Entry>
   void add(tile const& t, std::vector<Entry> const& entries) {
     integer const area = t.side * t.side, blocks = ceil_div(t.side, tile_columns);
-    integer const strips = ceil_div(t.side, integer{group::size} * group::rows);
+    integer const strips = ceil_div(t.side, integer{group::size});
     for (integer p = 0; p < count(); ++p) {
       C* const g = memory_[at_.tiles] + p * area;
       C const* const token = memory_[at_.token] + p * padded_tokens();
@@ -1581,17 +1428,6 @@ struct make_rbf {
   }
 };
 
-template <class C, class F>
-struct make_function {
-  F const& f;
-
-  function_entry<C, F> operator()(integer tokens, double unit, double trace, double) const {
-    double const typical = trace / static_cast<double>(tokens) * unit;
-    double const centre = static_cast<double>(f(0., typical, typical));
-    return {1, &f, unit, is_finite(centre) ? centre : 0};
-  }
-};
-
 inline void require_tiles(char const* where, rflow::gram_path path) {
   if (path == rflow::gram_path::feature)
     reject(where, "gram_path::feature is for on_cpu; here moments come from kernel matrices");
@@ -1621,17 +1457,13 @@ gram_moments gram(char const* where, Device& on, std::size_t memory_bound, Kerne
     m = pass(where, on, memory_bound, false, stacks...)(make_linear<C>{});
     if (tokens < 3)  // too few to U-centre: G = K, whose rows sum to 0
       for (std::size_t i = 0; i < m.diagonal.size(); ++i) m.row_sums[i] = -m.diagonal[i];
-  } else if constexpr (std::same_as<Kernel, rbf>) {
+  } else {
+    static_assert(std::same_as<Kernel, rbf>);
     if (!kernel.sigma.empty() && static_cast<integer>(kernel.sigma.size()) != sites)
       reject(where, std::to_string(kernel.sigma.size()) + " bandwidths for " +
                         std::to_string(sites) + " sites");
     double const centre = std::exp(-0.5 / (kernel.fraction * kernel.fraction));
     m = pass(where, on, memory_bound, true, stacks...)(make_rbf<C>{centre}, &kernel);
-  } else {
-    static_assert(pair_kernel<Kernel>,
-                  "rflow: a kernel is linear, rbf, or a function object "
-                  "k(inner product, squared norm, squared norm) -> double");
-    m = pass(where, on, memory_bound, false, stacks...)(make_function<C, Kernel>{kernel});
   }
   auto const& first = std::get<0>(std::tie(stacks...));
   for (position& at : m.non_finite)
