@@ -14,6 +14,7 @@
 #include <concepts>
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <limits>
 #include <memory>
 #include <thread>
@@ -173,6 +174,16 @@ struct chain_products {
   double away2 = 0;  // ‖x − mean of the rows before‖²
 };
 
+/// Whether squares of C neither overflow nor lose their last bits in a row of this squared norm.
+template <class C>
+bool in_range(double norm2) {
+  constexpr bool narrow = std::same_as<C, float>;
+  // Through memory: with -ffast-math a compiler may believe that no sum is a NaN.
+  double const volatile kept = norm2;
+  double const x = kept;
+  return is_finite(x) && x > (narrow ? 1e-18 : 1e-270) && x < (narrow ? 1e30 : 1e290);
+}
+
 /// Walks tokens through the chain. What each row of activations needs of the rows before it (two of
 /// them, and the running mean) is fetched from cache once for several sites: with the sums of
 /// `Sites` sites in registers, four sites cost little more than the read of their rows from memory.
@@ -253,7 +264,7 @@ class flow_walker {
     if (l < sites_) walk_sites<1>(l);
     for (std::ptrdiff_t k = 0; k < tokens; ++k) {
       bool ordinary = true;
-      for (l = 0; l < sites_; ++l) ordinary = ordinary && in_range(product(k, l).norm2);
+      for (l = 0; l < sites_; ++l) ordinary = ordinary && in_range<C>(product(k, l).norm2);
       if (ordinary)
         add_products(k, moments_);
       else
@@ -281,15 +292,6 @@ class flow_walker {
     has_boundary_ = true;
     head_ = sequence_;
     sequence_.clear();
-  }
-
-  // Squares of C neither overflow nor lose their last bits in this range.
-  static bool in_range(double norm2) {
-    constexpr bool narrow = std::same_as<C, float>;
-    // Through memory: with -ffast-math a compiler may believe that no sum is a NaN.
-    double const volatile kept = norm2;
-    double const x = kept;
-    return is_finite(x) && x > (narrow ? 1e-18 : 1e-270) && x < (narrow ? 1e30 : 1e290);
   }
 
   bool needs_gather() const {
@@ -421,7 +423,7 @@ class flow_walker {
     T const *rows[group], *tails[group];
     P scale[group];
     for (std::ptrdiff_t k = 0; k < group; ++k) {
-      bool const counts = k < tokens_ && in_range(product(k, site).norm2);
+      bool const counts = k < tokens_ && in_range<C>(product(k, site).norm2);
       rows[k] = counts ? row(k, site) : absent_.data();
       tails[k] = counts ? tail(k, site) : absent_.data();
       scale[k] =
@@ -504,7 +506,7 @@ class flow_walker {
       for (double const value : x) square += value * value;
       m.squares[s] += unscaled(square);
       note_norm(l, i, std::sqrt(square) / scale);
-      bool const added = in_range(product(k, l).norm2);  // by add_units
+      bool const added = in_range<C>(product(k, l).norm2);  // by add_units
       if (square > 0 || added) {
         sequence_.units[s] += 1;
         if (!added)
@@ -567,6 +569,342 @@ class flow_walker {
   open_sequence sequence_;                    // the sequence under way
   open_sequence head_;                        // the one under way before these tokens
   bool has_boundary_ = false;
+};
+
+// ---- the same, site by site ---------------------------------------------------------------------
+
+/// A chain that arrives site by site: keeps of each token under way its last two rows and the mean
+/// of all so far, in numbered slots, and adds to the flow moments as rows come.
+template <class T>
+class chain_stream {
+ public:
+  using C = compute_t<T>;
+  using P = packet_of<C>;
+
+  chain_stream(std::ptrdiff_t width, int threads)
+      : width_(width),
+        body_(width / chunk<T>::width * chunk<T>::width),
+        padded_(body_ + (body_ < width ? chunk<T>::width : 0)),
+        team_(std::make_unique<team>(threads)),
+        absent_(count(padded_)) {
+    for (part& p : parts_) {
+      p.units.resize(count(padded_));
+      p.tails.resize(count(group * chunk<T>::width));
+      p.gathered.resize(count(group * width_));
+    }
+  }
+
+  /// Places in a row of unit sums: features in their places, up to whole chunks.
+  std::ptrdiff_t padded() const { return padded_; }
+  std::ptrdiff_t capacity() const { return static_cast<std::ptrdiff_t>(slots_.size()); }
+  team& threads() { return *team_; }
+
+  /// Room for this many tokens under way. Those in slots first, first + 1, … (`live` of them, modulo
+  /// the old capacity) go to the slots 0, 1, …
+  void resize(std::ptrdiff_t tokens, std::ptrdiff_t first = 0, std::ptrdiff_t live = 0) {
+    aligned_array<T> rows[2] = {aligned_array<T>(tokens * padded_),
+                                aligned_array<T>(tokens * padded_)};
+    aligned_array<C> mean(tokens * padded_);
+    std::vector<slot> slots(count(tokens));
+    for (std::ptrdiff_t i = 0; i < live; ++i) {
+      std::ptrdiff_t const from = (first + i) % capacity();
+      for (int k = 0; k < 2; ++k)
+        std::copy_n(rows_[k].data() + from * padded_, padded_, rows[k].data() + i * padded_);
+      std::copy_n(mean_.data() + from * padded_, padded_, mean.data() + i * padded_);
+      slots[count(i)] = slots_[count(from)];
+    }
+    for (int k = 0; k < 2; ++k) rows_[k] = std::move(rows[k]);
+    mean_ = std::move(mean);
+    slots_ = std::move(slots);
+  }
+
+  /// Whether the token in a slot counts; to be said before its first row comes.
+  void set_counts(std::ptrdiff_t at, bool counts) {
+    slots_[count(at)] = slot{};
+    slots_[count(at)].counts = counts;
+  }
+  bool counts(std::ptrdiff_t at) const { return slots_[count(at)].counts; }
+
+  /// Takes rows row … row + tokens of x as the rows of `site` for the slots from `at` on. `token` is
+  /// the number of the first, for positions. Unit sums in m have padded() places a site.
+  void walk(view<T> const& x, std::ptrdiff_t row, std::ptrdiff_t tokens, std::ptrdiff_t site,
+            std::ptrdiff_t at, std::ptrdiff_t token, flow_moments& m) {
+    // As many slices as the shape gives, not as there are threads: sums stay the same.
+    std::ptrdiff_t const slices = std::clamp<std::ptrdiff_t>(tokens / 32, 1, most_slices);
+    double* const units = m.unit_sum.data() + site * padded_;
+    team_->run(slices, [&](std::ptrdiff_t s) {
+      part& mine = parts_[count(s)];
+      mine.sums = {};
+      if (slices > 1) std::fill(mine.units.begin(), mine.units.end(), 0.0);
+      std::ptrdiff_t const begin = tokens * s / slices, end = tokens * (s + 1) / slices;
+      for (std::ptrdiff_t i = begin; i < end; i += group)
+        walk_group(mine, x, row + i, (std::min)(group, end - i), site, at + i, token + i,
+                   slices > 1 ? mine.units.data() : units);
+    });
+    auto const l = count(site);
+    for (std::ptrdiff_t s = 0; s < slices; ++s) {
+      site_sums const& sums = parts_[count(s)].sums;
+      m.squares[l] += sums.squares;
+      m.zero_rows[l] += sums.zero_rows;
+      m.units[l] += sums.units;
+      m.spread += sums.spread;
+      if (site == 0) m.tokens += sums.tokens;
+      if (site > 0) {
+        m.steps[l - 1] += sums.steps;
+        m.cosine[l - 1].merge(sums.cosine);
+      }
+      if (site > 1) m.turns[l - 2] += sums.turns;
+      if (!m.non_finite[l].found()) m.non_finite[l] = sums.non_finite;
+      if (slices > 1)
+        for (std::ptrdiff_t j = 0; j < padded_; ++j) units[j] += parts_[count(s)].units[count(j)];
+    }
+  }
+
+ private:
+  static constexpr std::ptrdiff_t group = 4;  // rows whose unit vectors are added together
+  static constexpr std::ptrdiff_t most_slices = 16;
+
+  /// A token under way.
+  struct slot {
+    double norm2 = 0;         // of its last row
+    std::ptrdiff_t seen = 0;  // rows in its mean
+    bool counts = true;
+    bool ordinary = true;                    // every row so far can be squared in C
+    bool has_last = false, has_two = false;  // whether the last row, and the one before, are finite
+  };
+
+  struct site_sums {
+    double tokens = 0, squares = 0, zero_rows = 0, units = 0, steps = 0, turns = 0, spread = 0;
+    running_stat cosine;
+    position non_finite;
+  };
+
+  /// What one slice of a push works with.
+  struct part {
+    site_sums sums;
+    std::vector<double> units;
+    std::vector<T> tails, gathered;
+  };
+
+  static std::size_t count(std::ptrdiff_t n) { return static_cast<std::size_t>(n); }
+
+  void walk_group(part& mine, view<T> const& x, std::ptrdiff_t row, std::ptrdiff_t tokens,
+                  std::ptrdiff_t site, std::ptrdiff_t at, std::ptrdiff_t token, double* units) {
+    T const *rows[group], *tails[group];
+    C scale[group];
+    for (std::ptrdiff_t k = 0; k < group; ++k) {
+      rows[k] = tails[k] = absent_.data();
+      scale[k] = 0;
+      if (k >= tokens || !slots_[count(at + k)].counts) continue;
+      rows[k] = x.data + (row + k) * x.row_stride;
+      if (x.col_stride != 1) {
+        T* const dense = mine.gathered.data() + k * width_;
+        for (std::ptrdiff_t j = 0; j < width_; ++j) dense[j] = rows[k][j * x.col_stride];
+        rows[k] = dense;
+      }
+      T* const tail = mine.tails.data() + k * chunk<T>::width;
+      std::copy(rows[k] + body_, rows[k] + width_, tail);
+      tails[k] = tail;
+
+      slot& s = slots_[count(at + k)];
+      double const norm2 = add_squares(rows[k], body_) + add_squares(tail, padded_ - body_);
+      bool const usable = in_range<C>(norm2);
+      s.ordinary = s.ordinary && usable;
+      if (usable) scale[k] = static_cast<C>(1 / std::sqrt(norm2));
+      if (s.ordinary)
+        add_row(s, rows[k], tail, norm2, site, at + k, mine.sums);
+      else
+        rescue(s, rows[k], usable, site, at + k, token + k, units, mine.sums);
+      if (!usable) rows[k] = tails[k] = absent_.data();
+      mine.sums.tokens += 1;
+    }
+    add_scaled(rows, scale, body_, units);
+    add_scaled(tails, scale, padded_ - body_, units + body_);
+  }
+
+  static constexpr std::ptrdiff_t block = 64 * chunk<T>::width;  // summed in C, then in double
+
+  static double add_squares(T const* x, std::ptrdiff_t places) {
+    double total = 0;
+    for (std::ptrdiff_t j = 0; j < places; j += block) {
+      P sums[chunk<T>::packets];
+      for (P& sum : sums) sum = packet::pset1<P>(C(0));
+      for (std::ptrdiff_t i = j; i < (std::min)(places, j + block); i += chunk<T>::width) {
+        chunk<T> const here = load_chunk(x + i);
+        for (std::ptrdiff_t c = 0; c < chunk<T>::packets; ++c)
+          sums[c] = packet::pmadd(here.at[c], here.at[c], sums[c]);
+      }
+      for (P const& sum : sums) total += static_cast<double>(packet::predux(sum));
+    }
+    return total;
+  }
+
+  /// An ordinary row: moves the token on by one site.
+  void add_row(slot& s, T const* x, T const* tail, double norm2, std::ptrdiff_t site,
+               std::ptrdiff_t at, site_sums& sums) {
+    T* const to = rows_[site % 2].data() + at * padded_;
+    T const* const before = rows_[(site + 1) % 2].data() + at * padded_;
+    C* const mean = mean_.data() + at * padded_;
+    chain_products r;
+    auto const go = [&]<int Before>(std::integral_constant<int, Before>) {
+      advance<Before>(x, body_, before, to, mean, site, r);
+      advance<Before>(tail, padded_ - body_, before + body_, to + body_, mean + body_, site, r);
+    };
+    if (site == 0)
+      go(std::integral_constant<int, 0>{});
+    else if (site == 1)
+      go(std::integral_constant<int, 1>{});
+    else
+      go(std::integral_constant<int, 2>{});
+    sums.squares += norm2;
+    sums.units += 1;
+    if (site > 0) {
+      sums.spread += r.away2 * (static_cast<double>(site) / static_cast<double>(site + 1));
+      sums.steps += r.step2;
+      double const cosine = r.dot / std::sqrt(norm2 * s.norm2);
+      if (is_finite(cosine)) sums.cosine.add(cosine);
+    }
+    sums.turns += r.turn;
+    s.norm2 = norm2;
+    s.seen = site + 1;
+    s.has_two = s.has_last;
+    s.has_last = true;
+  }
+
+  /// Products of `places` features with those of the row before (at Before ≥ 1) and of the one before
+  /// that (at Before = 2), whose place the row then takes.
+  template <int Before>
+  static void advance(T const* x, std::ptrdiff_t places, T const* last, T* to, C* mean,
+                      std::ptrdiff_t site, chain_products& r) {
+    P const zero = packet::pset1<P>(C(0));
+    P const weight = packet::pset1<P>(C(1) / static_cast<C>(site + 1));
+    for (std::ptrdiff_t j = 0; j < places; j += block) {
+      P dot = zero, step2 = zero, turn = zero, away2 = zero;
+      for (std::ptrdiff_t i = j; i < (std::min)(places, j + block); i += chunk<T>::width) {
+        chunk<T> const here = load_chunk(x + i);
+        chunk<T> before{}, two_before{};
+        if constexpr (Before > 0) before = load_chunk(last + i);
+        if constexpr (Before > 1) two_before = load_chunk(static_cast<T const*>(to + i));
+        for (std::ptrdiff_t c = 0; c < chunk<T>::packets; ++c) {
+          C* const m = mean + i + c * chunk<T>::lanes;
+          if constexpr (Before == 0) {
+            packet::pstore(m, here.at[c]);
+          } else {
+            P const average = packet::pload<P>(m);
+            P const step = packet::psub(here.at[c], before.at[c]);
+            P const away = packet::psub(here.at[c], average);
+            dot = packet::pmadd(here.at[c], before.at[c], dot);
+            step2 = packet::pmadd(step, step, step2);
+            away2 = packet::pmadd(away, away, away2);
+            packet::pstore(m, packet::pmadd(away, weight, average));
+            if constexpr (Before > 1)
+              turn = packet::pmadd(step, packet::psub(before.at[c], two_before.at[c]), turn);
+          }
+        }
+        std::memcpy(to + i, x + i, count(chunk<T>::width) * sizeof(T));
+      }
+      r.dot += static_cast<double>(packet::predux(dot));
+      r.step2 += static_cast<double>(packet::predux(step2));
+      r.turn += static_cast<double>(packet::predux(turn));
+      r.away2 += static_cast<double>(packet::predux(away2));
+    }
+  }
+
+  /// Adds unit vectors in double, so that it hardly matters how tokens were grouped.
+  static void add_scaled(T const* const (&rows)[group], C const (&scale)[group],
+                         std::ptrdiff_t places, double* to) {
+    constexpr std::ptrdiff_t step = chunk<T>::width;
+    for (std::ptrdiff_t j = 0; j < places; j += step) {
+      alignas(64) C scaled[group][step];
+      for (std::ptrdiff_t k = 0; k < group; ++k) {
+        chunk<T> const x = load_chunk(rows[k] + j);
+        P const s = packet::pset1<P>(scale[k]);
+        for (std::ptrdiff_t c = 0; c < chunk<T>::packets; ++c)
+          packet::pstoreu(scaled[k] + c * chunk<T>::lanes, packet::pmul(x.at[c], s));
+      }
+      for (std::ptrdiff_t i = 0; i < step; ++i)
+        to[j + i] += (static_cast<double>(scaled[0][i]) + static_cast<double>(scaled[1][i])) +
+                     (static_cast<double>(scaled[2][i]) + static_cast<double>(scaled[3][i]));
+    }
+  }
+
+  /// A power of two that brings the largest of some values to about 1.
+  static double scale_of(double largest) {
+    return largest > 0 ? std::ldexp(1.0, (std::min)(1000, -std::ilogb(largest))) : 1;
+  }
+
+  /// A row of a token that cannot do with squares in C: this row or an earlier one is zero, not
+  /// finite, or too large or too small. In double, scaled.
+  void rescue(slot& s, T const* x, bool has_unit, std::ptrdiff_t site, std::ptrdiff_t at,
+              std::ptrdiff_t token, double* units, site_sums& sums) {
+    T* const to = rows_[site % 2].data() + at * padded_;
+    T const* const before = rows_[(site + 1) % 2].data() + at * padded_;
+    C* const mean = mean_.data() + at * padded_;
+    auto const value = [](T const* row, std::ptrdiff_t j) { return static_cast<double>(row[j]); };
+    for (std::ptrdiff_t j = 0; j < width_; ++j)
+      if (!is_finite(value(x, j))) {
+        if (!sums.non_finite.found()) sums.non_finite = {token, j};
+        s.has_two = s.has_last;
+        s.has_last = false;
+        return;
+      }
+    double most = 0, most_before = 0, most_of_all = 0;
+    for (std::ptrdiff_t j = 0; j < width_; ++j) {
+      most = (std::max)(most, std::abs(value(x, j)));
+      if (s.has_last) most_before = (std::max)(most_before, std::abs(value(before, j)));
+      if (s.has_last && s.has_two) most_of_all = (std::max)(most_of_all, std::abs(value(to, j)));
+      if (s.seen > 0)
+        most_of_all = (std::max)(most_of_all, std::abs(static_cast<double>(mean[place_of<T>(j)])));
+    }
+    most_of_all = (std::max)({most_of_all, most, most_before});
+    double const own = scale_of(most), its = scale_of(most_before), all = scale_of(most_of_all);
+    double square = 0, square_before = 0, dot = 0, step2 = 0, turn = 0, away2 = 0;
+    double const seen = static_cast<double>(s.seen);
+    for (std::ptrdiff_t j = 0; j < width_; ++j) {
+      double const here = value(x, j);
+      square += here * own * (here * own);
+      if (s.has_last) {
+        double const last = value(before, j), step = here * all - last * all;
+        square_before += last * its * (last * its);
+        dot += here * own * (last * its);
+        step2 += step * step;
+        if (s.has_two) turn += step * (last * all - value(to, j) * all);
+      }
+      C& average = mean[place_of<T>(j)];
+      double const known = s.seen > 0 ? static_cast<double>(average) * all : 0;
+      double const away = here * all - known;
+      away2 += away * away;
+      average = static_cast<C>((known + away / (seen + 1)) / all);
+    }
+    sums.squares += square / own / own;
+    if (square > 0) {
+      sums.units += 1;
+      if (!has_unit)
+        for (std::ptrdiff_t j = 0; j < width_; ++j)
+          units[place_of<T>(j)] += value(x, j) * own / std::sqrt(square);
+    } else {
+      sums.zero_rows += 1;
+    }
+    sums.spread += away2 * (seen / (seen + 1)) / all / all;
+    if (s.has_last) {
+      sums.steps += step2 / all / all;
+      if (s.has_two) sums.turns += turn / all / all;
+      if (square > 0 && square_before > 0)
+        sums.cosine.add(dot / std::sqrt(square) / std::sqrt(square_before));
+    }
+    std::copy_n(x, width_, to);
+    s.seen += 1;
+    s.has_two = s.has_last;
+    s.has_last = true;
+  }
+
+  std::ptrdiff_t width_, body_, padded_;
+  std::unique_ptr<team> team_;
+  std::vector<T> absent_;     // zeros, for rows that do not take part
+  aligned_array<T> rows_[2];  // capacity × padded: rows of the last even and the last odd site
+  aligned_array<C> mean_;     // capacity × padded, features in their places
+  std::vector<slot> slots_;   // capacity
+  part parts_[most_slices];
 };
 
 #pragma GCC diagnostic pop
@@ -675,6 +1013,8 @@ struct on_cpu {
 
   template <class Memory>
   static constexpr bool reads = std::same_as<Memory, host_memory>;
+  template <class T>
+  using chain_stream = detail::chain_stream<T>;  ///< what flow_monitor runs on
 
   int thread_count() const { return detail::threads_or_all(threads); }
 

@@ -1,0 +1,353 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+// The flow of a model while it runs: rows are pushed site by site as an inference engine makes
+// them, and only the last two rows of each token under way are kept. For activations that are at
+// hand as a whole, flow() does the same with fewer words.
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstdio>
+#include <exception>
+#include <limits>
+#include <span>
+#include <string>
+#include <string_view>
+#include <utility>
+#include <vector>
+
+#include <rflow/default.hpp>
+#include <rflow/flow.hpp>
+#include <rflow/moments.hpp>
+#include <rflow/view.hpp>
+
+namespace rflow {
+
+/// What a monitor does with more tokens under way than reserve() made room for.
+enum class when_full {
+  allocate,  ///< makes room
+  refuse,    ///< refuses the push, by name
+};
+
+/// What a monitor is to compute, and of which tokens.
+struct monitor_options {
+  normalization normalize = normalization::none;
+  std::ptrdiff_t skip_first = 0;  ///< tokens left out at the start of each sequence (BOS, sinks)
+  when_full on_full = when_full::allocate;
+};
+
+/// Figures of each sequence by itself: their mean and spread over sequences. A sequence in which a
+/// figure has no answer does not count there.
+struct sequence_figures {
+  running_stat st1, st2, path_energy, path_length;
+  std::vector<running_stat> inter_token;  ///< S
+  std::vector<running_stat> adjacent;     ///< S − 1: mean cosine
+  std::vector<running_stat> steps;        ///< S − 1
+  std::vector<running_stat> curvature;    ///< S − 2
+  std::vector<running_stat> mean_norm;    ///< S
+
+  sequence_figures() = default;
+  explicit sequence_figures(std::ptrdiff_t sites) {
+    auto const s = static_cast<std::size_t>(sites);
+    inter_token.resize(s);
+    mean_norm.resize(s);
+    adjacent.resize(s - 1);
+    steps.resize(s - 1);
+    curvature.resize(s > 2 ? s - 2 : 0);
+  }
+
+  /// Adds one sequence. Does not allocate.
+  void add(flow_moments const& m, normalization by) {
+    if (!(m.tokens > 0)) return;
+    measured const factor = detail::variance_factor(m, by);
+    auto const finite = [&](std::size_t l) { return !m.non_finite[l].found(); };
+    auto const sites = static_cast<std::size_t>(m.sites);
+    double energy = 0, length = 0;
+    bool all_finite = true;
+    for (std::size_t l = 0; l < sites; ++l) {
+      all_finite = all_finite && finite(l);
+      if (!finite(l)) continue;
+      if (m.pairs[l] > 0) inter_token[l].add(m.pair_cosines[l] / m.pairs[l]);
+      mean_norm[l].add(std::sqrt(m.squares[l] / m.tokens));
+      if (l + 1 == sites || !finite(l + 1)) continue;
+      if (m.cosine[l].count > 0) adjacent[l].add(m.cosine[l].mean);
+      if (!factor.ok()) continue;
+      double const step = std::sqrt(m.steps[l] * factor.value);
+      steps[l].add(step);
+      energy += step * step;
+      length += step;
+      if (l + 2 == sites || !finite(l + 2)) continue;
+      double const norms = std::sqrt(m.steps[l]) * std::sqrt(m.steps[l + 1]);
+      if (norms > 0) curvature[l].add(std::acos(std::clamp(m.turns[l] / norms, -1.0, 1.0)));
+    }
+    if (!all_finite || !factor.ok()) return;
+    st2.add(std::sqrt(m.spread * factor.value / static_cast<double>(m.sites)));
+    if (sites < 2) return;
+    st1.add(std::sqrt(energy / static_cast<double>(sites - 1)));
+    path_energy.add(energy);
+    path_length.add(length);
+  }
+
+  void merge(sequence_figures const& other) {
+    visit(other, [](running_stat& mine, running_stat const& its) { mine.merge(its); });
+  }
+
+  /// Calls f(mine, its) for every figure of this and of another of as many sites.
+  template <class Other, class F>
+  void visit(Other& other, F const& f) {
+    f(st1, other.st1), f(st2, other.st2);
+    f(path_energy, other.path_energy), f(path_length, other.path_length);
+    auto const each = [&](auto& mine, auto& its) {
+      for (std::size_t i = 0; i < mine.size(); ++i) f(mine[i], its[i]);
+    };
+    each(inter_token, other.inter_token), each(mean_norm, other.mean_norm);
+    each(adjacent, other.adjacent), each(steps, other.steps);
+    each(curvature, other.curvature);
+  }
+};
+
+/// What a monitor has seen, both ways of reading many sequences side by side.
+struct monitor_report {
+  std::ptrdiff_t sequences = 0;   ///< that were ended
+  flow_report pooled;             ///< over all tokens of all sequences; cosines within sequences
+  sequence_figures per_sequence;  ///< each sequence by itself: mean and spread over sequences
+};
+
+/// The flow of S sites of a model as it runs. Memory O(n d) for n tokens under way.
+///
+///     rflow::flow_monitor monitor(33, 2560);
+///     …in the engine's callback:  monitor.push(site, first_token, rows);
+///     …after each sequence:       monitor.end_sequence();
+///     rflow::monitor_report const r = monitor.report();
+///
+/// Rows come in chunks of any size, for each site from token 0 of its sequence on and without gaps,
+/// and at no site before they came at the one before it: an engine may push all sites of one
+/// micro-batch and then of the next, or the whole sequence site by site. Tokens that the first site
+/// has seen and the last has not are under way.
+///
+/// push(), end_sequence() and discard_sequence() throw nothing, so that they can be called from a C
+/// callback, and allocate nothing once reserve() has made room. What they refuse changes nothing; the
+/// first refusal is kept, and report() throws it. One thread at a time may use a monitor; several
+/// monitors (one a thread, one a sequence of a batch) merge.
+///
+/// @tparam T   element type of the rows: float, double, f16 or bf16
+/// @tparam On  where it runs; on_cpu{.threads = 1} leaves the engine's cores alone
+template <class T = float, class On = default_backend_t<host_memory>>
+class flow_monitor {
+ public:
+  /// @param  sites  S, in the order of the residual stream: embedding and raw blocks
+  /// @param  width  d, the same at every site
+  /// @throws std::invalid_argument if sites, width or an option is out of range
+  explicit flow_monitor(std::ptrdiff_t sites, std::ptrdiff_t width,
+                        monitor_options const& options = {}, On const& on = {})
+      : sites_(require_positive(sites, "sites")),
+        width_(require_positive(width, "features")),
+        options_(options),
+        chain_(width, on.thread_count()),
+        next_(static_cast<std::size_t>(sites)),
+        blank_(sites, chain_.padded()),
+        open_(blank_),
+        closed_(blank_),
+        figures_(sites) {
+    if (options.skip_first < 0)
+      detail::reject(name_of_class, "skip_first is " + std::to_string(options.skip_first));
+  }
+
+  std::ptrdiff_t sites() const { return sites_; }
+  std::ptrdiff_t width() const { return width_; }
+
+  /// Makes room for this many tokens under way: those of a micro-batch if all sites of one are pushed
+  /// before the next, of a whole sequence if site follows site.
+  /// @throws std::invalid_argument if it is not positive
+  void reserve(std::ptrdiff_t max_tokens) {
+    require_positive(max_tokens, "tokens to reserve");
+    if (max_tokens > chain_.capacity()) make_room(max_tokens);
+  }
+
+  /// Takes the rows of one site for tokens first_token, first_token + 1, … of the open sequence.
+  ///
+  /// @param  site         0 to S − 1
+  /// @param  first_token  how many tokens of this sequence the site has had before
+  /// @param  rows         n × d activations; may be overwritten when this returns
+  /// @param  keep         one value a row, the same at every site: 0 leaves the token out (padding).
+  ///                      Empty keeps all
+  /// @return false if refused: see error()
+  /// @note   O(n d): the rows are read once, what is kept of their tokens is read and written once
+  template <activations X>
+  bool push(std::ptrdiff_t site, std::ptrdiff_t first_token, X const& rows,
+            std::span<std::uint8_t const> keep = {}) noexcept {
+    static_assert(std::same_as<scalar_of<X>, T> && std::same_as<memory_of<X>, host_memory>,
+                  "rflow: this monitor takes rows in host memory of the element type it was made "
+                  "for: flow_monitor<rflow::bf16> for bf16");
+    view<T> const x = as_view(rows);
+    if (!accepts(site, first_token, x, keep)) return false;
+    std::ptrdiff_t const end = first_token + x.rows;
+    try {
+      if (low() == high()) origin_ = low();
+      if (end - low() > chain_.capacity()) make_room((std::max)(end - low(), 2 * capacity()));
+    } catch (std::exception const& error) {
+      return refuse("no memory for %td tokens under way: %s", end - low(), error.what());
+    }
+    for (std::ptrdiff_t token = first_token; token < end;) {
+      std::ptrdiff_t const at = (token - origin_) % capacity();
+      std::ptrdiff_t const count = (std::min)(end - token, capacity() - at);
+      for (std::ptrdiff_t i = 0; site == 0 && i < count; ++i)
+        chain_.set_counts(at + i, counts(token + i, token + i - first_token, keep));
+      chain_.walk(x, token - first_token, count, site, at, token, open_);
+      token += count;
+    }
+    next_[static_cast<std::size_t>(site)] = end;
+    return true;
+  }
+
+  /// Ends the open sequence: its tokens pair with none that come later, and token numbers start at 0
+  /// again. Without an open sequence it does nothing.
+  /// @return false if refused: a site has had fewer tokens than the first. Push them, or discard
+  bool end_sequence() noexcept {
+    for (std::ptrdiff_t l = 1; l < sites_; ++l)
+      if (next(l) != high())
+        return refuse("the sequence cannot end: site %td has had %td of %td tokens", l, next(l),
+                      high());
+    if (high() == 0) return true;
+    open_.end_sequence();
+    figures_.add(open_, options_.normalize);
+    closed_.merge(open_, tokens_before_);
+    tokens_before_ += high();
+    ++sequences_;
+    discard_sequence();
+    return true;
+  }
+
+  /// Forgets what was pushed since the last sequence ended.
+  void discard_sequence() noexcept {
+    open_ = blank_;  // as large already
+    std::fill(next_.begin(), next_.end(), 0);
+    origin_ = 0;
+  }
+
+  /// What was refused first, in words; empty if nothing was.
+  std::string_view error() const noexcept { return error_.data(); }
+  /// Forgets it: what was refused has left no trace in the figures.
+  void clear_error() noexcept { error_[0] = '\0'; }
+
+  /// Adds the sequences that another monitor has ended.
+  /// @throws std::invalid_argument if it has another shape, other options, an open sequence or an
+  ///         error
+  void merge(flow_monitor const& other) {
+    constexpr char const* where = "rflow::flow_monitor::merge";
+    if (sites_ != other.sites_ || width_ != other.width_)
+      detail::reject(where, std::to_string(sites_) + " sites x " + std::to_string(width_) +
+                                " and " + std::to_string(other.sites_) + " sites x " +
+                                std::to_string(other.width_));
+    if (options_.normalize != other.options_.normalize ||
+        options_.skip_first != other.options_.skip_first)
+      detail::reject(where, "the two were made with different options");
+    if (other.high() > 0)
+      detail::reject(where, "the other one's sequence of " + std::to_string(other.high()) +
+                                " tokens has not ended");
+    if (!other.error().empty()) throw std::invalid_argument(std::string(other.error()));
+    closed_.merge(other.closed_, tokens_before_);
+    figures_.merge(other.figures_);
+    tokens_before_ += other.tokens_before_;
+    sequences_ += other.sequences_;
+  }
+
+  /// The moments of the sequences ended so far.
+  flow_moments moments() const {
+    flow_moments m = closed_;
+    m.width = width_;
+    m.unit_sum.assign(static_cast<std::size_t>(sites_ * width_), 0.0);
+    return m;
+  }
+
+  /// Everything about the sequences ended so far. Positions of NaN count the tokens of all of them.
+  /// @throws std::invalid_argument what was refused first, if anything was
+  monitor_report report() const {
+    if (!error().empty()) throw std::invalid_argument(std::string(error()));
+    return {sequences_, report_of(moments(), options_.normalize), figures_};
+  }
+
+ private:
+  static constexpr char const* name_of_class = "rflow::flow_monitor";
+
+  static std::ptrdiff_t require_positive(std::ptrdiff_t value, char const* what) {
+    if (value < 1) detail::reject(name_of_class, std::to_string(value) + " " + what);
+    return value;
+  }
+
+  std::ptrdiff_t next(std::ptrdiff_t site) const { return next_[static_cast<std::size_t>(site)]; }
+  std::ptrdiff_t high() const { return next_.front(); }
+  std::ptrdiff_t low() const { return next_.back(); }
+  std::ptrdiff_t capacity() const { return chain_.capacity(); }
+
+  void make_room(std::ptrdiff_t tokens) {
+    chain_.resize(tokens, capacity() > 0 ? (low() - origin_) % capacity() : 0, high() - low());
+    origin_ = low();
+  }
+
+  bool counts(std::ptrdiff_t token, std::ptrdiff_t row, std::span<std::uint8_t const> keep) const {
+    return token >= options_.skip_first && (keep.empty() || keep[static_cast<std::size_t>(row)]);
+  }
+
+  bool accepts(std::ptrdiff_t site, std::ptrdiff_t first, view<T> const& x,
+               std::span<std::uint8_t const> keep) noexcept {
+    if (site < 0 || site >= sites_)
+      return refuse("site %td, but there are %td sites", site, sites_);
+    if (x.rows < 1 || x.data == nullptr)
+      return refuse("site %td: a chunk of %td rows without data", site, x.rows);
+    if (x.cols != width_)
+      return refuse("site %td: rows of %td features, not %td", site, x.cols, width_);
+    if (!keep.empty() && static_cast<std::ptrdiff_t>(keep.size()) != x.rows)
+      return refuse("site %td: a mask of %td values for %td rows", site,
+                    static_cast<std::ptrdiff_t>(keep.size()), x.rows);
+    std::ptrdiff_t const end = first + x.rows, had = next(site);
+    if (first >= 0 && end <= had)
+      return refuse("site %td: tokens %td to %td were pushed before", site, first, end - 1);
+    if (first < had)
+      return refuse("site %td: tokens %td to %td overlap with the %td pushed before", site, first,
+                    end - 1, had);
+    if (first > had)
+      return refuse("site %td: token %td is out of order, %td is next", site, first, had);
+    if (site > 0 && end > next(site - 1))
+      return refuse("site %td: token %td is out of order, site %td has had %td", site, end - 1,
+                    site - 1, next(site - 1));
+    if (end - low() > capacity() && options_.on_full == when_full::refuse)
+      return refuse("%td tokens under way, but room for %td: reserve more", end - low(),
+                    capacity());
+    for (std::ptrdiff_t i = 0; site > 0 && i < x.rows; ++i)
+      if (chain_.counts((first + i - origin_) % capacity()) != counts(first + i, i, keep))
+        return refuse("site %td: token %td is masked differently than at site 0", site, first + i);
+    return true;
+  }
+
+  /// Keeps the first refusal. Returns false.
+  template <class... Values>
+  bool refuse(char const* format, Values... values) noexcept {
+    if (error_[0] != '\0') return false;
+    int const length = std::snprintf(error_.data(), error_.size(), "%s: ", name_of_class);
+    auto const begin = static_cast<std::size_t>(length);
+    std::snprintf(error_.data() + begin, error_.size() - begin, format, values...);
+    return false;
+  }
+
+  std::ptrdiff_t sites_, width_;
+  monitor_options options_;
+  typename On::template chain_stream<T> chain_;
+  std::vector<std::ptrdiff_t> next_;  // S: how many tokens of the open sequence a site has had
+  std::ptrdiff_t origin_ = 0;         // the token in slot 0, or one that was
+  std::ptrdiff_t tokens_before_ = 0, sequences_ = 0;
+  flow_moments blank_, open_, closed_;  // unit sums have the chain's places
+  sequence_figures figures_;
+  std::array<char, 256> error_{};
+};
+
+flow_monitor(std::ptrdiff_t, std::ptrdiff_t)->flow_monitor<>;
+flow_monitor(std::ptrdiff_t, std::ptrdiff_t, monitor_options const&)->flow_monitor<>;
+template <class On>
+flow_monitor(std::ptrdiff_t, std::ptrdiff_t, monitor_options const&, On const&)
+    -> flow_monitor<float, On>;
+
+}  // namespace rflow
