@@ -15,7 +15,7 @@ case $what in
   test) needs="$build $report doctest-dev=doctest/doctest.h" ;;
   bench) needs="$build $json libbenchmark-dev=benchmark/benchmark.h" ;;
   ci) needs="$build $report doctest-dev=doctest/doctest.h libbenchmark-dev=benchmark/benchmark.h git=git
-             libthrust-dev=thrust/version.h libtbb-dev=tbb/tbb.h
+             libthrust-dev=thrust/version.h libtbb-dev=tbb/tbb.h libdlpack-dev=dlpack/dlpack.h
              clang=clang++ clang-format=clang-format llvm=llvm-symbolizer
              libclang-rt-dev=asan-runtime" ;;
   *) echo "usage: cmake/setup.sh [demo|test|bench|ci]" >&2; exit 64 ;;
