@@ -141,6 +141,15 @@ TEST_CASE("vector loads widen every 16-bit pattern as the scalar conversion does
   check_widening<bf16>();
 }
 
+#ifdef __SSE__
+TEST_CASE("half-precision subnormals survive a thread that flushes to zero") {
+  unsigned const before = __builtin_ia32_stmxcsr();
+  __builtin_ia32_ldmxcsr(before | 0x8040u);  // flush results, read denormals as zero
+  check_widening<f16>();
+  __builtin_ia32_ldmxcsr(before);
+}
+#endif
+
 TEST_CASE_TEMPLATE("loads of 16-bit features permute them, and the permutation is complete", T, f16,
                    bf16, float, double) {
   constexpr std::ptrdiff_t width = rflow::detail::chunk<T>::width;

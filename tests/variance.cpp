@@ -10,6 +10,8 @@
 
 #include <Eigen/QR>
 
+#include <rflow/flow.hpp>
+
 #include "reference.hpp"
 
 using doctest::Approx;
@@ -222,6 +224,27 @@ TEST_CASE("nothing to be relative to, and no tokens") {
   auto const none = rflow::layer_stack(x).tokens(std::vector<int>(4));
   for (normalization const by : all_normalizations)
     CHECK(rflow::variance(none, by).st1.why == status::too_few_rows);
+  CHECK(rflow::variance(none).curvature[0].why == status::too_few_rows);
+}
+
+TEST_CASE("doubles whose squares have no double say so, and their cosines stay") {
+  chain const x = random_chain(8, 4, 6, 5);
+  for (double const scale : {1e160, 1e-170}) {
+    CAPTURE(scale);
+    chain const y = mapped(x, [&](auto const& m) { return (m * scale).eval(); });
+    for (normalization const by : all_normalizations) {
+      layer_variance const v = variance_of(y, by);
+      for (rflow::measured const& m : {v.st1, v.st2, v.path_energy, v.path_length, v.steps[1]})
+        CHECK(m.why == status::out_of_range);
+      CHECK(v.curvature[0].why == status::out_of_range);
+    }
+    rflow::flow_report const r = rflow::flow(rflow::layer_stack(y));
+    rflow::flow_report const good = rflow::flow(rflow::layer_stack(x));
+    CHECK(r.mean_norm[2].why == status::out_of_range);
+    CHECK(r.inter_token[2] == Approx(good.inter_token[2]).epsilon(1e-9));
+    CHECK(r.adjacent[1].mean == Approx(good.adjacent[1].mean).epsilon(1e-9));
+    CHECK(std::isnan(r.spread_bounds.lower));
+  }
 }
 
 TEST_CASE("a NaN takes its steps and the sums, and leaves the other steps") {

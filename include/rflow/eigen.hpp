@@ -103,16 +103,21 @@ P widened_lanes(Int const& upper_half) {
   if constexpr (std::same_as<T, bf16>) {
     return packet::preinterpret<P>(upper_half);
   } else {
-    // Sign apart, the exponent is rebiased by an exact product; what was infinite or NaN then
-    // stands at 2^16 or above and gets its exponent bits back.
-    Int const sign =
-        packet::pand(upper_half, packet::pset1<Int>((std::numeric_limits<int>::min)()));
-    Int const rest = packet::pand(upper_half, packet::pset1<Int>(0x7fff0000));
-    P const magnitude = packet::pmul(packet::preinterpret<P>(packet::plogical_shift_right<3>(rest)),
-                                     packet::pset1<P>(0x1p112f));
-    P const special = packet::pand(packet::pcmp_le(packet::pset1<P>(65536.0f), magnitude),
-                                   packet::pset1<P>(std::numeric_limits<float>::infinity()));
-    return packet::por(packet::por(magnitude, special), packet::preinterpret<P>(sign));
+    // As f16 does it: sign apart, rebias the exponent as an integer. A subnormal becomes normal by
+    // one exact subtraction of normal floats, so that it survives flush-to-zero; what was infinite
+    // or NaN then stands at 2^16 or above and gets its exponent bits back.
+    auto const constant = [](std::int32_t x) { return packet::pset1<Int>(x); };
+    auto const number = [](float x) { return packet::pset1<P>(x); };
+    Int const sign = packet::pand(upper_half, constant((std::numeric_limits<int>::min)()));
+    Int const magnitude =
+        packet::plogical_shift_right<3>(packet::pand(upper_half, constant(0x7fff0000)));
+    P const normal = packet::preinterpret<P>(packet::padd(magnitude, constant(112 << 23)));
+    P const subnormal = packet::psub(
+        packet::preinterpret<P>(packet::padd(magnitude, constant(113 << 23))), number(0x1p-14f));
+    P const value = packet::pselect(packet::pcmp_lt(normal, number(0x1p-14f)), subnormal, normal);
+    P const special = packet::pand(packet::pcmp_le(number(65536.0f), value),
+                                   number(std::numeric_limits<float>::infinity()));
+    return packet::por(packet::por(value, special), packet::preinterpret<P>(sign));
   }
 }
 
@@ -384,7 +389,7 @@ class flow_walker {
       chunk<T> average;
       for (std::ptrdiff_t i = 0; i < chunk<T>::packets; ++i) {
         step_before.at[i] = packet::psub(before.at[i], step_before.at[i]);
-        average.at[i] = packet::pload<P>(mean_before + j + i * chunk<T>::lanes);
+        average.at[i] = packet::ploadu<P>(mean_before + j + i * chunk<T>::lanes);
       }
       auto const add = [&](site_sums& sum) {
         chunk<T> const here = load_chunk(sum.x + j);
@@ -407,7 +412,7 @@ class flow_walker {
       if constexpr (Sites > 1) add(sums[1]);
       if constexpr (Sites > 2) add(sums[2]), add(sums[3]);
       for (std::ptrdiff_t i = 0; i < chunk<T>::packets; ++i)
-        packet::pstore(mean + j + i * chunk<T>::lanes, average.at[i]);
+        packet::pstoreu(mean + j + i * chunk<T>::lanes, average.at[i]);
     }
     for (std::ptrdiff_t s = 0; s < Sites; ++s) {
       to[s].norm2 += static_cast<double>(packet::predux(sums[s].norm2));
@@ -439,14 +444,14 @@ class flow_walker {
     for (std::ptrdiff_t j = begin; j < end; j += chunk<T>::width) {
       chunk<T> sum;
       for (std::ptrdiff_t i = 0; i < chunk<T>::packets; ++i)
-        sum.at[i] = packet::pload<P>(to + j + i * chunk<T>::lanes);
+        sum.at[i] = packet::ploadu<P>(to + j + i * chunk<T>::lanes);
       for (std::ptrdiff_t k = 0; k < group; ++k) {
         chunk<T> const x = load_chunk(rows[k] + j);
         for (std::ptrdiff_t i = 0; i < chunk<T>::packets; ++i)
           sum.at[i] = packet::pmadd(x.at[i], scale[k], sum.at[i]);
       }
       for (std::ptrdiff_t i = 0; i < chunk<T>::packets; ++i)
-        packet::pstore(to + j + i * chunk<T>::lanes, sum.at[i]);
+        packet::pstoreu(to + j + i * chunk<T>::lanes, sum.at[i]);
     }
   }
 

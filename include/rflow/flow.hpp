@@ -54,7 +54,9 @@ inline flow_report report_of(flow_moments const& m, normalization by = normaliza
     else if (!(m.tokens > 0))
       out.mean_norm.push_back(status::too_few_rows);
     else
-      out.mean_norm.push_back(std::sqrt(m.squares[s] / m.tokens));
+      out.mean_norm.push_back(detail::squares_underflow(m, s)
+                                  ? measured(status::out_of_range)
+                                  : detail::root(detail::in_range(m.squares[s] / m.tokens)));
   }
   out.variance = detail::variance_of(m, by);
   double const missing = std::numeric_limits<double>::quiet_NaN();

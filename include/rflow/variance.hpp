@@ -50,6 +50,18 @@ struct layer_variance {
 
 namespace detail {
 
+/// A value made of squares, if they stayed in the range of double.
+inline measured in_range(double x) {
+  return is_finite(x) ? measured(x) : measured(status::out_of_range);
+}
+
+inline measured root(measured x) { return x.ok() ? measured(std::sqrt(x.value)) : x; }
+
+/// Whether rows that are not zero have squares that are, or nearly: too small for double.
+inline bool squares_underflow(flow_moments const& m, std::size_t site) {
+  return m.zero_rows[site] < m.tokens && m.squares[site] < 1e-290;
+}
+
 inline measured variance_factor(flow_moments const& m, normalization by) {
   double const d = static_cast<double>(m.width);
   if (!(m.tokens > 0)) return status::too_few_rows;
@@ -65,7 +77,8 @@ inline measured variance_factor(flow_moments const& m, normalization by) {
     total += m.squares[l];
   }
   if (!(total > 0)) return status::zero_rows;
-  return static_cast<double>(m.sites) / total;
+  if (!is_finite(total)) return status::out_of_range;
+  return in_range(static_cast<double>(m.sites) / total);
 }
 
 inline layer_variance variance_of(flow_moments const& m, normalization by) {
@@ -73,12 +86,13 @@ inline layer_variance variance_of(flow_moments const& m, normalization by) {
   out.by = by;
   out.factor = variance_factor(m, by);
   auto const scaled = [&](double square) -> measured {
-    return out.factor.ok() ? measured(square * out.factor.value) : measured(out.factor.why);
-  };
-  auto const root = [](measured x) -> measured {
-    return x.ok() ? measured(std::sqrt(x.value)) : x;
+    return out.factor.ok() ? in_range(square * out.factor.value) : measured(out.factor.why);
   };
   auto const finite = [&](std::size_t site) { return !m.non_finite[site].found(); };
+
+  bool tiny = true;
+  for (std::size_t l = 0; l < m.squares.size(); ++l) tiny = tiny && squares_underflow(m, l);
+  if (tiny) out.factor = status::out_of_range;
 
   double energy = 0;
   bool chain_finite = finite(0);
@@ -92,6 +106,10 @@ inline layer_variance variance_of(flow_moments const& m, normalization by) {
     double const norms = std::sqrt(m.steps[l]) * std::sqrt(m.steps[l + 1]);
     if (!(finite(l) && finite(l + 1) && finite(l + 2)))
       out.curvature.push_back(status::non_finite);
+    else if (!(m.tokens > 0))
+      out.curvature.push_back(status::too_few_rows);
+    else if (tiny || !is_finite(norms) || !is_finite(m.turns[l]))
+      out.curvature.push_back(status::out_of_range);
     else if (!(norms > 0))
       out.curvature.push_back(status::zero_step);
     else  // rounding may leave a cosine just outside
@@ -114,6 +132,7 @@ inline layer_variance variance_of(flow_moments const& m, normalization by) {
   if (out.path_length.ok()) {
     out.path_length.value = 0;
     for (measured const& step : out.steps) out.path_length.value += step.value;
+    out.path_length = in_range(out.path_length.value);
   }
   return out;
 }
@@ -128,7 +147,8 @@ inline layer_variance variance_of(flow_moments const& m, normalization by) {
 /// @param  normalize  by what squares are divided
 /// @param  on         where to run; by default where the stack lives
 /// @return roots and squares under that normalisation; a site with a NaN or infinity gives status
-///         non_finite to what it takes part in; one site alone has no path: too_few_sites
+///         non_finite to what it takes part in; one site alone has no path: too_few_sites; doubles
+///         beyond 1e±145 or so, whose squares have no double: out_of_range
 /// @throws std::invalid_argument if sites differ in width
 /// @note   O(S n d), one read; St2 by a running mean, without cancellation
 /// @see    arXiv 2510.06640, equations 3 and 4

@@ -115,9 +115,10 @@ enum class status : std::uint8_t {
   too_few_sites,   ///< a chain of one site has no steps
   zero_rows,       ///< too few rows with a non-zero norm, so no direction to compare
   constant_layer,  ///< all tokens have the same representation (to rounding)
-  zero_step,       ///< a layer equals the one before it, so the path has no direction there
+  zero_step,       ///< a layer equals the one before it (to rounding): the path has no direction
   zero_bandwidth,  ///< the median distance is 0, so an RBF kernel has no scale
   non_finite,      ///< the data hold a NaN or an infinity
+  out_of_range,    ///< doubles whose squares leave the range of double: scale the data
   not_requested,   ///< the option that would compute it is off
 };
 
@@ -132,6 +133,7 @@ constexpr std::string_view to_string(status why) {
     case status::zero_step: return "zero_step";
     case status::zero_bandwidth: return "zero_bandwidth";
     case status::non_finite: return "non_finite";
+    case status::out_of_range: return "out_of_range";
     case status::not_requested: return "not_requested";
   }
   return "unknown";
