@@ -7,6 +7,7 @@
 #include <rflow/cka.hpp>
 #include <rflow/cosine.hpp>
 #include <rflow/flow.hpp>
+#include <rflow/init.hpp>
 #include <rflow/monitor.hpp>
 #include <rflow/poincare.hpp>
 #include <rflow/variance.hpp>
