@@ -44,8 +44,9 @@ TEST_CASE_TEMPLATE("a monitor allocates nothing after reserve", T, float, double
   auto const rows = [&](std::ptrdiff_t site, std::ptrdiff_t first, std::ptrdiff_t count) {
     return rflow::view<T>(values.data() + (site * tokens + first) * width, count, width);
   };
-  rflow::flow_monitor<T> monitor(sites, width, {.on_full = rflow::when_full::refuse},
-                                 rflow::on_cpu{.threads = 2});
+  rflow::flow_monitor<T> monitor(
+      sites, width, {.on_full = rflow::when_full::refuse, .cka = true, .cka_batch = 24},
+      rflow::on_cpu{.threads = 2});
   monitor.reserve(64);
   long const before = allocations;
   for (int sequence = 0; sequence < 3; ++sequence) {

@@ -879,7 +879,7 @@ TEST_CASE("accumulators that do not belong together") {
   CHECK_THROWS_AS(a.merge(b), std::invalid_argument);
   c.add(layer_stack(two));
   CHECK_THROWS_WITH_AS(a.merge(c),
-                       "rflow::cka_accumulator::merge: batches are weighted differently",
+                       "rflow::minibatch_moments::merge: batches are weighted differently",
                        std::invalid_argument);
   // A refused batch leaves no trace.
   CHECK(a.batches() == 1);

@@ -197,7 +197,8 @@ TEST_CASE_TEMPLATE("sequences, masks and skipped tokens as in a stack", T, float
     sample<T> const s(bits, 1 + bits() % 6, 90 + bits() % 60, 1 + bits() % 40);
     std::vector<std::ptrdiff_t> offsets{0};
     while (offsets.back() < s.tokens())
-      offsets.push_back(std::min<std::ptrdiff_t>(s.tokens(), offsets.back() + 1 + bits() % 40));
+      offsets.push_back(std::min<std::ptrdiff_t>(
+          s.tokens(), offsets.back() + 1 + static_cast<std::ptrdiff_t>(bits() % 40)));
     std::ptrdiff_t const skip = static_cast<std::ptrdiff_t>(bits() % 3);
     std::vector<std::uint8_t> keep(static_cast<std::size_t>(s.tokens()));
     for (auto& k : keep) k = bits() % 5 != 0;
@@ -271,6 +272,108 @@ TEST_CASE("a discarded sequence leaves no trace") {
   }
   CHECK(monitor.report().pooled.variance.st1.value == plain.report().pooled.variance.st1.value);
   CHECK(monitor.report().pooled.inter_token[2].value == plain.report().pooled.inter_token[2].value);
+}
+
+// ---- minibatch CKA ------------------------------------------------------------------------------
+
+TEST_CASE_TEMPLATE("CKA of a monitor is that of the same batches", T, float, double, rflow::f16,
+                   rflow::bf16) {
+  for (unsigned seed = 1; seed <= 12; ++seed) {
+    CAPTURE(seed);
+    std::mt19937 bits(seed);
+    sample<T> const s(bits, 1 + bits() % 6, 60 + bits() % 90, 1 + bits() % 70);
+    std::ptrdiff_t const batch = 4 + static_cast<std::ptrdiff_t>(bits() % 60);
+    CAPTURE(batch);
+    std::vector<std::ptrdiff_t> offsets{0};
+    while (offsets.back() < s.tokens())
+      offsets.push_back(std::min<std::ptrdiff_t>(
+          s.tokens(), offsets.back() + 1 + static_cast<std::ptrdiff_t>(bits() % 90)));
+    bool const masked = seed % 3 == 0;
+    std::vector<std::uint8_t> keep(static_cast<std::size_t>(s.tokens()), 1);
+    for (auto& k : keep) k = !masked || bits() % 4 != 0;
+
+    rflow::cka_accumulator<> expected;
+    rflow::sequence_figures figures(s.sites(), true);
+    for (std::size_t q = 0; q + 1 < offsets.size(); ++q) {
+      rflow::cka_accumulator<> alone;
+      for (std::ptrdiff_t b = offsets[q]; b < offsets[q + 1]; b += batch) {
+        std::vector<bool> only(static_cast<std::size_t>(s.tokens()));
+        for (std::ptrdiff_t i = b; i < std::min(b + batch, offsets[q + 1]); ++i)
+          only[static_cast<std::size_t>(i)] = keep[static_cast<std::size_t>(i)];
+        alone.add(s.stack().tokens(only));
+      }
+      figures.add(alone.moments());
+      expected.merge(alone);
+    }
+    for (order const by : {order::by_micro_batch, order::by_site, order::any}) {
+      rflow::flow_monitor<T> monitor(s.sites(), s.stack().width(),
+                                     {.cka = true, .cka_batch = batch},
+                                     rflow::on_cpu{.threads = 3});
+      for (std::size_t q = 0; q + 1 < offsets.size(); ++q) {
+        push_sequence(monitor, s, offsets[q], offsets[q + 1], by, bits,
+                      1 + static_cast<std::ptrdiff_t>(bits() % 150),
+                      masked ? keep : std::vector<std::uint8_t>{});
+        REQUIRE(monitor.end_sequence());
+      }
+      rflow::monitor_report r = monitor.report();
+      CHECK(r.cka.sites() == expected.sites());
+      CHECK(r.cka.batches() == expected.batches());
+      CHECK(r.cka.tokens() == expected.tokens());
+      CHECK(r.cka.left_out() == expected.left_out());
+      double const close = std::same_as<T, double> ? 1e-11 : 1e-5;
+      for (std::ptrdiff_t p = 0; p < s.sites(); ++p)
+        for (std::ptrdiff_t q = 0; q < s.sites(); ++q)
+          check_same(r.cka(p, q), expected(p, q), close);
+      for (std::size_t i = 0; i < figures.cka.size(); ++i)
+        check_same(r.per_sequence.cka[i], figures.cka[i], 10 * close);
+    }
+  }
+}
+
+TEST_CASE("CKA of merged monitors is that of one") {
+  std::mt19937 bits(3);
+  sample<double> const s(bits, 4, 90, 12);
+  rflow::monitor_options const options{.cka = true, .cka_batch = 16};
+  rflow::flow_monitor<double> one(4, 12, options), a(4, 12, options), b(4, 12, options);
+  for (std::ptrdiff_t first = 0; first < 90; first += 30)
+    for (auto* const m : {&one, first < 60 ? &a : &b}) {
+      push_sequence(*m, s, first, first + 30, order::any, bits);
+      REQUIRE(m->end_sequence());
+    }
+  a.merge(b);
+  rflow::monitor_report const whole = one.report(), merged = a.report();
+  CHECK(merged.cka.batches() == 6);
+  CHECK(merged.cka(0, 3) == Approx(whole.cka(0, 3).value).epsilon(1e-13));
+  CHECK(merged.per_sequence.cka[3].mean == Approx(whole.per_sequence.cka[3].mean).epsilon(1e-13));
+  rflow::flow_monitor<double> without(4, 12), other(4, 12, {.cka = true, .cka_batch = 17});
+  CHECK_THROWS_AS(a.merge(without), std::invalid_argument);
+  CHECK_THROWS_AS(a.merge(other), std::invalid_argument);
+  CHECK_THROWS_WITH_AS(rflow::flow_monitor<double>(4, 12, {.cka = true, .cka_batch = 3}),
+                       "rflow::flow_monitor: a batch of 3 tokens, but CKA needs 4",
+                       std::invalid_argument);
+  CHECK(without.report().cka.sites() == 0);
+  CHECK(without.report().cka(0, 1).why == status::too_few_rows);
+}
+
+TEST_CASE("a constant site and a NaN keep their status in CKA and spoil no other") {
+  std::mt19937 bits(5);
+  sample<float> s(bits, 4, 40, 10);
+  for (auto& row : s.x[1]) row = s.x[1][0];
+  s.x[2][17][3] = std::numeric_limits<double>::quiet_NaN();
+  s.values = reference::pack<float>(s.x);
+  rflow::flow_monitor<float> monitor(4, 10, {.cka = true, .cka_batch = 16});
+  push_sequence(monitor, s, 0, 40, order::any, bits);
+  REQUIRE(monitor.end_sequence());
+  rflow::cka_accumulator<> const cka = monitor.report().cka;
+  CHECK(cka(0, 1).why == status::constant_layer);
+  CHECK(cka(2, 3).why == status::non_finite);
+  rflow::cka_accumulator<> expected;
+  for (std::ptrdiff_t b = 0; b < 40; b += 16) {
+    std::vector<rflow::view<float>> ends{s.rows(0, b, std::min<std::ptrdiff_t>(16, 40 - b)),
+                                         s.rows(3, b, std::min<std::ptrdiff_t>(16, 40 - b))};
+    expected.add(rflow::layer_stack<float>(ends));
+  }
+  check_same(cka(0, 3), expected(0, 1), 1e-5);
 }
 
 // ---- rows without an answer ---------------------------------------------------------------------

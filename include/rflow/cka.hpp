@@ -279,12 +279,19 @@ measured cka(X const& x, Y const& y, Kernel const& kernel = {}, Estimator by = {
 
 // ---- minibatches --------------------------------------------------------------------------------
 
-/// How batches of different size count in minibatch CKA.
-enum class batch_weight {
-  pairs,  ///< by n(n − 3): the unnormalised sums
-  equal,  ///< each batch the same
-  rows,   ///< by n
-};
+/// Minibatch CKA of sites p and q from its sums: 1 if p = q; too_few_rows without a batch.
+inline measured minibatch_cka(minibatch_moments const& m, std::ptrdiff_t p, std::ptrdiff_t q) {
+  if (m.batches == 0) return status::too_few_rows;
+  auto const sum = [&](std::ptrdiff_t i, std::ptrdiff_t j) {
+    return m.sums[static_cast<std::size_t>(i * m.sites + j)];
+  };
+  for (std::ptrdiff_t const site : {p, q}) {
+    auto const s = static_cast<std::size_t>(site);
+    if (m.why[s] != status::ok) return m.why[s];
+    if (!(sum(site, site) > 16 * m.rounding[s])) return status::constant_layer;
+  }
+  return p == q ? 1.0 : sum(p, q) / (std::sqrt(sum(p, p)) * std::sqrt(sum(q, q)));
+}
 
 /// Minibatch CKA: sums of debiased HSIC over batches, then one ratio.
 ///
@@ -301,7 +308,7 @@ class cka_accumulator {
   ///                 kernels
   /// @throws std::invalid_argument if it is not
   explicit cka_accumulator(Kernel kernel = {}, batch_weight weight = batch_weight::pairs)
-      : kernel_(std::move(kernel)), weight_(weight) {
+      : kernel_(std::move(kernel)), sums_(0, weight) {
     if constexpr (std::same_as<Kernel, rbf>)
       if (kernel_.sigma.empty())
         detail::reject("rflow::cka_accumulator", "an RBF kernel needs its σ per site here");
@@ -313,7 +320,7 @@ class cka_accumulator {
   void add(layer_stack<T, Memory> const& batch, On const& on = {}) {
     require_sites(batch.sites());
     if (batch.size() < debiased::minimum_tokens)
-      ++left_out_;
+      ++sums_.left_out;
     else
       add(on.gram(kernel_, batch));
   }
@@ -322,86 +329,58 @@ class cka_accumulator {
   void add(gram_moments const& m) {
     require_sites(m.sites);
     if (m.tokens < debiased::minimum_tokens) {
-      ++left_out_;
+      ++sums_.left_out;
       return;
     }
     double const n = static_cast<double>(m.tokens);
-    double const scale = weight_ == batch_weight::pairs   ? 1
-                         : weight_ == batch_weight::equal ? 1 / (n * (n - 3))
-                                                          : 1 / (n - 3);
-    for (std::ptrdiff_t p = 0; p < sites_; ++p) {
-      status& why = why_[static_cast<std::size_t>(p)];
-      if (why == status::ok && m.why[static_cast<std::size_t>(p)] == status::non_finite)
-        why = status::non_finite;
+    double const scale = sums_.weight == batch_weight::pairs   ? 1
+                         : sums_.weight == batch_weight::equal ? 1 / (n * (n - 3))
+                                                               : 1 / (n - 3);
+    for (std::ptrdiff_t p = 0; p < m.sites; ++p) {
       auto const s = static_cast<std::size_t>(p);
-      scale_[s] += scale * square(m.epsilon * m.trace[s] * m.unit[s]);
-      for (std::ptrdiff_t q = 0; q < sites_; ++q)
-        sums_[static_cast<std::size_t>(p * sites_ + q)] +=
+      status& why = sums_.why[s];
+      if (why == status::ok && m.why[s] == status::non_finite) why = status::non_finite;
+      sums_.rounding[s] += scale * square(m.epsilon * m.trace[s] * m.unit[s]);
+      for (std::ptrdiff_t q = 0; q < m.sites; ++q)
+        sums_.sums[static_cast<std::size_t>(p * m.sites + q)] +=
             scale * m.unit[s] * m.unit[static_cast<std::size_t>(q)] * debiased::hsic(m, p, q);
     }
-    tokens_ += m.tokens;
-    ++batches_;
+    sums_.tokens += m.tokens;
+    ++sums_.batches;
   }
 
-  /// Adds what another accumulator has seen.
+  /// Adds what another accumulator has seen, or sums that came about elsewhere.
   /// @throws std::invalid_argument if sites or weights differ
-  void merge(cka_accumulator const& other) {
-    if (other.sites_ == 0) {
-      left_out_ += other.left_out_;
-      return;
-    }
-    require_sites(other.sites_);
-    if (weight_ != other.weight_)
-      detail::reject("rflow::cka_accumulator::merge", "batches are weighted differently");
-    for (std::size_t i = 0; i < sums_.size(); ++i) sums_[i] += other.sums_[i];
-    for (std::size_t p = 0; p < why_.size(); ++p) {
-      scale_[p] += other.scale_[p];
-      if (why_[p] == status::ok) why_[p] = other.why_[p];
-    }
-    tokens_ += other.tokens_;
-    batches_ += other.batches_;
-    left_out_ += other.left_out_;
-  }
+  void merge(cka_accumulator const& other) { sums_.merge(other.sums_); }
+  void merge(minibatch_moments const& other) { sums_.merge(other); }
 
-  std::ptrdiff_t sites() const { return sites_; }
-  std::ptrdiff_t tokens() const { return tokens_; }
-  std::ptrdiff_t batches() const { return batches_; }
-  std::ptrdiff_t left_out() const { return left_out_; }
+  minibatch_moments const& moments() const { return sums_; }
+  std::ptrdiff_t sites() const { return sums_.sites; }
+  std::ptrdiff_t tokens() const { return sums_.tokens; }
+  std::ptrdiff_t batches() const { return sums_.batches; }
+  std::ptrdiff_t left_out() const { return sums_.left_out; }
 
   /// Minibatch CKA of sites p and q.
   measured operator()(std::ptrdiff_t p, std::ptrdiff_t q) const {
-    if (batches_ == 0) return status::too_few_rows;
-    for (std::ptrdiff_t const site : {p, q}) {
-      auto const s = static_cast<std::size_t>(site);
-      if (why_[s] != status::ok) return why_[s];
-      if (!(sum(site, site) > 16 * scale_[s])) return status::constant_layer;
-    }
-    return p == q ? 1.0 : sum(p, q) / (std::sqrt(sum(p, p)) * std::sqrt(sum(q, q)));
+    return minibatch_cka(sums_, p, q);
   }
 
  private:
   static double square(double x) { return x * x; }
-  double sum(std::ptrdiff_t p, std::ptrdiff_t q) const {
-    return sums_[static_cast<std::size_t>(p * sites_ + q)];
-  }
   void require_sites(std::ptrdiff_t sites) {
-    if (sites_ == 0) {
-      sites_ = sites;
-      sums_.resize(static_cast<std::size_t>(sites * sites));
-      scale_.resize(static_cast<std::size_t>(sites));
-      why_.resize(static_cast<std::size_t>(sites), status::ok);
-    } else if (sites != sites_) {
+    if (sums_.sites == 0) {
+      minibatch_moments fresh(sites, sums_.weight);
+      fresh.left_out = sums_.left_out;
+      sums_ = std::move(fresh);
+    } else if (sites != sums_.sites) {
       detail::reject("rflow::cka_accumulator", "this batch has " + std::to_string(sites) +
                                                    " sites, earlier ones had " +
-                                                   std::to_string(sites_));
+                                                   std::to_string(sums_.sites));
     }
   }
 
   Kernel kernel_;
-  batch_weight weight_;
-  std::ptrdiff_t sites_ = 0, tokens_ = 0, batches_ = 0, left_out_ = 0;
-  std::vector<double> sums_, scale_;
-  std::vector<status> why_;
+  minibatch_moments sums_;
 };
 
 }  // namespace rflow

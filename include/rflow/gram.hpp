@@ -1461,6 +1461,147 @@ double median_distance(prepared_site<C> const& site, integer tokens, rbf::median
   return (low + at(size / 2)) / 2 * site.unit();
 }
 
+// ---- one site at a time -------------------------------------------------------------------------
+
+/// The U-centred linear kernel of one batch of one site, for those who see sites one after the other
+/// (see batch_stream). All memory is had at construction.
+template <class Product, class C>
+class batch_engine {
+  static constexpr integer R = Product::template rows<C>, N = Product::template cols<C>;
+  static constexpr integer W = lanes_v<C>;
+
+ public:
+  /// What is left of a site's batch, beside the kernel's entries.
+  struct summary {
+    double trace = 0,
+           unit = 1;  // Σ‖x_i − mean‖², in the entries' units; entries times unit: the data's
+    status why = status::ok;
+  };
+
+  /// Entries below the diagonal of n tokens, and room for them in whole packets.
+  static integer entries(integer n) { return n * (n - 1) / 2; }
+  static integer room(integer n) { return round_up(entries(n), 8 * W); }
+
+  batch_engine(integer width, integer most)
+      : width_(width),
+        ld_(round_up(width, 16)),
+        block_(depth_of_block<C>(width, Product::depth_lines)),
+        tile_(tiling<Product, C>::plan(0, most, 0, most, true, [](block const&) { return 0; })),
+        x_(round_up(most, 4) * ld_),
+        high_(ld_),
+        low_(ld_),
+        products_(tile_.area),
+        rows_{aligned_array<C>(round_up(most, R) * block_, C(0)), round_up(most, R)},
+        cols_{aligned_array<C>(round_up(most, R) * block_, C(0)), round_up(most, R)},
+        means_(static_cast<std::size_t>(ld_)),
+        norms_(static_cast<std::size_t>(round_up(most, R) + R)) {}
+
+  /// Writes U_ij of the first n rows, i > j, row after row, and zeros up to room(n).
+  /// @param n  from 4 to the number of tokens given at construction
+  summary operator()(panel_source<C> const& source, integer n, C* out) {
+    summary s = centre(source, n);
+    if (s.why != status::ok) {
+      std::fill_n(out, room(n), C(0));
+      return s;
+    }
+    for (integer i = 0; i < n; ++i) s.trace += norms_.data()[i];
+    double const count = static_cast<double>(n);
+    double const offset = s.trace / (2 * (count - 1) * (count - 2));
+    auto const shift = [&](integer i) { return offset - norms_.data()[i] / (count - 2); };
+    auto const fetch = [&](integer row, integer rows, integer col, integer cols, C* to,
+                           integer ld) {
+      for (integer i = 0; i < rows; ++i)
+        std::copy_n(x_.data() + (row + i) * ld_ + col, cols, to + i * ld);
+    };
+    auto const finish = [&](integer i0, integer j0, C const* g) {
+      for (integer j = j0; j < (std::min)(j0 + N, n); ++j) {
+        double const tj = shift(j);
+        for (integer i = (std::max)(i0, j + 1); i < (std::min)(i0 + R, n); ++i)
+          out[entries(i) + j] =
+              static_cast<C>(static_cast<double>(g[(j - j0) * R + i - i0]) - (shift(i) + tj));
+      }
+    };
+    for (integer k = 0; k < width_; k += block_) {
+      depth_range const range{k, (std::min)(block_, width_ - k), block_};
+      for (integer strip = 0; strip * R < n; ++strip)
+        pack_strip<Product, C>(fetch, strip * R, (std::min)(R, n - strip * R), strip, range, false,
+                               &rows_, &cols_);
+      for (block const& b : tile_.blocks)
+        if (b.row < n && b.col < n)
+          multiply_block<Product>(tile_, b, rows_, cols_, range, k == 0, k + block_ >= width_,
+                                  products_.data(), finish);
+    }
+    std::fill(out + entries(n), out + room(n), C(0));
+    return s;
+  }
+
+ private:
+  /// Column means of the rows at hand times pre; false if one is not finite.
+  bool find_means(integer n, double pre) {
+    std::fill(means_.begin(), means_.end(), 0.);
+    for (integer i = 0; i < n; i += 4) add_rows(x_.data() + i * ld_, ld_, ld_, pre, means_.data());
+    bool finite = true;
+    for (double& mean : means_) {
+      finite = finite && is_finite(mean);
+      mean /= static_cast<double>(n) * pre;
+    }
+    return finite;
+  }
+
+  /// Fills x_ with centred, scaled rows and norms_ with their squared norms; as prepare() does.
+  summary centre(panel_source<C> const& source, integer n) {
+    using namespace Eigen::internal;
+    using P = packet_t<C>;
+    source(0, n, 0, width_, x_.data(), ld_);
+    for (integer i = 0; i < round_up(n, 4); ++i)
+      std::fill(x_.data() + i * ld_ + (i < n ? width_ : 0), x_.data() + (i + 1) * ld_, C(0));
+    if (!find_means(n, 1)) {
+      for (integer i = 0; i < n * ld_; ++i)
+        if (!is_finite(x_[i])) return {0, 1, status::non_finite};
+      find_means(n, std::ldexp(1., -64));  // finite doubles whose sum is not
+    }
+    double const largest =
+        static_cast<double>(predux_max(largest_of(x_.data(), n * ld_, pset1<P>(C(0)))));
+    if (!(largest > 0)) return {0, 1, status::constant_layer};
+    double const scale = power_of_two<C>(-std::ilogb(largest) - 1);
+    for (integer k = 0; k < ld_; ++k) {
+      double const mean = k < width_ ? means_.data()[k] * scale : 0;
+      high_[k] = static_cast<C>(-mean);
+      low_[k] = static_cast<C>(-mean - static_cast<double>(high_[k]));
+    }
+    std::fill(norms_.begin(), norms_.end(), 0.);
+    each_packet(n, [&](C* x, integer k) {
+      P const s = pset1<P>(static_cast<C>(scale));
+      pstore(x,
+             P(padd(pmadd(pload<P>(x), s, pload<P>(high_.data() + k)), pload<P>(low_.data() + k))));
+    });
+    add_norms(x_.data(), n, ld_, ld_, norms_.data());
+    double const rounding = (64 + static_cast<double>(n) / 128) *
+                            std::numeric_limits<double>::epsilon() * largest * scale;
+    double const norm = *std::max_element(norms_.begin(), norms_.end());
+    if (norm <= rounding * rounding * static_cast<double>(width_))
+      return {0, 1, status::constant_layer};
+    double const rescale = std::ldexp(1., -std::ilogb(norm) / 2);
+    each_packet(n, [&](C* x, integer) {
+      pstore(x, P(pmul(pload<P>(x), pset1<P>(static_cast<C>(rescale)))));
+    });
+    for (double& a : norms_) a *= rescale * rescale;
+    return {0, 1 / scale / scale / rescale / rescale, status::ok};
+  }
+
+  template <class F>
+  void each_packet(integer n, F const& f) {
+    for (integer i = 0; i < n; ++i)
+      for (integer k = 0; k < ld_; k += W) f(x_.data() + i * ld_ + k, k);
+  }
+
+  integer width_, ld_, block_;
+  tile tile_;
+  aligned_array<C> x_, high_, low_, products_;
+  panel<C> rows_, cols_;
+  std::vector<double> means_, norms_;
+};
+
 // ---- what backends call -------------------------------------------------------------------------
 
 template <class C>

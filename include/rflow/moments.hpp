@@ -9,6 +9,7 @@
 #include <cmath>  // std::sqrt
 #include <concepts>
 #include <cstddef>
+#include <string>
 #include <vector>
 
 #include <rflow/view.hpp>
@@ -218,6 +219,58 @@ struct gram_moments {
       total += row_sums[i] + diagonal[i];
     }
     return diagonals - total / static_cast<double>(tokens);
+  }
+};
+
+/// How batches of different size count in minibatch CKA.
+enum class batch_weight {
+  pairs,  ///< by n(n − 3): the unnormalised sums
+  equal,  ///< each batch the same
+  rows,   ///< by n
+};
+
+/// Weighted sums over batches of ⟨U(K_p), U(K_q)⟩ of linear or other kernels, in units of the data.
+/// They add over batches, shards and ranks; their ratio is minibatch CKA (see cka_accumulator).
+struct minibatch_moments {
+  std::ptrdiff_t sites = 0, tokens = 0, batches = 0;
+  std::ptrdiff_t left_out = 0;  // batches of fewer than 4 tokens
+  batch_weight weight = batch_weight::pairs;
+  std::vector<double> sums;      // S × S
+  std::vector<double> rounding;  // S: what the rounding of the kernels' entries may make of a sum
+  std::vector<status> why;       // S: ok or non_finite
+
+  minibatch_moments() = default;
+  explicit minibatch_moments(std::ptrdiff_t site_count, batch_weight by = batch_weight::pairs)
+      : sites(site_count), weight(by) {
+    auto const s = static_cast<std::size_t>(site_count);
+    sums.resize(s * s);
+    rounding.resize(s);
+    why.resize(s, status::ok);
+  }
+
+  /// Adds what was seen elsewhere. Moments of no sites yet take up those of the other.
+  /// @throws std::invalid_argument if sites or weights differ
+  void merge(minibatch_moments const& other) {
+    constexpr char const* where = "rflow::minibatch_moments::merge";
+    if (weight != other.weight) detail::reject(where, "batches are weighted differently");
+    left_out += other.left_out;
+    if (other.sites == 0) return;
+    if (sites == 0) {
+      std::ptrdiff_t const short_ones = left_out;
+      *this = other;
+      left_out = short_ones;
+      return;
+    }
+    if (sites != other.sites)
+      detail::reject(where,
+                     std::to_string(sites) + " and " + std::to_string(other.sites) + " sites");
+    for (std::size_t i = 0; i < sums.size(); ++i) sums[i] += other.sums[i];
+    for (std::size_t p = 0; p < why.size(); ++p) {
+      rounding[p] += other.rounding[p];
+      if (why[p] == status::ok) why[p] = other.why[p];
+    }
+    tokens += other.tokens;
+    batches += other.batches;
   }
 };
 

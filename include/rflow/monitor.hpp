@@ -19,6 +19,7 @@
 #include <utility>
 #include <vector>
 
+#include <rflow/cka.hpp>
 #include <rflow/default.hpp>
 #include <rflow/flow.hpp>
 #include <rflow/moments.hpp>
@@ -37,6 +38,8 @@ struct monitor_options {
   normalization normalize = normalization::none;
   std::ptrdiff_t skip_first = 0;  ///< tokens left out at the start of each sequence (BOS, sinks)
   when_full on_full = when_full::allocate;
+  bool cka = false;                ///< linear minibatch CKA of all pairs of sites
+  std::ptrdiff_t cka_batch = 256;  ///< tokens of a batch; it ends with its sequence, if not before
 };
 
 /// Figures of each sequence by itself: their mean and spread over sequences. A sequence in which a
@@ -48,15 +51,17 @@ struct sequence_figures {
   std::vector<running_stat> steps;        ///< S − 1
   std::vector<running_stat> curvature;    ///< S − 2
   std::vector<running_stat> mean_norm;    ///< S
+  std::vector<running_stat> cka;          ///< S × S: minibatch CKA; empty if not asked for
 
   sequence_figures() = default;
-  explicit sequence_figures(std::ptrdiff_t sites) {
+  explicit sequence_figures(std::ptrdiff_t sites, bool with_cka = false) {
     auto const s = static_cast<std::size_t>(sites);
     inter_token.resize(s);
     mean_norm.resize(s);
     adjacent.resize(s - 1);
     steps.resize(s - 1);
     curvature.resize(s > 2 ? s - 2 : 0);
+    cka.resize(with_cka ? s * s : 0);
   }
 
   /// Adds one sequence. Does not allocate.
@@ -91,6 +96,14 @@ struct sequence_figures {
     path_length.add(length);
   }
 
+  void add(minibatch_moments const& m) {
+    for (std::size_t i = 0; i < cka.size(); ++i) {
+      auto const at = static_cast<std::ptrdiff_t>(i);
+      measured const value = minibatch_cka(m, at / m.sites, at % m.sites);
+      if (value.ok()) cka[i].add(value.value);
+    }
+  }
+
   void merge(sequence_figures const& other) {
     visit(other, [](running_stat& mine, running_stat const& its) { mine.merge(its); });
   }
@@ -105,7 +118,7 @@ struct sequence_figures {
     };
     each(inter_token, other.inter_token), each(mean_norm, other.mean_norm);
     each(adjacent, other.adjacent), each(steps, other.steps);
-    each(curvature, other.curvature);
+    each(curvature, other.curvature), each(cka, other.cka);
   }
 };
 
@@ -114,9 +127,12 @@ struct monitor_report {
   std::ptrdiff_t sequences = 0;   ///< that were ended
   flow_report pooled;             ///< over all tokens of all sequences; cosines within sequences
   sequence_figures per_sequence;  ///< each sequence by itself: mean and spread over sequences
+  cka_accumulator<> cka;  ///< over all batches of all sequences; of 0 sites if not asked for
 };
 
-/// The flow of S sites of a model as it runs. Memory O(n d) for n tokens under way.
+/// The flow of S sites of a model as it runs. Memory O(n d) for n tokens under way; with CKA, for
+/// batches of b tokens, another S·b·n/2 values of T's compute type, and S·b·d values of T where chunks
+/// do not end at the ends of batches.
 ///
 ///     rflow::flow_monitor monitor(33, 2560);
 ///     …in the engine's callback:  monitor.push(site, first_token, rows);
@@ -147,11 +163,15 @@ class flow_monitor {
         width_(require_positive(width, "features")),
         options_(options),
         chain_(width, on.thread_count()),
+        batches_(sites, width, batch_of(options), chain_.threads()),
         next_(static_cast<std::size_t>(sites)),
         blank_(sites, chain_.padded()),
         open_(blank_),
         closed_(blank_),
-        figures_(sites) {
+        figures_(sites, options.cka),
+        blank_cka_(options.cka ? sites : 0),
+        open_cka_(blank_cka_),
+        closed_cka_(blank_cka_) {
     if (options.skip_first < 0)
       detail::reject(name_of_class, "skip_first is " + std::to_string(options.skip_first));
   }
@@ -199,6 +219,9 @@ class flow_monitor {
       chain_.walk(x, token - first_token, count, site, at, token, open_);
       token += count;
     }
+    batches_.walk(
+        x, 0, x.rows, site, first_token,
+        [&](std::ptrdiff_t i) { return counts(first_token + i, i, keep); }, open_cka_);
     next_[static_cast<std::size_t>(site)] = end;
     return true;
   }
@@ -214,6 +237,9 @@ class flow_monitor {
     if (high() == 0) return true;
     open_.end_sequence();
     figures_.add(open_, options_.normalize);
+    batches_.end_sequence(high(), open_cka_);
+    figures_.add(open_cka_);
+    closed_cka_.merge(open_cka_);
     closed_.merge(open_, tokens_before_);
     tokens_before_ += high();
     ++sequences_;
@@ -224,6 +250,8 @@ class flow_monitor {
   /// Forgets what was pushed since the last sequence ended.
   void discard_sequence() noexcept {
     open_ = blank_;  // as large already
+    open_cka_ = blank_cka_;
+    batches_.discard();
     std::fill(next_.begin(), next_.end(), 0);
     origin_ = 0;
   }
@@ -243,13 +271,15 @@ class flow_monitor {
                                 " and " + std::to_string(other.sites_) + " sites x " +
                                 std::to_string(other.width_));
     if (options_.normalize != other.options_.normalize ||
-        options_.skip_first != other.options_.skip_first)
+        options_.skip_first != other.options_.skip_first ||
+        batch_of(options_) != batch_of(other.options_))
       detail::reject(where, "the two were made with different options");
     if (other.high() > 0)
       detail::reject(where, "the other one's sequence of " + std::to_string(other.high()) +
                                 " tokens has not ended");
     if (!other.error().empty()) throw std::invalid_argument(std::string(other.error()));
     closed_.merge(other.closed_, tokens_before_);
+    closed_cka_.merge(other.closed_cka_);
     figures_.merge(other.figures_);
     tokens_before_ += other.tokens_before_;
     sequences_ += other.sequences_;
@@ -263,11 +293,19 @@ class flow_monitor {
     return m;
   }
 
+  /// The sums of minibatch CKA over them; of 0 sites if not asked for.
+  minibatch_moments const& cka_moments() const { return closed_cka_; }
+
   /// Everything about the sequences ended so far. Positions of NaN count the tokens of all of them.
   /// @throws std::invalid_argument what was refused first, if anything was
   monitor_report report() const {
     if (!error().empty()) throw std::invalid_argument(std::string(error()));
-    return {sequences_, report_of(moments(), options_.normalize), figures_};
+    monitor_report out;
+    out.sequences = sequences_;
+    out.pooled = report_of(moments(), options_.normalize);
+    out.per_sequence = figures_;
+    out.cka.merge(closed_cka_);
+    return out;
   }
 
  private:
@@ -278,6 +316,15 @@ class flow_monitor {
     return value;
   }
 
+  static std::ptrdiff_t batch_of(monitor_options const& options) {
+    if (!options.cka) return 0;
+    if (options.cka_batch < debiased::minimum_tokens)
+      detail::reject(name_of_class, "a batch of " + std::to_string(options.cka_batch) +
+                                        " tokens, but CKA needs " +
+                                        std::to_string(debiased::minimum_tokens));
+    return options.cka_batch;
+  }
+
   std::ptrdiff_t next(std::ptrdiff_t site) const { return next_[static_cast<std::size_t>(site)]; }
   std::ptrdiff_t high() const { return next_.front(); }
   std::ptrdiff_t low() const { return next_.back(); }
@@ -285,6 +332,7 @@ class flow_monitor {
 
   void make_room(std::ptrdiff_t tokens) {
     chain_.resize(tokens, capacity() > 0 ? (low() - origin_) % capacity() : 0, high() - low());
+    batches_.resize(tokens, low(), high() - low());
     origin_ = low();
   }
 
@@ -336,11 +384,13 @@ class flow_monitor {
   std::ptrdiff_t sites_, width_;
   monitor_options options_;
   typename On::template chain_stream<T> chain_;
+  typename On::template batch_stream<T> batches_;
   std::vector<std::ptrdiff_t> next_;  // S: how many tokens of the open sequence a site has had
   std::ptrdiff_t origin_ = 0;         // the token in slot 0, or one that was
   std::ptrdiff_t tokens_before_ = 0, sequences_ = 0;
   flow_moments blank_, open_, closed_;  // unit sums have the chain's places
   sequence_figures figures_;
+  minibatch_moments blank_cka_, open_cka_, closed_cka_;
   std::array<char, 256> error_{};
 };
 
