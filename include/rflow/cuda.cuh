@@ -170,6 +170,20 @@ class cuda_context {
     return blas_.get([](cublasHandle_t* h) { check(cublasCreate(h), "cublasCreate"); });
   }
 
+  /// cuBLAS would ask for memory of its own, device-wide, at the first product on a stream. The size
+  /// is what its documentation recommends for the largest GPUs.
+  static constexpr std::size_t workspace_bytes = std::size_t{32} << 20;
+  void* workspace() {
+    return workspace_.get([this](void** p) {
+      void* fresh = nullptr;
+      check(cudaMallocFromPoolAsync(&fresh, workspace_bytes, pool(), copies()),
+            "cudaMallocFromPoolAsync of " + std::to_string(workspace_bytes) +
+                " bytes (on_cuda::memory_bound does not count cuBLAS's workspace)");
+      *p = fresh;
+      check(cudaStreamSynchronize(copies()), "cudaStreamSynchronize");
+    });
+  }
+
   /// A pool that keeps what is given back, so that the next call finds it.
   cudaMemPool_t pool() {
     return pool_.get([](cudaMemPool_t* p) {
@@ -211,7 +225,11 @@ class cuda_context {
     });
   }
 
+  /// Every call has waited for its stream, so nothing uses the memory any more.
+  static cudaError_t free_now(void* p) { return cudaFreeAsync(p, cudaStreamPerThread); }
+
   owned<cudaMemPool_t, cudaMemPoolDestroy> pool_;
+  owned<void*, free_now> workspace_;
   owned_stream stream_, copies_;
   owned<cudaEvent_t, cudaEventDestroy> events_[5];
   owned<cublasHandle_t, cublasDestroy> blas_;
@@ -231,8 +249,9 @@ class __attribute__((visibility("hidden"))) staged_source {
  public:
   using scalar = T;
 
+  /// @param bytes  of a buffer, if a row of every site fits; at most 32 MiB
   staged_source(cuda_context& context, cudaStream_t stream, layer_stack<T> const& stack,
-                passes::arena& memory)
+                passes::arena& memory, std::size_t bytes)
       : context_(context), stream_(stream), stack_(stack) {
     integer widest = 0;
     for (integer l = 0; l < sites(); ++l) {
@@ -241,7 +260,8 @@ class __attribute__((visibility("hidden"))) staged_source {
     }
     integer const least = std::max(total_, widest * passes::sample_size(stack.size()));
     integer const all = stack.size() * total_;
-    buffer_ = std::max(least, std::min(all, integer{32 << 20} / integer{sizeof(T)}));
+    std::size_t const most = std::min(bytes, std::size_t{32} << 20) / sizeof(T);
+    buffer_ = std::max(least, std::min(all, static_cast<integer>(most)));
     for (auto& place : buffers_) place = memory.reserve<T>(buffer_);
     for (auto& place : tables_) place = memory.reserve<passes::token_rows<T>>(sites());
   }
@@ -366,8 +386,6 @@ class __attribute__((visibility("hidden"))) cuda_device {
  public:
   using group = warp;
 
-  static constexpr integer flow_bytes = 0;  // all tokens at once
-  static constexpr integer least_slab = 1;
   static constexpr integer column_slices = 64;
   static constexpr integer panel_bytes = integer{64} << 10;
   static constexpr integer most_side = 8192;
@@ -431,13 +449,14 @@ class __attribute__((visibility("hidden"))) cuda_device {
   void wait() { check(cudaStreamSynchronize(stream_), "cudaStreamSynchronize"); }
 
   template <class T>
-  passes::direct_source<T> source(layer_stack<T, device_memory> const& stack,
-                                  passes::arena& places) {
+  passes::direct_source<T> source(layer_stack<T, device_memory> const& stack, passes::arena& places,
+                                  std::size_t) {
     return {stack, places};
   }
   template <class T>
-  staged_source<T> source(layer_stack<T, host_memory> const& stack, passes::arena& places) {
-    return {context_, stream_, stack, places};
+  staged_source<T> source(layer_stack<T, host_memory> const& stack, passes::arena& places,
+                          std::size_t memory_bound) {
+    return {context_, stream_, stack, places, memory_bound / 8};
   }
 
   /// out(i, j) = Σ_k rows(i, k) cols(j, k). Panels are row-major, which BLAS calls transposed.
@@ -496,6 +515,8 @@ class __attribute__((visibility("hidden"))) cuda_device {
   cublasHandle_t blas() {
     cublasHandle_t const handle = context_.blas();
     check(cublasSetStream(handle, stream_), "cublasSetStream");
+    check(cublasSetWorkspace(handle, context_.workspace(), cuda_context::workspace_bytes),
+          "cublasSetWorkspace");  // setting a stream forgets it
     check(cublasSetMathMode(handle, tf32_ ? CUBLAS_TF32_TENSOR_OP_MATH : CUBLAS_DEFAULT_MATH),
           "cublasSetMathMode");
     return handle;
@@ -527,11 +548,12 @@ constexpr void require_one_memory() {
 /// Keep one on_cuda for many calls: its copies share a cuBLAS handle, a pool of device memory and
 /// pinned buffers, all made when first wanted. Calls that share them take turns.
 struct __attribute__((visibility("hidden"))) on_cuda {
-  cudaStream_t stream = nullptr;                    ///< null: a stream of its own
-  int device = -1;                                  ///< −1: the current one
-  std::size_t memory_bound = std::size_t{1} << 30;  ///< bytes of device memory
-  bool tf32 = false;                                ///< let tensor cores round products to 11 bits
-  gram_path path = gram_path::automatic;            ///< automatic always takes kernel matrices
+  cudaStream_t stream = nullptr;  ///< null: a stream of its own
+  int device = -1;                ///< −1: the current one
+  std::size_t memory_bound = std::size_t{1}
+                             << 30;       ///< bytes of device memory, beside cuBLAS's 32 MiB
+  bool tf32 = false;                      ///< let tensor cores round products to 11 bits
+  gram_path path = gram_path::automatic;  ///< automatic always takes kernel matrices
   std::shared_ptr<detail::cuda_context> context = std::make_shared<detail::cuda_context>();
 
   template <class Memory>
@@ -539,13 +561,14 @@ struct __attribute__((visibility("hidden"))) on_cuda {
       std::same_as<Memory, device_memory> || std::same_as<Memory, host_memory>;
 
   /// @note   reads device memory twice: norms first, then sums of unit vectors
-  /// @throws cuda_error with the library's code and text
+  /// @throws std::invalid_argument if the memory bound is too small for the sites; cuda_error with
+  ///         the library's code and text
   template <class T, class Memory>
   flow_moments flow(layer_stack<T, Memory> const& stack, flow_sink const& sink = {}) const {
     std::scoped_lock const turn(context->mutex);
     detail::device_scope const scope(device);
     detail::cuda_device on(*context, stream, tf32);
-    return detail::passes::flow(on, stack, sink, memory_bound);
+    return detail::passes::flow("rflow::on_cuda::flow", on, stack, sink, memory_bound);
   }
 
   /// Kernels are linear{} and rbf{}.

@@ -9,7 +9,7 @@
 //     each_group(count, f)        f(i, group) for every i, in any order
 //     allocate(bytes)             an owner of memory, with data()
 //     upload, download, zero      copies between host and device, wait() ends them all
-//     source(stack, arena)        where the rows of a stack are read from
+//     source(stack, arena, bound) where the rows of a stack are read from
 //     product, pair_products      inner products, column-major as BLAS has them
 //
 // and some sizes. Work is cut by the shape of the data and these sizes alone, and every sum has an
@@ -532,31 +532,32 @@ std::vector<integer> sequence_ends(layer_stack<T, Memory> const& stack) {
 }
 
 template <class Device, class Stack>
-using source_of =
-    decltype(std::declval<Device&>().source(std::declval<Stack const&>(), std::declval<arena&>()));
+using source_of = decltype(std::declval<Device&>().source(std::declval<Stack const&>(),
+                                                          std::declval<arena&>(), std::size_t{}));
 
 template <class Device, class T, class Memory>
 class flow_pass {
   using group = typename Device::group;
 
  public:
-  flow_pass(Device& on, layer_stack<T, Memory> const& stack, std::size_t memory_bound)
+  flow_pass(char const* where, Device& on, layer_stack<T, Memory> const& stack,
+            std::size_t memory_bound)
       : on_(on),
-        source_(on.source(stack, memory_)),
+        source_(on.source(stack, memory_, memory_bound)),
         sites_(stack.sites()),
         width_(stack.width()),
         tokens_(stack.size()),
         chunks_(ceil_div(width_, integer{group::size})),
         ends_(sequence_ends(stack)) {
-    integer const row = std::max<integer>(1, sites_ * width_ * integer{sizeof(T)});
     integer const table = sites_ * integer{7 * sizeof(double)};
     integer const bound = static_cast<integer>(memory_bound) / 2;
-    slab_tokens_ = std::clamp<integer>(
-        source_.most_slab(Device::flow_bytes > 0 ? Device::flow_bytes / row : tokens_),
-        Device::least_slab, std::max(bound / table, Device::least_slab));
-    slab_tokens_ = std::min(slab_tokens_, tokens_);
+    slab_tokens_ = std::min(source_.most_slab(tokens_), std::max<integer>(bound / table, 1));
     slabs_ = cut(tokens_, slab_tokens_, ends_);
     reserve();
+    if (memory_.bytes() > memory_bound)
+      reject(where, "a memory bound of " + std::to_string(memory_bound) + " bytes is below the " +
+                        std::to_string(memory_.bytes()) + " that " + std::to_string(sites_) +
+                        " sites x " + std::to_string(width_) + " take");
   }
 
   flow_moments operator()(flow_sink const& sink) {
@@ -661,11 +662,12 @@ class flow_pass {
 
 /// The flow moments of a stack. Asks for memory once; the number of launches does not depend on the
 /// number of tokens as long as 56 bytes a token and site are within half the memory bound.
+/// @throws std::invalid_argument if the memory bound is too small for the sites and their sequences
 template <class Device, class T, class Memory>
-flow_moments flow(Device& on, layer_stack<T, Memory> const& stack, flow_sink const& sink,
-                  std::size_t memory_bound) {
+flow_moments flow(char const* where, Device& on, layer_stack<T, Memory> const& stack,
+                  flow_sink const& sink, std::size_t memory_bound) {
   if (stack.size() == 0) return flow_moments(stack.sites(), stack.width());
-  flow_moments m = flow_pass<Device, T, Memory>(on, stack, memory_bound)(sink);
+  flow_moments m = flow_pass<Device, T, Memory>(where, on, stack, memory_bound)(sink);
   for (position& at : m.non_finite)
     if (at.found()) at.token = stack.token(at.token);
   return m;
@@ -1011,7 +1013,7 @@ class gram_pass {
   gram_pass(char const* where, Device& on, std::size_t memory_bound, bool sampled,
             Stacks const&... stacks)
       : on_(on),
-        sources_(on.source(stacks, memory_)...),
+        sources_(on.source(stacks, memory_, memory_bound / sizeof...(stacks))...),
         tokens_(std::get<0>(std::tie(stacks...)).size()) {
     auto const add = [&](auto const& source) {
       for (integer l = 0; l < source.sites(); ++l) {

@@ -20,6 +20,19 @@ TEST_CASE("a device that there is not") {
                        std::runtime_error);
 }
 
+TEST_CASE_TEMPLATE("the flow pass keeps to its memory bound, or says what it takes", On,
+                   RFLOW_BACKENDS) {
+  backends::sample<float> const s(7, 4, 700, 33);
+  On on;
+  on.memory_bound = 256 << 10;  // of about 1 MiB that all tokens at once would take
+  rflow::on_cpu const cpu;
+  backends::check_same(rflow::flow(s.stack, {}, on), rflow::flow(s.stack, {}, cpu), 1e-5);
+  on.memory_bound = 1000;
+  CHECK_THROWS_WITH_AS(on.flow(s.stack),
+                       doctest::Contains("a memory bound of 1000 bytes is below the"),
+                       std::invalid_argument);
+}
+
 int main(int argc, char** argv) {
   doctest::Context context(argc, argv);
   std::string why_not;

@@ -356,6 +356,11 @@ cublasStatus_t cublasSetStream_v2(cublasHandle_t h, cudaStream_t s) {
   if (fault()) return CUBLAS_STATUS_INTERNAL_ERROR;
   return h != nullptr && s != nullptr ? CUBLAS_STATUS_SUCCESS : CUBLAS_STATUS_NOT_INITIALIZED;
 }
+cublasStatus_t cublasSetWorkspace_v2(cublasHandle_t h, void* p, std::size_t bytes) {
+  if (fault()) return CUBLAS_STATUS_INTERNAL_ERROR;
+  if (h == nullptr) return CUBLAS_STATUS_NOT_INITIALIZED;
+  return standin::on_device(p, bytes) ? CUBLAS_STATUS_SUCCESS : CUBLAS_STATUS_INVALID_VALUE;
+}
 cublasStatus_t cublasSetMathMode(cublasHandle_t, cublasMath_t) {
   return fault() ? CUBLAS_STATUS_INTERNAL_ERROR : CUBLAS_STATUS_SUCCESS;
 }
