@@ -310,6 +310,25 @@ TEST_CASE_TEMPLATE("two models of different type and width", On, RFLOW_BACKENDS)
   CHECK_THROWS_AS(On{}.gram(rflow::linear{}, a.stack, c.stack), std::invalid_argument);
 }
 
+TEST_CASE_TEMPLATE("positions of two stacks are those of each one's data", On, RFLOW_BACKENDS) {
+  using namespace backends;
+  sample<float> a(1, 2, 30, 20), b(2, 2, 40, 45);
+  a.values[static_cast<std::size_t>((1 * 30 + 17) * 20 + 3)] = static_cast<float>(missing);
+  b.values[static_cast<std::size_t>((0 * 40 + 31) * 45 + 7)] = static_cast<float>(missing);
+  std::vector<int> of_a(30, 1), of_b(40, 1);  // 26 tokens are left of either
+  for (std::size_t i = 0; i < 4; ++i) of_a[4 * i + 2] = 0;
+  for (std::size_t i = 0; i < 14; ++i) of_b[2 * i] = 0;
+  rflow::gram_moments const m =
+      On{}.gram(rflow::linear{}, a.stack.tokens(of_a), b.stack.tokens(of_b));
+  CHECK_FALSE(m.non_finite[0].found());
+  CHECK(m.non_finite[1].token == 17);
+  CHECK(m.non_finite[1].feature == 3);
+  CHECK(m.non_finite[2].token == 31);
+  CHECK(m.non_finite[2].feature == 7);
+  CHECK_FALSE(m.non_finite[3].found());
+  CHECK(m.why[2] == status::non_finite);
+}
+
 TEST_CASE_TEMPLATE("features far from the origin are centred first", On, RFLOW_BACKENDS) {
   using namespace backends;
   sample<float> s(4, 2, 32, 1024);

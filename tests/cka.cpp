@@ -1014,6 +1014,25 @@ TEST_CASE("positions are those of the data, masked or not") {
   }
 }
 
+TEST_CASE("a table says where a site is not finite") {
+  std::mt19937 bits(109);
+  layers a = related_layers(bits, 12, {5, 6, 4}), b = related_layers(bits, 12, {3, 8});
+  a[1](9, 4) = std::numeric_limits<double>::infinity();
+  b[1](2, 7) = std::numeric_limits<double>::quiet_NaN();
+  std::vector<int> mask(12, 1);
+  mask[0] = mask[5] = 0;
+  rflow::cka_table const t = cka_matrix(layer_stack(a).tokens(mask), layer_stack(b).tokens(mask));
+  CHECK(t.non_finite(1).token == 9);
+  CHECK(t.non_finite(1).feature == 4);
+  CHECK(t.col_non_finite(1).token == 2);
+  CHECK(t.col_non_finite(1).feature == 7);
+  for (std::ptrdiff_t const row : {0, 2}) CHECK_FALSE(t.non_finite(row).found());
+  CHECK_FALSE(t.col_non_finite(0).found());
+  rflow::cka_table const self = cka_matrix(layer_stack(a));
+  CHECK(self.col_non_finite(1).token == 9);
+  CHECK_FALSE(self.col_non_finite(2).found());
+}
+
 TEST_CASE("values near the ends of their type") {
   std::mt19937 bits(113);
   layers const s = related_layers(bits, 40, {16, 24});
@@ -1037,6 +1056,47 @@ TEST_CASE("sums of fourth powers of the data stay in range") {
   for (double const scale : {1e-150, 1e-100, 1e100, 1e150}) {
     CAPTURE(scale);
     CHECK(std::abs(cka(MatrixXd(scale * s[0]), s[1]) - expected) < 1e-12);
+  }
+}
+
+TEST_CASE("the largest doubles, and minibatches of them") {
+  std::mt19937 bits(113);
+  layers const s = related_layers(bits, 40, {16, 24});
+  double const expected = cka(s[0], s[1]), batches = minibatches(s, {20, 20})(0, 1);
+  for (double const scale : {1e-300, 1e-150, 1e150, 1e250, 1e306}) {
+    CAPTURE(scale);
+    MatrixXd const x = scale * s[0];
+    for (rflow::gram_path const path : {rflow::gram_path::gram, rflow::gram_path::feature})
+      CHECK(std::abs(cka(x, s[1], linear{}, debiased{}, on_cpu{.path = path}) - expected) < 1e-12);
+    CHECK(std::abs(minibatches({x, s[1]}, {20, 20})(0, 1) - batches) < 1e-12);
+    CHECK(std::abs(minibatches({x, x}, {20, 20})(0, 1) - 1) < 1e-12);
+    // Batches of very different size: the larger one decides.
+    layers uneven{s[0], s[1]};
+    for (MatrixXd& m : uneven) m.topRows(20) *= scale;
+    layers const larger = rows_between(s, scale < 1 ? 20 : 0, 20);
+    double const alone = cka(larger[0], larger[1]);
+    CHECK(std::abs(minibatches(uneven, {20, 20})(0, 1) - alone) < 1e-12);
+    rflow::cka_accumulator<> first = minibatches(rows_between(uneven, 0, 20), {20});
+    first.merge(minibatches(rows_between(uneven, 20, 20), {20}));
+    CHECK(std::abs(first(0, 1) - alone) < 1e-12);
+  }
+}
+
+TEST_CASE("far from the origin, both ways to the Gram moments keep the same digits") {
+  for (unsigned seed = 1; seed <= 6; ++seed) {
+    CAPTURE(seed);
+    std::mt19937 bits(seed);
+    layers s = related_layers(bits, 12 + 40 * seed, {5, 7});
+    for (MatrixXd& x : s) x = (1e8 + x.array()).matrix();
+    on_cpu const tiles{.path = rflow::gram_path::gram}, features{.path = rflow::gram_path::feature};
+    rflow::gram_moments const a = tiles.gram(linear{}, layer_stack(s)),
+                              b = features.gram(linear{}, layer_stack(s));
+    for (std::ptrdiff_t p = 0; p < 2; ++p)
+      for (std::ptrdiff_t q = 0; q < 2; ++q) {
+        double const scale = std::sqrt(biased::hsic(a, p, p) * biased::hsic(a, q, q));
+        CHECK(std::abs(biased::hsic(a, p, q) - biased::hsic(b, p, q)) < 1e-13 * scale);
+        CHECK(std::abs(debiased::hsic(a, p, q) - debiased::hsic(b, p, q)) < 1e-13 * scale);
+      }
   }
 }
 
@@ -1206,6 +1266,15 @@ TEST_CASE("an RBF kernel without a scale") {
   rflow::cka_table const u = cka_matrix(layer_stack(x), rbf{});
   CHECK(u.status(0, 2) == status::non_finite);
   CHECK(u.status(0, 0) == status::ok);
+  // A bandwidth is a number only where the site has an answer.
+  CHECK(u.sigma(0) == Approx(median_sigma(x[0], 1)).epsilon(1e-12));
+  CHECK(u.sigma(1).why == status::zero_bandwidth);
+  CHECK(u.sigma(2).why == status::non_finite);
+  CHECK(std::isnan(u.sigma(2).value));
+  CHECK(u.col_sigma(1).why == status::zero_bandwidth);
+  x[1].setConstant(7);
+  CHECK(cka_matrix(layer_stack(x), rbf{}).sigma(1).why == status::constant_layer);
+  CHECK(cka_matrix(layer_stack(x), rbf{.sigma = {1, 2, 3}}).sigma(1).why == status::constant_layer);
   CHECK_THROWS_WITH_AS(cka(x[0], x[2], rbf{}),
                        "rflow::cka: NaN or infinity in layer y, token 3, feature 3",
                        std::domain_error);
@@ -1234,6 +1303,45 @@ TEST_CASE("minibatches with an RBF kernel take one bandwidth a site") {
   }
   CHECK(minibatches(f.stack(), {25, 25, 25, 25}, kernel)(0, 1) ==
         Approx(cross / std::sqrt(self_x * self_y)).epsilon(1e-11));
+}
+
+namespace {
+
+struct power_kernel {
+  double power;
+
+  double operator()(double inner, double, double) const { return std::pow(1 + inner, power); }
+  bool operator==(power_kernel const&) const = default;
+};
+
+}  // namespace
+
+TEST_CASE("accumulators of different kernels do not merge") {
+  fixture const f;
+  layers const both = f.stack();
+  rflow::cka_accumulator<rbf> a(rbf{.sigma = {1.5, 2}}), b(rbf{.sigma = {1.5, 2.25}}),
+      same(rbf{.fraction = 0.5, .sigma = {1.5, 2}});
+  for (auto* x : {&a, &b, &same}) x->add(layer_stack(both));
+  double const before = a(0, 1);
+  CHECK_THROWS_WITH_AS(a.merge(b),
+                       "rflow::cka_accumulator::merge: different kernels, rbf with sigma 1.5, 2 "
+                       "and rbf with sigma 1.5, 2.25",
+                       std::invalid_argument);
+  CHECK(same_bits(a(0, 1), before));
+  CHECK_THROWS_AS(rflow::cka_accumulator<rbf>(rbf{.sigma = {1, 2}}).merge(a),
+                  std::invalid_argument);
+  a.merge(same);  // with σ given, the fraction says nothing
+  CHECK(a.batches() == 2);
+
+  rflow::cka_accumulator<power_kernel> two({2}), three({3}), again({2});
+  for (auto* x : {&two, &three, &again}) x->add(layer_stack(both));
+  CHECK_THROWS_WITH_AS(two.merge(three),
+                       "rflow::cka_accumulator::merge: different kernels of one type",
+                       std::invalid_argument);
+  two.merge(again);
+  CHECK(two.batches() == 2);
+  // An accumulator that has seen nothing still has a kernel.
+  CHECK_THROWS_AS(two.merge(rflow::cka_accumulator<power_kernel>({3})), std::invalid_argument);
 }
 
 TEST_CASE("chance of RBF kernels, beside what few tokens give") {

@@ -1,8 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // Compiled with -ffast-math, where the compiler may take every NaN test for false: what is not
 // finite must be found on bits, here and in the library.
+#include <algorithm>
 #include <bit>
 #include <cstdint>
+#include <limits>
 #include <random>
 #include <type_traits>
 #include <vector>
@@ -180,6 +182,23 @@ TEST_CASE_TEMPLATE("answers that do not exist have their reason", T, float, doub
   CHECK(r.mean.why == status::zero_rows);
   CHECK(r.left_out == 20);
   for (double const c : r.per_token) CHECK(is_nan(c));
+}
+
+// -ffast-math also makes the processor take numbers below the smallest normal one for 0.
+TEST_CASE_TEMPLATE("the largest values have a CKA", T, float, double) {
+  constexpr bool narrow = std::is_same_v<T, float>;
+  stack_with_values<T> s(7, 2, 12, 5);
+  T const largest = *std::max_element(s.values.begin(), s.values.end(),
+                                      [](T a, T b) { return std::abs(a) < std::abs(b); });
+  for (auto const path : {rflow::gram_path::gram, rflow::gram_path::feature}) {
+    rflow::on_cpu const on{.path = path};
+    auto const value = [&](stack_with_values<T> const& x) {
+      return rflow::cka_matrix(x.stack(), rflow::linear{}, rflow::debiased{}, on)(0, 1);
+    };
+    stack_with_values<T> large = s;
+    for (T& v : large.values) v *= std::numeric_limits<T>::max() * T(0.9) / std::abs(largest);
+    CHECK(std::abs(value(large) - value(s)) < (narrow ? 1e-6 : 1e-12));
+  }
 }
 
 TEST_CASE_TEMPLATE("the figures are the same to rounding", T, float, double) {

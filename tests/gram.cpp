@@ -271,7 +271,7 @@ TEST_CASE("gram: the scale of the data does not matter") {
                                                engine::linear_kernel{}, options);
     gram_moments const s = engine::gram<float>({engine::source_of<float>(y.rows)}, 50,
                                                engine::linear_kernel{}, options);
-    double const unit = s.unit[0] / (scale * scale);
+    double const unit = std::ldexp(1., s.exponent[0]) / (scale * scale);
     CHECK(s.product(0, 0) * unit * unit == doctest::Approx(m.product(0, 0)).epsilon(1e-5));
     CHECK(s.diagonal[3] * unit == doctest::Approx(m.diagonal[3]).epsilon(1e-5));
   }
@@ -288,7 +288,7 @@ TEST_CASE("gram: the scale of the data does not matter") {
     double expected = 0;
     for (ptrdiff_t i = 0; i < 50 * 50; ++i)
       if (i % 51 != 0) expected += u[at(i)] * u[at(i)];
-    double const unit = m.unit[0] / (scale * scale);
+    double const unit = std::ldexp(1., m.exponent[0]) / (scale * scale);
     CHECK(m.product(0, 0) * unit * unit == doctest::Approx(expected).epsilon(1e-12));
   }
 }

@@ -7,9 +7,11 @@
 // every cell comes with what chance alone gives.
 
 #include <algorithm>
+#include <charconv>
 #include <cmath>
 #include <concepts>
 #include <cstddef>
+#include <iterator>
 #include <limits>
 #include <numeric>
 #include <string>
@@ -138,7 +140,9 @@ class cka_table {
         values_[cell(i, j)] = i == q ? 1.0 : Estimator::hsic(m, i, q) / norms;
         chance_[cell(i, j)] = Estimator::chance(m, i, q) / norms;
       }
-    for (double const sigma : m.sigma) sigma_.push_back(sigma);
+    for (std::size_t p = 0; p < m.sigma.size(); ++p)
+      sigma_.push_back(m.why[p] == rflow::status::ok ? measured(m.sigma[p]) : measured(m.why[p]));
+    non_finite_ = m.non_finite;
     if (!m.squares.empty()) find_top_tokens(m);
   }
 
@@ -155,11 +159,20 @@ class cka_table {
   /// over all permutations. 0 for debiased.
   measured chance(std::ptrdiff_t i, std::ptrdiff_t j) const { return chance_[cell(i, j)]; }
 
-  /// The RBF bandwidth of a site; not_requested for kernels without one.
+  /// The first NaN or infinity of a site; its found() is false where all is finite.
+  position non_finite(std::ptrdiff_t row) const {
+    return non_finite_[static_cast<std::size_t>(row)];
+  }
+  position col_non_finite(std::ptrdiff_t col) const {
+    return non_finite_[static_cast<std::size_t>(first_col_ + col)];
+  }
+
+  /// The RBF bandwidth of a site, in units of the data. NaN with the status of a site that has no
+  /// answer; not_requested for kernels without a bandwidth.
   measured sigma(std::ptrdiff_t row) const { return at(sigma_, row); }
   measured col_sigma(std::ptrdiff_t col) const { return at(sigma_, first_col_ + col); }
 
-  /// The share of ‖K̃‖² that pairs with its most extreme token make up, in [0, 1], and that token
+  /// The share of ‖K̃‖² that pairs with its most extreme token make up, in [0, 1] to rounding, and that token
   /// (an index among the tokens that count). Near 1, one token decides the whole row of the table.
   measured top_token_share(std::ptrdiff_t row) const { return at(top_share_, row); }
   std::ptrdiff_t top_token(std::ptrdiff_t row) const {
@@ -194,6 +207,7 @@ class cka_table {
   std::ptrdiff_t rows_ = 0, cols_ = 0, first_col_ = 0, tokens_ = 0;
   std::vector<measured> values_, chance_, sigma_, top_share_;
   std::vector<std::ptrdiff_t> top_token_;
+  std::vector<position> non_finite_;
 };
 
 // ---- the metrics --------------------------------------------------------------------------------
@@ -210,7 +224,8 @@ cka_table cka_matrix(gram_moments const& moments, Estimator by = {}) {
 /// @param  kernel     linear{}, rbf{}, or a kernel of yours
 /// @param  by         debiased{} (default) or biased{}
 /// @param  on         where to run; by default where the stack lives
-/// @return S × S cells, symmetric, 1 on the diagonal; a site without an answer (constant, not
+/// @return S × S cells, symmetric, exactly 1 on the diagonal, the others within rounding of their
+///         range (see cka); a site without an answer (constant, not
 ///         finite, too few tokens) has its status in its row and column, the rest stays right
 /// @throws std::invalid_argument if the memory bound is too small for one tile
 /// @note   S·n²·d multiply-adds or, when cheaper, (S·d)²·n/2; each Gram tile is formed once. Products
@@ -228,10 +243,13 @@ cka_table cka_matrix(layer_stack<T, Memory> const& stack, Kernel const& kernel =
 /// order. Depth, width and element type may differ.
 ///
 /// @throws std::invalid_argument if the stacks have different numbers of tokens
-template <class T, class U, class Memory, class Kernel = linear, estimator Estimator = debiased,
-          class On = default_backend_t<Memory>>
-cka_table cka_matrix(layer_stack<T, Memory> const& a, layer_stack<U, Memory> const& b,
+template <class T, class U, class Memory, class MemoryOfB, class Kernel = linear,
+          estimator Estimator = debiased, class On = default_backend_t<Memory>>
+cka_table cka_matrix(layer_stack<T, Memory> const& a, layer_stack<U, MemoryOfB> const& b,
                      Kernel const& kernel = {}, Estimator by = {}, On const& on = {}) {
+  static_assert(std::same_as<Memory, MemoryOfB>,
+                "rflow: the two stacks live in different memory spaces. Copy one of them to where "
+                "the other lives");
   static_assert(backend_for<On, Memory>, "rflow: this backend cannot read where the stacks live");
   if (a.size() != b.size())
     detail::reject("rflow::cka_matrix", "the stacks have " + std::to_string(a.size()) + " and " +
@@ -246,7 +264,8 @@ cka_table cka_matrix(layer_stack<T, Memory> const& a, layer_stack<U, Memory> con
 /// @param  x          n × p activations, tokens in rows
 /// @param  y          n × q activations of the same n tokens
 /// @param  kernel     linear{} (default), rbf{}, or a kernel of yours
-/// @param  by         biased: in [0, 1]; debiased (default): in [−1, 1], about 0 for independent data
+/// @param  by         biased: in [0, 1]; debiased (default): in [−1, 1], about 0 for independent data; either
+///                    may pass its ends by rounding, and is not clamped: 1 + 1e-6 in fp32
 /// @param  on         where to run; by default where x lives
 /// @return 1 if X and Y agree up to rotation, scale and translation; NaN with status constant_layer,
 ///         zero_bandwidth or too_few_rows (n < 4 debiased, n < 2 biased)
@@ -278,6 +297,21 @@ measured cka(X const& x, Y const& y, Kernel const& kernel = {}, Estimator by = {
 }
 
 // ---- minibatches --------------------------------------------------------------------------------
+
+namespace detail {
+
+/// "rbf with sigma 1.5, 2", each number so that it reads back as the same double.
+inline std::string name_of(rbf const& kernel) {
+  std::string name = "rbf with sigma";
+  for (double const& sigma : kernel.sigma) {
+    char digits[32];
+    auto const end = std::to_chars(std::begin(digits), std::end(digits), sigma).ptr;
+    name += (&sigma == &kernel.sigma.front() ? " " : ", ") + std::string(digits, end);
+  }
+  return name;
+}
+
+}  // namespace detail
 
 /// Minibatch CKA of sites p and q from its sums: 1 if p = q; too_few_rows without a batch.
 inline measured minibatch_cka(minibatch_moments const& m, std::ptrdiff_t p, std::ptrdiff_t q) {
@@ -332,6 +366,8 @@ class cka_accumulator {
       ++sums_.left_out;
       return;
     }
+    for (std::ptrdiff_t p = 0; p < m.sites; ++p)  // a constant batch has sums of 0 in any units
+      if (debiased::hsic(m, p, p) != 0) sums_.raise(p, m.exponent[static_cast<std::size_t>(p)]);
     double const n = static_cast<double>(m.tokens);
     double const scale = sums_.weight == batch_weight::pairs   ? 1
                          : sums_.weight == batch_weight::equal ? 1 / (n * (n - 3))
@@ -339,19 +375,26 @@ class cka_accumulator {
     for (std::ptrdiff_t p = 0; p < m.sites; ++p) {
       auto const s = static_cast<std::size_t>(p);
       status& why = sums_.why[s];
-      if (why == status::ok && m.why[s] == status::non_finite) why = status::non_finite;
-      sums_.rounding[s] += scale * square(m.epsilon * m.trace[s] * m.unit[s]);
-      for (std::ptrdiff_t q = 0; q < m.sites; ++q)
+      if (why == status::ok && m.why[s] != status::constant_layer) why = m.why[s];
+      int const raised = m.exponent[s] - sums_.exponent[s];
+      sums_.rounding[s] += std::ldexp(scale * square(m.epsilon * m.trace[s]), 2 * raised);
+      for (std::ptrdiff_t q = 0; q < m.sites; ++q) {
+        auto const r = static_cast<std::size_t>(q);
         sums_.sums[static_cast<std::size_t>(p * m.sites + q)] +=
-            scale * m.unit[s] * m.unit[static_cast<std::size_t>(q)] * debiased::hsic(m, p, q);
+            std::ldexp(scale * debiased::hsic(m, p, q), raised + m.exponent[r] - sums_.exponent[r]);
+      }
     }
     sums_.tokens += m.tokens;
     ++sums_.batches;
   }
 
   /// Adds what another accumulator has seen, or sums that came about elsewhere.
-  /// @throws std::invalid_argument if sites or weights differ
-  void merge(cka_accumulator const& other) { sums_.merge(other.sums_); }
+  /// @throws std::invalid_argument if sites, weights or kernels differ. A kernel of yours is compared
+  ///         if it has an operator==, moments alone cannot be
+  void merge(cka_accumulator const& other) {
+    require_kernel(other.kernel_);
+    sums_.merge(other.sums_);
+  }
   void merge(minibatch_moments const& other) { sums_.merge(other); }
 
   minibatch_moments const& moments() const { return sums_; }
@@ -367,6 +410,18 @@ class cka_accumulator {
 
  private:
   static double square(double x) { return x * x; }
+
+  void require_kernel(Kernel const& other) const {
+    constexpr char const* where = "rflow::cka_accumulator::merge";
+    if constexpr (std::same_as<Kernel, rbf>) {
+      if (kernel_.sigma != other.sigma)
+        detail::reject(where, "different kernels, " + detail::name_of(kernel_) + " and " +
+                                  detail::name_of(other));
+    } else if constexpr (std::equality_comparable<Kernel>) {
+      if (!(kernel_ == other)) detail::reject(where, "different kernels of one type");
+    }
+  }
+
   void require_sites(std::ptrdiff_t sites) {
     if (sums_.sites == 0) {
       minibatch_moments fresh(sites, sums_.weight);

@@ -20,7 +20,7 @@ namespace rflow {
 
 /// Cosines between the same tokens of two layers.
 struct adjacent_cosines {
-  measured mean;                  ///< over tokens, in [−1, 1]
+  measured mean;                  ///< over tokens, in [−1, 1] to rounding: 1 + 1e-7 in fp32
   measured stddev;                ///< over tokens, at least 0 (divided by their number)
   std::ptrdiff_t left_out = 0;    ///< tokens whose row is zero in either layer
   std::vector<double> per_token;  ///< n values; NaN where left out. Empty unless asked for
@@ -64,7 +64,7 @@ inline adjacent_cosines cosines_of_pair(flow_moments const& m, std::ptrdiff_t pa
 ///
 /// @param  x   n × d activations, tokens in rows
 /// @param  on  where to run; by default where x lives
-/// @return a number in [−1/(m−1), 1]; NaN with status too_few_rows (n < 2) or zero_rows (m < 2)
+/// @return a number in [−1/(m−1), 1] to rounding; NaN with status too_few_rows (n < 2) or zero_rows (m < 2)
 /// @throws std::invalid_argument if x is empty; std::domain_error on NaN or infinity
 /// @note   O(n d), not O(n² d); norms in fp32 (fp64 for double), sums over tokens in fp64
 /// @see    arXiv 2510.06640, equation 2

@@ -1127,13 +1127,14 @@ gram_moments host_gram(char const* where, Kernel const& kernel, gram_options con
   std::ptrdiff_t const tokens = std::get<0>(std::tie(stacks...)).size();
   std::vector<std::shared_ptr<void const>> rows;
   std::vector<panel_source<C>> sources;
+  std::vector<std::ptrdiff_t const*> selected;  // a site: its stack's rows, null if all count
   auto const add = [&]<class U>(layer_stack<U> const& stack) {
     if (stack.size() != tokens)
       reject(where, "the stacks have " + std::to_string(tokens) + " and " +
                         std::to_string(stack.size()) + " tokens");
     for (std::ptrdiff_t l = 0; l < stack.sites(); ++l) {
-      auto site = std::make_shared<site_rows<U> const>(
-          site_rows<U>{stack[l], stack.masked() ? stack.selection().data() : nullptr});
+      selected.push_back(stack.masked() ? stack.selection().data() : nullptr);
+      auto site = std::make_shared<site_rows<U> const>(site_rows<U>{stack[l], selected.back()});
       sources.push_back(source_of<C>(*site));
       rows.push_back(std::move(site));
     }
@@ -1158,8 +1159,9 @@ gram_moments host_gram(char const* where, Kernel const& kernel, gram_options con
   if (std::same_as<Kernel, linear> &&
       tokens < 3)  // too few to U-centre: G = K, whose rows sum to 0
     for (std::size_t i = 0; i < m.diagonal.size(); ++i) m.row_sums[i] = -m.diagonal[i];
-  for (position& at : m.non_finite)
-    if (at.found()) at.token = std::get<0>(std::tie(stacks...)).token(at.token);
+  for (std::size_t p = 0; p < selected.size(); ++p)
+    if (position& at = m.non_finite[p]; at.found() && selected[p] != nullptr)
+      at.token = selected[p][at.token];
   m.epsilon = static_cast<double>(std::numeric_limits<C>::epsilon()) / 2;
   for (std::ptrdiff_t p = 0; p < m.sites; ++p)
     m.trace[static_cast<std::size_t>(p)] =

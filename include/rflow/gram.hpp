@@ -283,11 +283,10 @@ struct prepared_site {
   std::vector<double> norms;  // n: a_i = ‖x_i − mean‖² · scale²
   position non_finite;
 
-  /// Factor from kernel values of scaled data to those of the data.
-  double unit() const {
-    double const s = static_cast<double>(scale);
-    return s > 0 ? 1 / s / s : 1;
-  }
+  /// Kernel values of scaled data times 2^exponent() are those of the data.
+  int exponent() const { return scale > 0 ? -2 * std::ilogb(static_cast<double>(scale)) : 0; }
+  /// The scale, or 1 of a site that has none.
+  double some_scale() const { return scale > 0 ? static_cast<double>(scale) : 1; }
 
   /// Centred, scaled values of a block of rows, filled up with zeros to whole packets of columns.
   void fetch(integer row, integer rows, integer col, integer cols, C* to, integer ld) const {
@@ -463,6 +462,16 @@ prepared_site<C> prepare(team& threads, panel_source<C> const& source, integer t
     site.minus_low[k] = static_cast<C>(-mean - static_cast<double>(site.minus_high[k]));
   }
   site.scale = static_cast<C>(scale);
+  if constexpr (std::is_same_v<C, double>) {
+    // Sums of values far from the origin have lost digits: what is left of the means goes, too.
+    auto const centred = [](void const* self, integer row, integer rows, integer col, integer cols,
+                            C* to, integer ld) {
+      static_cast<prepared_site<C> const*>(self)->fetch(row, rows, col, cols, to, ld);
+    };
+    double ignored;
+    find_means(threads, panel_source<C>{&site, centred, d}, tokens, 1, means, ignored);
+    for (integer k = 0; k < d; ++k) site.minus_low[k] -= means.data()[k];
+  }
   constexpr integer group = 16, rows_at_once = 4, chunk = 1024;
   threads.run(ceil_div(tokens, group), [&](integer g) {
     alignas(128) C x[rows_at_once * chunk];
@@ -486,7 +495,8 @@ prepared_site<C> prepare(team& threads, panel_source<C> const& source, integer t
   }
   double const wanted = scale * std::ldexp(1., -std::ilogb(norm) / 2);
   double const most = power_of_two<C>(std::numeric_limits<C>::max_exponent - std::ilogb(largest));
-  double const final_scale = (std::min)((std::min)(wanted, most), power_of_two<C>(1 << 20));
+  double const final_scale = (std::max)(
+      (std::min)((std::min)(wanted, most), power_of_two<C>(1 << 20)), power_of_two<C>(-(1 << 20)));
   double const rescale = final_scale / scale;
   for (integer k = 0; k < d; ++k) {
     site.minus_high[k] = static_cast<C>(static_cast<double>(site.minus_high[k]) * rescale);
@@ -504,7 +514,7 @@ prepared_site<C> prepare(team& threads, panel_source<C> const& source, integer t
 //     C token(double a)                  a number per token, from a_i
 //     P operator()(P k, P ti, P tj)      G from the inner product and both tokens' numbers
 //     double diagonal(double a)          G_ii
-//     double unit                        G times this is in units of the data
+//     int exponent                       G · 2^exponent is in units of the data
 //     static constexpr bool row_sums     false if they vanish
 
 /// U_ij = K_ij − u_i − u_j, the U-centred linear kernel: its row sums without the diagonal are 0.
@@ -512,7 +522,8 @@ struct linear_kernel {
   template <class C>
   struct bound {
     static constexpr bool row_sums = false;
-    double unit, slope, offset;
+    int exponent;
+    double slope, offset;
 
     double shift(double a) const { return slope * a + offset; }
     C token(double a) const { return static_cast<C>(shift(a)); }
@@ -526,10 +537,10 @@ struct linear_kernel {
   template <class C>
   bound<C> bind(integer, prepared_site<C> const& site) const {
     double const n = static_cast<double>(site.norms.size());
-    if (n < 3) return {site.unit(), 0, 0};
+    if (n < 3) return {site.exponent(), 0, 0};
     double trace = 0;
     for (double const a : site.norms) trace += a;
-    return {site.unit(), -1 / (n - 2), trace / (2 * (n - 1) * (n - 2))};
+    return {site.exponent(), -1 / (n - 2), trace / (2 * (n - 1) * (n - 2))};
   }
 };
 
@@ -541,7 +552,8 @@ struct rbf_kernel {
   template <class C>
   struct bound {
     static constexpr bool row_sums = true;
-    double unit, rate, centre;
+    static constexpr int exponent = 0;
+    double rate, centre;
 
     C token(double a) const { return static_cast<C>(a * rate / 2); }
     double diagonal(double) const { return 1 - centre; }
@@ -556,9 +568,9 @@ struct rbf_kernel {
 
   template <class C>
   bound<C> bind(integer p, prepared_site<C> const& site) const {
-    double const s = sigma[static_cast<std::size_t>(p)];
+    double const s = sigma[static_cast<std::size_t>(p)] * site.some_scale();
     constexpr double most = 1e30;  // a_i ≤ 4: the exponent stays finite
-    return {1, (std::min)(site.unit() / s / s, most), centre};
+    return {(std::min)(1 / s / s, most), centre};
   }
 };
 
@@ -570,7 +582,7 @@ struct function_kernel {
   template <class C>
   struct bound {
     static constexpr bool row_sums = true;
-    double unit;
+    static constexpr int exponent = 0;
     F const& f;
     double factor, centre;
 
@@ -595,9 +607,10 @@ struct function_kernel {
   bound<C> bind(integer, prepared_site<C> const& site) const {
     double trace = 0;
     for (double const a : site.norms) trace += a;
-    double const typical = trace / static_cast<double>(site.norms.size()) * site.unit();
+    double const unit = std::ldexp(1., site.exponent());
+    double const typical = trace / static_cast<double>(site.norms.size()) * unit;
     double const centre = static_cast<double>(f(0., typical, typical));
-    return {1, f, site.unit(), is_finite(centre) ? centre : 0};
+    return {f, unit, is_finite(centre) ? centre : 0};
   }
 };
 
@@ -955,21 +968,21 @@ class row_products {
 /// Fills in the other half of the products, goes over to units of the data, and writes NaN where
 /// the data are not finite.
 template <class C>
-void deliver(std::vector<prepared_site<C>> const& sites, std::vector<double> units,
+void deliver(std::vector<prepared_site<C>> const& sites, std::vector<int> const& exponents,
              gram_moments& m) {
+  std::vector<double> units(sites.size());
   for (integer p = 0; p < m.sites; ++p) {
     auto const& site = sites[static_cast<std::size_t>(p)];
     m.non_finite.data()[p] = site.non_finite;
     if (!(site.scale > 0)) m.why.data()[p] = status::constant_layer;
     if (site.non_finite.found()) {
       m.why.data()[p] = status::non_finite;
-      units.data()[p] = std::numeric_limits<double>::quiet_NaN();
     }
-    if (units.data()[p] < 1e-60 || units.data()[p] > 1e60) {  // products would leave the range
-      m.unit.data()[p] = units.data()[p];
-      units.data()[p] = 1;
-    }
-    double const unit = units.data()[p];
+    int const exponent = exponents.data()[p];
+    if (std::abs(exponent) > 200) m.exponent.data()[p] = exponent;  // else products leave the range
+    double const unit = site.non_finite.found() ? std::numeric_limits<double>::quiet_NaN()
+                                                : std::ldexp(1., exponent - m.exponent.data()[p]);
+    units.data()[p] = unit;
     for (integer q = 0; q <= p; ++q) {
       double const product = m.products.data()[p * m.sites + q] * unit * units.data()[q];
       m.products.data()[p * m.sites + q] = m.products.data()[q * m.sites + p] = product;
@@ -1041,9 +1054,9 @@ class gram_engine {
         reduce<bound::row_sums>(t, m);
       }
     for (double& x : m.products) x *= 2;
-    std::vector<double> units;
-    for (auto const& k : kernels) units.push_back(k.unit);
-    deliver(sites_, units, m);
+    std::vector<int> exponents;
+    for (auto const& k : kernels) exponents.push_back(k.exponent);
+    deliver(sites_, exponents, m);
     return m;
   }
 
@@ -1275,7 +1288,7 @@ class feature_engine {
                                return sites_of(b.row, b.rows).count * sites_of(b.col, b.cols).count;
                              }),
                  m);
-    std::vector<double> units;
+    std::vector<int> exponents;
     for (integer p = 0; p < m.sites; ++p) {
       auto const& a = norms(p);
       for (integer q = 0; q <= p; ++q)
@@ -1285,9 +1298,9 @@ class feature_engine {
         m.row_sums.data()[p * tokens_ + i] = -a.data()[i];
         m.diagonal.data()[p * tokens_ + i] = a.data()[i];
       }
-      units.push_back(sites_[static_cast<std::size_t>(p)].unit());
+      exponents.push_back(sites_[static_cast<std::size_t>(p)].exponent());
     }
-    deliver(sites_, units, m);
+    deliver(sites_, exponents, m);
     return m;
   }
 
@@ -1409,8 +1422,8 @@ class feature_engine {
 
 // ---- the bandwidth ------------------------------------------------------------------------------
 
-/// The median of the squared distances between a site's tokens, in units of the data: exact for up
-/// to 512 tokens, above that over 512 evenly strided ones.
+/// The median of the squared distances between a site's tokens, scaled: exact for up to 512 tokens,
+/// above that over 512 evenly strided ones.
 template <class Product, class C>
 double median_distance(prepared_site<C> const& site, integer tokens, rbf::median convention) {
   integer const m = (std::min<integer>)(tokens, 512), d = site.source.cols;
@@ -1458,7 +1471,7 @@ double median_distance(prepared_site<C> const& site, integer tokens, rbf::median
     return static_cast<double>(distances[static_cast<std::size_t>(k)]);
   };
   double const low = at((size - 1) / 2);
-  return (low + at(size / 2)) / 2 * site.unit();
+  return (low + at(size / 2)) / 2;
 }
 
 // ---- one site at a time -------------------------------------------------------------------------
@@ -1648,9 +1661,9 @@ gram_moments gram_rbf(std::vector<panel_source<C>> const& sources, integer token
   if (k.sigma.empty()) {
     k.sigma.resize(sites.size());
     threads.run(static_cast<integer>(sites.size()), [&](integer p) {
-      k.sigma.data()[p] =
-          kernel.fraction * std::sqrt(median_distance<Product>(sites[static_cast<std::size_t>(p)],
-                                                               tokens, kernel.convention));
+      auto const& site = sites[static_cast<std::size_t>(p)];
+      double const median = median_distance<Product>(site, tokens, kernel.convention);
+      k.sigma.data()[p] = kernel.fraction * std::sqrt(median) / site.some_scale();
     });
   }
   gram_moments m = gram_engine<Product, C>(threads, sites, tokens, options.memory_bound)(k);

@@ -6,7 +6,7 @@
 // merges that are exact for it; the types keep apart what does not add.
 
 #include <algorithm>
-#include <cmath>  // std::sqrt
+#include <cmath>  // std::sqrt, std::ldexp
 #include <concepts>
 #include <cstddef>
 #include <string>
@@ -143,7 +143,9 @@ struct flow_sink {
 // ---- Gram moments -------------------------------------------------------------------------------
 
 /// k(x, y) = ⟨x, y⟩ on centred features.
-struct linear {};
+struct linear {
+  bool operator==(linear const&) const = default;
+};
 
 /// k(x, y) = exp(−‖x − y‖² / 2σ²) with σ² = fraction² · median of the squared distances.
 ///
@@ -185,11 +187,11 @@ struct gram_moments {
   std::vector<double> diagonal;  // S × n: G^p_ii
   std::vector<double> squares;   // S × n: Σ_{j≠i} (G^p_ij)²; empty if the path has no tiles
   std::vector<double> trace;     // S: Σ_i k(x_i, x_i), the scale of the kernel matrix
-  std::vector<double> unit;      // S: G^p times this is in units of the data. 1, but for data whose
-                                 // fourth powers would leave the range of double
-  double epsilon = 0;            // unit roundoff of the products
-  std::vector<double> sigma;     // S, for kernels with a bandwidth
-  std::vector<status> why;       // S: ok, constant_layer, zero_bandwidth or non_finite
+  std::vector<int> exponent;  // S: G^p · 2^exponent is in units of the data. 0, but for data whose
+                              // fourth powers would leave the range of double
+  double epsilon = 0;         // unit roundoff of the products
+  std::vector<double> sigma;  // S, for kernels with a bandwidth
+  std::vector<status> why;    // S: ok, constant_layer, zero_bandwidth or non_finite
   std::vector<position> non_finite;  // S: first NaN or infinity
 
   gram_moments() = default;
@@ -201,7 +203,7 @@ struct gram_moments {
     row_sums.resize(s * n);
     diagonal.resize(s * n);
     trace.resize(s);
-    unit.resize(s, 1.0);
+    exponent.resize(s);
     why.resize(s, status::ok);
     non_finite.resize(s);
   }
@@ -229,15 +231,16 @@ enum class batch_weight {
   rows,   ///< by n
 };
 
-/// Weighted sums over batches of ⟨U(K_p), U(K_q)⟩ of linear or other kernels, in units of the data.
+/// Weighted sums over batches of ⟨U(K_p), U(K_q)⟩ of linear or other kernels.
 /// They add over batches, shards and ranks; their ratio is minibatch CKA (see cka_accumulator).
 struct minibatch_moments {
   std::ptrdiff_t sites = 0, tokens = 0, batches = 0;
   std::ptrdiff_t left_out = 0;  // batches of fewer than 4 tokens
   batch_weight weight = batch_weight::pairs;
-  std::vector<double> sums;      // S × S
+  std::vector<double> sums;      // S × S: times 2^(exponent_p + exponent_q), in units of the data
   std::vector<double> rounding;  // S: what the rounding of the kernels' entries may make of a sum
-  std::vector<status> why;       // S: ok or non_finite
+  std::vector<int> exponent;     // S: 0, but for data whose fourth powers leave the range of double
+  std::vector<status> why;       // S: ok, zero_bandwidth or non_finite
 
   minibatch_moments() = default;
   explicit minibatch_moments(std::ptrdiff_t site_count, batch_weight by = batch_weight::pairs)
@@ -245,6 +248,7 @@ struct minibatch_moments {
     auto const s = static_cast<std::size_t>(site_count);
     sums.resize(s * s);
     rounding.resize(s);
+    exponent.resize(s);
     why.resize(s, status::ok);
   }
 
@@ -264,13 +268,37 @@ struct minibatch_moments {
     if (sites != other.sites)
       detail::reject(where,
                      std::to_string(sites) + " and " + std::to_string(other.sites) + " sites");
-    for (std::size_t i = 0; i < sums.size(); ++i) sums[i] += other.sums[i];
-    for (std::size_t p = 0; p < why.size(); ++p) {
-      rounding[p] += other.rounding[p];
+    for (std::ptrdiff_t p = 0; p < sites; ++p)
+      if (other.self(p) != 0) raise(p, other.exponent[static_cast<std::size_t>(p)]);
+    auto const raised = [&](std::size_t p) { return other.exponent[p] - exponent[p]; };
+    std::size_t const s = why.size();
+    for (std::size_t p = 0; p < s; ++p) {
+      for (std::size_t q = 0; q < s; ++q)
+        sums[p * s + q] += std::ldexp(other.sums[p * s + q], raised(p) + raised(q));
+      rounding[p] += std::ldexp(other.rounding[p], 2 * raised(p));
       if (why[p] == status::ok) why[p] = other.why[p];
     }
     tokens += other.tokens;
     batches += other.batches;
+  }
+
+  double self(std::ptrdiff_t p) const { return sums[static_cast<std::size_t>(p * (sites + 1))]; }
+
+  /// Makes room for sums of site p in units of 2^exponent: goes over to the larger units.
+  void raise(std::ptrdiff_t p, int to) {
+    int& now = exponent[static_cast<std::size_t>(p)];
+    if (to <= now && self(p) != 0) return;
+    auto const rescale = [&](std::ptrdiff_t i) {
+      double& x = sums[static_cast<std::size_t>(i)];
+      x = std::ldexp(x, now - to);
+    };
+    for (std::ptrdiff_t q = 0; q < sites; ++q) {
+      rescale(p * sites + q);
+      rescale(q * sites + p);  // the self term has both
+    }
+    double& known = rounding[static_cast<std::size_t>(p)];
+    known = std::ldexp(known, 2 * (now - to));
+    now = to;
   }
 };
 

@@ -838,13 +838,14 @@ struct fill_panel {
 //     double token(double a)         a number per token, from a_i = ‖x_i‖²; it is rounded to C
 //     C operator()(C k, C ti, C tj)  G from the inner product and both tokens' numbers
 //     double diagonal(double a)      G_ii
-//     double unit                    G times this is in units of the data
+//     int exponent                   G · 2^exponent is in units of the data
 
 /// U_ij = K_ij − u_i − u_j, the U-centred linear kernel: its row sums without the diagonal are 0.
 template <class C>
 struct linear_entry {
   static constexpr bool row_sums = false;
-  double unit, slope, offset;
+  int exponent;
+  double slope, offset;
 
   double token(double a) const { return slope * a + offset; }
   double diagonal(double a) const { return a - 2 * token(a); }
@@ -855,7 +856,7 @@ struct linear_entry {
 template <class C>
 struct rbf_entry {
   static constexpr bool row_sums = true;
-  double unit;
+  static constexpr int exponent = 0;
   C rate, centre;
 
   double token(double a) const { return a * static_cast<double>(rate) / 2; }
@@ -991,7 +992,8 @@ struct site_facts {
   double largest = 0, pre = 1, scale = 0, trace = 0;  // scale 0: nothing to compare
   position bad = {};
 
-  double unit() const { return scale > 0 ? 1 / scale / scale : 1; }
+  /// Kernel values of scaled data times 2^exponent() are those of the data.
+  int exponent() const { return scale > 0 ? -2 * std::ilogb(scale) : 0; }
 };
 
 /// The Gram moments of the sites of several sources, with C for products.
@@ -1039,13 +1041,13 @@ class gram_pass {
 
     gram_moments m(count(), tokens_);
     if (bandwidth != nullptr) m.sigma = sigmas(*bandwidth);
-    using entry = decltype(make_entry(0, 0., 0., 0.));
+    using entry = decltype(make_entry(site_facts{}, integer{}, 0.));
     std::vector<entry> entries;
     std::vector<C> token(size_of(count() * padded_tokens()));
     for (integer p = 0; p < count(); ++p) {
       site_facts const& s = sites_[size_of(p)];
       double const sigma = m.sigma.empty() ? 0 : m.sigma[size_of(p)];
-      entries.push_back(make_entry(tokens_, s.unit(), s.trace, sigma));
+      entries.push_back(make_entry(s, tokens_, sigma));
       for (integer i = 0; i < tokens_; ++i) {
         double const a = norms_[size_of(p * tokens_ + i)];
         token[size_of(p * padded_tokens() + i)] = static_cast<C>(entries.back().token(a));
@@ -1276,7 +1278,8 @@ class gram_pass {
     double const wanted = s.scale * std::ldexp(1., -std::ilogb(norm) / 2);
     double const most =
         power_of_two<C>(std::numeric_limits<C>::max_exponent - std::ilogb(s.largest));
-    double const scale = std::min(std::min(wanted, most), power_of_two<C>(1 << 20));
+    double const scale = std::max(std::min(std::min(wanted, most), power_of_two<C>(1 << 20)),
+                                  power_of_two<C>(-(1 << 20)));
     double const change = scale / s.scale;
     s.scale = scale;
     for (integer i = 0; i < tokens_; ++i) s.trace += norms[i] *= change * change;
@@ -1289,10 +1292,12 @@ class gram_pass {
     if (!kernel.sigma.empty()) return kernel.sigma;
     std::vector<double> out;
     for (integer p = 0; p < count(); ++p)
-      out.push_back(kernel.fraction * std::sqrt(median_distance(p, kernel.convention)));
+      out.push_back(kernel.fraction * std::sqrt(median_distance(p, kernel.convention)) /
+                    (sites_[size_of(p)].scale > 0 ? sites_[size_of(p)].scale : 1));
     return out;
   }
 
+  /// Of scaled data.
   double median_distance(integer p, rbf::median convention) {
     site_facts const& s = sites_[size_of(p)];
     integer const m = sample_size(tokens_), side = sample_side();
@@ -1315,7 +1320,7 @@ class gram_pass {
         double const distance = both - 2 * static_cast<double>(products[size_of(j * side + i)]);
         distances.push_back(distance > rounding * both ? static_cast<C>(distance) : C(0));
       }
-    return median(distances, m, convention) * s.unit();
+    return median(distances, m, convention);
   }
 
   // ---- tiles
@@ -1378,11 +1383,8 @@ class gram_pass {
     std::vector<double> unit(sites_.size());
     for (std::size_t p = 0; p < unit.size(); ++p) {
       site_facts const& s = sites_[p];
-      unit[p] = s.bad.found() ? missing : entries[p].unit;
-      if (unit[p] < 1e-60 || unit[p] > 1e60) {  // products would leave the range
-        m.unit[p] = unit[p];
-        unit[p] = 1;
-      }
+      if (std::abs(entries[p].exponent) > 200) m.exponent[p] = entries[p].exponent;
+      unit[p] = s.bad.found() ? missing : std::ldexp(1., entries[p].exponent - m.exponent[p]);
       m.non_finite[p] = s.bad;
       if (!(s.scale > 0)) m.why[p] = status::constant_layer;
       if (s.bad.found()) m.why[p] = status::non_finite;
@@ -1413,10 +1415,10 @@ class gram_pass {
 
 template <class C>
 struct make_linear {
-  linear_entry<C> operator()(integer tokens, double unit, double trace, double) const {
+  linear_entry<C> operator()(site_facts const& s, integer tokens, double) const {
     double const n = static_cast<double>(tokens);
-    if (n < 3) return {unit, 0, 0};
-    return {unit, -1 / (n - 2), trace / (2 * (n - 1) * (n - 2))};
+    if (n < 3) return {s.exponent(), 0, 0};
+    return {s.exponent(), -1 / (n - 2), s.trace / (2 * (n - 1) * (n - 2))};
   }
 };
 
@@ -1424,9 +1426,10 @@ template <class C>
 struct make_rbf {
   double centre;
 
-  rbf_entry<C> operator()(integer, double unit, double, double sigma) const {
+  rbf_entry<C> operator()(site_facts const& s, integer, double sigma) const {
     constexpr double most = 1e30;  // a_i ≤ 4: the exponent stays finite
-    return {1, static_cast<C>(std::min(unit / sigma / sigma, most)), static_cast<C>(centre)};
+    double const width = sigma * (s.scale > 0 ? s.scale : 1);
+    return {static_cast<C>(std::min(1 / width / width, most)), static_cast<C>(centre)};
   }
 };
 
@@ -1467,9 +1470,12 @@ gram_moments gram(char const* where, Device& on, std::size_t memory_bound, Kerne
     double const centre = std::exp(-0.5 / (kernel.fraction * kernel.fraction));
     m = pass(where, on, memory_bound, true, stacks...)(make_rbf<C>{centre}, &kernel);
   }
-  auto const& first = std::get<0>(std::tie(stacks...));
-  for (position& at : m.non_finite)
-    if (at.found()) at.token = first.token(at.token);
+  auto at = m.non_finite.begin();
+  auto const in_the_data = [&](auto const& stack) {
+    for (integer l = 0; l < stack.sites(); ++l, ++at)
+      if (at->found()) at->token = stack.token(at->token);
+  };
+  (in_the_data(stacks), ...);
   return m;
 }
 

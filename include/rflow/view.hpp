@@ -331,6 +331,17 @@ enum class axes {
   hidden_tokens_sites,
 };
 
+namespace detail {
+
+/// A temporary that owns layers.
+template <class Range>
+concept owning_temporary = !std::is_lvalue_reference_v<Range> && !activations<Range> &&
+                           activations<element_of<Range>> && !requires {
+  adapt<element_of<Range>>::borrowed;
+};
+
+}  // namespace detail
+
 /// The sites of one model over the same tokens, in the order of the residual stream.
 ///
 /// Holds views and, if asked for, which tokens count and where sequences begin; never the
@@ -356,12 +367,9 @@ class layer_stack {
     validate();
   }
 
-  /// Layers that die at the end of the statement: keep them in a variable first.
-  template <class Range>
-  requires(!activations<Range>) &&
-      (!std::is_lvalue_reference_v<Range>)&&activations<element_of<Range>> && (!requires {
-        adapt<element_of<Range>>::borrowed;
-      }) explicit layer_stack(Range&&, std::vector<std::string> = {}) = delete;
+  /// Layers that die at the end of the statement. (Compilers show the line with the cure.)
+  template <detail::owning_temporary Range>
+  explicit layer_stack(Range&&, std::vector<std::string> = {}) = delete;  // keep them in a variable
 
   layer_stack(std::initializer_list<view<T, Memory>> layers) : sites_(layers) { validate(); }
 

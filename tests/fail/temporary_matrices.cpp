@@ -1,3 +1,4 @@
+// expect: keep them in a variable
 // expect: deleted
 // expect: layer_stack
 // SPDX-License-Identifier: Apache-2.0
