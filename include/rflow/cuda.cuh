@@ -619,6 +619,12 @@ view<T, device_memory> checked_device_view(T const* data, std::ptrdiff_t rows,
   return checked_device_view(data, rows, cols, cols);
 }
 
+/// The same of a view that says so already, such as one that came through DLPack.
+template <class T>
+view<T, device_memory> checked_device_view(view<T, device_memory> const& x) {
+  return checked_device_view(x.data, x.rows, x.cols, x.row_stride, x.col_stride);
+}
+
 /// The same of a container whose data().get() is a device pointer, such as thrust::device_vector.
 /// @throws std::invalid_argument if it holds another number of values
 template <class Container>

@@ -13,6 +13,19 @@
 
 TEST_CASE("a pointer that lies about its space is caught") {
   CHECK_THROWS_AS(device::lie_about_space(), std::invalid_argument);
+  CHECK_THROWS_AS(device::lie_about_device(), std::invalid_argument);
+}
+
+TEST_CASE("what lives on the device is measured there, with no backend named") {
+  constexpr std::ptrdiff_t n = 40, d = 12;
+  backends::sample<float> const s(12, 2, n, d);
+  auto const x = s.stack[0], y = s.stack[1];
+  double const cosine = rflow::inter_token_cosine(x), cka = rflow::cka(x, y);
+  for (auto const measure : {device::of_views, device::of_dlpack, device::of_containers}) {
+    device::answers const a = measure(s.values.data(), n, d);
+    CHECK(a.cosine == doctest::Approx(cosine).epsilon(1e-5));
+    CHECK(a.cka == doctest::Approx(cka).epsilon(1e-5));
+  }
 }
 
 TEST_CASE("a device that there is not") {

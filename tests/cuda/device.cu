@@ -3,11 +3,15 @@
 
 #include <algorithm>
 #include <cstddef>
+#include <cstdint>
 #include <memory>
 #include <string>
 #include <vector>
 
+#include <rflow/cka.hpp>
+#include <rflow/cosine.hpp>
 #include <rflow/cuda.cuh>
+#include <rflow/dlpack.hpp>
 #include <rflow/passes.hpp>
 
 namespace device {
@@ -61,6 +65,40 @@ class copied {
   std::vector<std::unique_ptr<void, free>> owned_;
 };
 
+/// What dlpack.h calls DLTensor.
+struct tensor {
+  struct {
+    std::int32_t device_type, device_id;
+  } device;
+  struct {
+    std::uint8_t code, bits;
+    std::uint16_t lanes;
+  } dtype;
+  void const* data;
+  std::int32_t ndim;
+  std::int64_t *shape, *strides;
+  std::uint64_t byte_offset;
+};
+tensor cuda_tensor(float const* data, std::int64_t (&shape)[3]) {
+  return {{2, 0}, {2, 32, 1}, data, 3, shape, nullptr, 0};
+}
+
+/// What thrust::device_vector is to a reader.
+struct container {
+  struct pointer {
+    float const* p;
+    float const* get() const { return p; }
+  } at;
+  std::size_t count;
+
+  pointer data() const { return at; }
+  std::size_t size() const { return count; }
+};
+
+answers measure(view<float, device_memory> const& x, view<float, device_memory> const& y) {
+  return {rflow::inter_token_cosine(x), rflow::cka(x, y)};
+}
+
 rflow::on_cuda backend(std::size_t memory_bound) {
   rflow::on_cuda on;
   on.memory_bound = memory_bound;
@@ -94,6 +132,33 @@ rflow::gram_moments resident::gram(Kernel const& kernel, layer_stack<T> const&..
   return backend(memory_bound).gram(kernel, copied<T>(stacks).stack()...);
 }
 
+answers of_views(float const* values, std::ptrdiff_t n, std::ptrdiff_t d) {
+  copied<float> const on_device(layer_stack<float>(values, {1, 2 * n, d}));
+  float const* const data = on_device.stack()[0].data;
+  return measure(rflow::checked_device_view(data, n, d),
+                 rflow::checked_device_view(data + n * d, n, d));
+}
+answers of_dlpack(float const* values, std::ptrdiff_t n, std::ptrdiff_t d) {
+  copied<float> const on_device(layer_stack<float>(values, {1, 2 * n, d}));
+  std::int64_t shape[3] = {2, n, d};
+  auto const stack =
+      rflow::stack_from_dlpack<float, device_memory>(cuda_tensor(on_device.stack()[0].data, shape));
+  return measure(rflow::checked_device_view(stack[0]), rflow::checked_device_view(stack[1]));
+}
+answers of_containers(float const* values, std::ptrdiff_t n, std::ptrdiff_t d) {
+  copied<float> const on_device(layer_stack<float>(values, {1, 2 * n, d}));
+  auto const layer = [&](std::ptrdiff_t l) {
+    container const c{{on_device.stack()[0].data + l * n * d}, static_cast<std::size_t>(n * d)};
+    return rflow::checked_device_view(c, n, d);
+  };
+  return measure(layer(0), layer(1));
+}
+void lie_about_device() {
+  float const on_the_host[4] = {};
+  std::int64_t shape[3] = {1, 2, 2};
+  static_cast<void>(rflow::checked_device_view(
+      rflow::stack_from_dlpack<float, device_memory>(cuda_tensor(on_the_host, shape))[0]));
+}
 void lie_about_space() {
   float const on_the_host[4] = {};
   static_cast<void>(rflow::checked_device_view(on_the_host, 2, 2));

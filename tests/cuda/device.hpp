@@ -38,6 +38,17 @@ struct resident : staged {
   rflow::gram_moments gram(Kernel const& kernel, rflow::layer_stack<T> const&... stacks) const;
 };
 
+/// Inter-token cosine and CKA of two layers of n × d on the device, no backend named: as views, as a
+/// tensor of DLPack and as a container of Thrust's kind.
+struct answers {
+  double cosine, cka;
+};
+answers of_views(float const* two_layers, std::ptrdiff_t n, std::ptrdiff_t d);
+answers of_dlpack(float const* two_layers, std::ptrdiff_t n, std::ptrdiff_t d);
+answers of_containers(float const* two_layers, std::ptrdiff_t n, std::ptrdiff_t d);
+/// A tensor of DLPack that says "CUDA" of memory of the host.
+void lie_about_device();
+
 /// Asks for a view of host memory as if it were the device's.
 void lie_about_space();
 /// Asks for a device that there is not.
