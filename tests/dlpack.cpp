@@ -20,6 +20,8 @@
 #include <rflow/flow.hpp>
 #include <rflow/runtime.hpp>
 
+#include "files.hpp"
+
 #if __has_include(<dlpack/dlpack.h>)
 #include <dlpack/dlpack.h>
 #define HAS_DEBIANS_DLPACK 1
@@ -132,18 +134,11 @@ struct array {
   array(array const&) = delete;
 };
 
+using files::contains;
+
 template <class Function>
 std::string error_of(Function&& f) {
-  try {
-    f();
-  } catch (std::invalid_argument const& e) {
-    return e.what();
-  }
-  return "nothing thrown";
-}
-
-bool contains(std::string const& text, std::string const& part) {
-  return text.find(part) != std::string::npos;
+  return files::error_of<std::invalid_argument>(f);
 }
 
 /// The bad tensor is refused by every door, by the member's name and its value.

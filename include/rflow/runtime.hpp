@@ -133,12 +133,13 @@ void require_readable(foreign_array& a) {
       if (a.byte_units && stride % size != 0)
         a.fail(a.field(a.stride_field, i) + " is " + std::to_string(stride) +
                " bytes, no multiple of the element's " + std::to_string(size));
+      std::ptrdiff_t const given = stride;
       std::ptrdiff_t reach = a.byte_units ? stride : size;
       if (a.byte_units) stride /= size;
       if ((!a.byte_units && !scale(reach, stride)) || !scale(reach, a.shape[i] - 1) ||
           reach > (std::numeric_limits<std::ptrdiff_t>::max)() - size - last)
-        a.fail(a.field(a.stride_field, i) + " is " + std::to_string(a.stride[i]) +
-               ", too far for " + std::to_string(a.shape[i]) + " elements");
+        a.fail(a.field(a.stride_field, i) + " is " + std::to_string(given) + ", too far for " +
+               std::to_string(a.shape[i]) + " elements");
       last += reach;
     }
   }
