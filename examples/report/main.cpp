@@ -18,7 +18,7 @@ namespace {
 using namespace report;
 
 int run(options const& asked) {
-  check_target(asked.output, asked.force);
+  check_target(asked.output, asked.force, asked.inputs);
   std::vector<capture> captures;
   for (std::string const& input : asked.inputs) captures.push_back(load(input, asked));
 
@@ -35,7 +35,7 @@ int run(options const& asked) {
   for (auto const& [name, values] : arrays) names.push_back(name);
   texts["report.html"] = report_html(measured, asked, plots, names);
 
-  publish(asked.output, asked.force,
+  publish(asked.output, asked.force, asked.inputs,
           [&](std::filesystem::path const& folder) { write_files(folder, texts, arrays); });
 
   if (!asked.quiet) {

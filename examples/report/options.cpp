@@ -68,10 +68,11 @@ std::optional<options> parse(int argc, char const* const* argv) {
       ->expected(1, 2)
       ->type_name("FILE");
 
-  app.add_option("-o,--output", o.output, "Folder for the report; default NAME-report")
-      ->type_name("DIR")
-      ->group("Output");
-  app.add_flag("--force", o.force, "Replace that folder if it is there")->group("Output");
+  CLI::Option const* const output =
+      app.add_option("-o,--output", o.output, "Folder for the report; default NAME-report")
+          ->type_name("DIR")
+          ->group("Output");
+  app.add_flag("--force", o.force, "Replace the report in that folder")->group("Output");
   bool no_plots = false;
   app.add_flag("--no-plots", no_plots, "Leave out the figures that need gnuplot")->group("Output");
   app.add_flag("--strict", o.strict, "Exit with status 2 if a layer has no answer")
@@ -154,6 +155,8 @@ std::optional<options> parse(int argc, char const* const* argv) {
   if (auto const mark = o.pattern.block.find("{}");
       mark == std::string::npos || o.pattern.block.find("{}", mark + 2) != std::string::npos)
     throw std::invalid_argument("--pattern-block: '" + o.pattern.block + "' does not hold {} once");
+  if (output->count() > 0 && o.output.empty())
+    throw std::invalid_argument("--output: the name of a folder expected");
   if (o.output.empty()) o.output = default_output(o.inputs);
   return o;
 }

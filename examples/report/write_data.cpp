@@ -1,15 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 // metrics.json, the CSV files and the arrays.
 
-#if defined(__GNUC__) && !defined(__clang__)
-#endif
-
 #include <rflow/npy.hpp>
 
 #include <cmath>
 #include <limits>
 #include <nlohmann/json.hpp>
 
+#include "publish.hpp"
 #include "text.hpp"
 #include "write.hpp"
 
@@ -275,12 +273,19 @@ std::map<std::string, array> npy_files(result const& r, options const& asked) {
 void write_files(std::filesystem::path const& folder,
                  std::map<std::string, std::string> const& texts,
                  std::map<std::string, array> const& arrays) {
+  auto const require_known = [](std::string const& name) {  // else --force would not replace it
+    if (!is_report_file(name)) throw std::logic_error(name + ": is_report_file does not know it");
+  };
   for (auto const& [name, text] : texts) {
+    require_known(name);
     rflow::atomic_writer out(folder / name);
     out.write(text);
     out.commit();
   }
-  for (auto const& [name, x] : arrays) rflow::write_npy(folder / name, x.values, x.shape);
+  for (auto const& [name, x] : arrays) {
+    require_known(name);
+    rflow::write_npy(folder / name, x.values, x.shape);
+  }
 }
 
 }  // namespace report

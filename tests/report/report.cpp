@@ -683,15 +683,89 @@ TEST_CASE("a bad layer leaves the others as they were") {
 TEST_CASE("where the report goes") {
   folder const work;
   sites(2, 12, 6).write(work / "x.safetensors");
-  SUBCASE("a folder that is there and not empty is replaced only with --force") {
-    fs::create_directory(work.path / "r");
-    std::ofstream(work / "r/precious") << "mine";
+  SUBCASE("an earlier report is replaced only with --force") {
+    REQUIRE(run(work, {"x.safetensors", "-o", "r", "--no-plots"}).status == 0);
+    std::ofstream(work / "r/report.html") << "old";
     check_refused(work, {"x.safetensors", "-o", "r", "--no-plots"}, {"r: ", "--force"});
-    CHECK(read(work / "r/precious") == "mine");
+    CHECK(read(work / "r/report.html") == "old");
     CHECK(run(work, {"x.safetensors", "-o", "r/", "--no-plots", "--force"}).status == 0);
-    CHECK_FALSE(fs::exists(work / "r/precious"));
-    CHECK(fs::exists(work / "r/report.html"));
+    check_page(work.path / "r");
     CHECK(work.names() == std::vector<std::string>{"r", "x.safetensors"});
+  }
+  SUBCASE("whatever a report can hold, --force can replace") {
+    sites(2, 12, 6).write(work / "a.safetensors", {{"token_hash", "x"}});
+    for (int i = 0; i < 2; ++i)
+      CHECK(run(work, {"a.safetensors", "a.safetensors", "-o", "r", "--force", "-q"}).status == 0);
+    CHECK(run(work, {"a.safetensors", "-o", "r", "--force", "-q"}).status == 0);
+    CHECK_FALSE(fs::exists(work / "r/cka-cross.npy"));
+  }
+  SUBCASE("a folder with anything else is not replaced, not even with --force") {
+    REQUIRE(run(work, {"x.safetensors", "-o", "r", "--no-plots"}).status == 0);
+    std::string name = "thesis.tex";
+    SUBCASE("a file") { std::ofstream(work / "r/thesis.tex") << "mine"; }
+    SUBCASE("a hidden file") { std::ofstream(work / ("r/" + (name = ".notes"))) << "mine"; }
+    SUBCASE("a folder") { fs::create_directory(work.path / "r/thesis.tex"); }
+    SUBCASE("a folder that is called like a file of ours") {
+      fs::remove(work.path / "r/cka.npy");
+      fs::create_directory(work.path / "r" / (name = "cka.npy"));
+    }
+    SUBCASE("a link that is called like a file of ours") {
+      fs::remove(work.path / "r/cka.npy");
+      fs::create_symlink("../x.safetensors", work.path / "r" / (name = "cka.npy"));
+    }
+    check_refused(work, {"x.safetensors", "-o", "r", "--no-plots", "--force"},
+                  {"r: holds " + name + ", which is not a report's"});
+    CHECK(fs::exists(fs::symlink_status(work.path / "r" / name)));
+    CHECK(fs::exists(work.path / "r/report.html"));
+  }
+  SUBCASE("nor one that holds an input, or is one") {
+    fs::create_directories(work.path / "deep/x");
+    std::vector<std::string> files;
+    for (auto const& [name, values] : sites(1, 12, 6).values) {
+      rflow::write_npy(work.path / "deep/x" / (name + ".npy"), values, {12, 6});
+      files.push_back(name + ".npy");
+    }
+    fs::create_directory_symlink("deep/x", work.path / "link");
+    fs::create_directory(work.path / "r");
+    fs::create_symlink("../x.safetensors", work.path / "r/cka.npy");
+    for (char const* to : {"deep", "deep/x", "deep/x/", "deep/../deep/x/.", "link"}) {
+      CAPTURE(to);
+      check_refused(work, {"deep/x", "-o", to, "--force"}, {"holds the input deep/x"});
+      check_refused(work, {"link", "-o", to, "--force"}, {"holds the input link"});
+    }
+    check_refused(work, {"r/cka.npy", "-o", "r", "--force"}, {"holds the input r/cka.npy"});
+    for (std::string const& name : files) CHECK(fs::exists(work.path / "deep/x" / name));
+    // An empty folder counts, too: it would be gone when the time comes to read it.
+    fs::create_directory(work.path / "empty");
+    check_refused(work, {"empty", "-o", "empty"}, {"holds the input empty"});
+    // Inside a folder that is an input there is room.
+    CHECK(run(work, {"deep/x", "-o", "deep/x/r", "--no-plots"}).status == 0);
+  }
+  SUBCASE("nor the present folder or one above it, by whatever name") {
+    std::string const up = "../../" + work.path.parent_path().filename().string();
+    for (std::string const& to : {std::string("."), std::string(".."), std::string("/"), up,
+                                  work.path.string(), "../" + work.path.filename().string()}) {
+      CAPTURE(to);
+      check_refused(work, {"x.safetensors", "-o", to, "--force"},
+                    {"holds the present folder", "folder of its own"});
+    }
+    CHECK(fs::exists(work / "x.safetensors"));
+  }
+  SUBCASE("a link is followed") {
+    fs::create_directory(work.path / "real");
+    fs::create_directory_symlink("real", work.path / "link");
+    for (char const* to : {"link", "link/"})
+      CHECK(run(work, {"x.safetensors", "-o", to, "--no-plots", "--force"}).status == 0);
+    CHECK(fs::is_symlink(work.path / "link"));
+    CHECK(fs::exists(work / "real/report.html"));
+    CHECK(work.names() == std::vector<std::string>{"link", "real", "x.safetensors"});
+    std::ofstream(work / "real/thesis.tex") << "mine";
+    check_refused(work, {"x.safetensors", "-o", "link", "--force"}, {"link: holds thesis.tex"});
+    fs::create_symlink("nowhere", work.path / "broken");
+    check_refused(work, {"x.safetensors", "-o", "broken", "--force"}, {"broken: is a link"});
+  }
+  SUBCASE("no name at all") {
+    check_refused(work, {"x.safetensors", "-o", ""}, {"--output: ", "expected"});
   }
   SUBCASE("an empty folder is taken") {
     fs::create_directory(work.path / "r");
@@ -703,9 +777,6 @@ TEST_CASE("where the report goes") {
                   {"x.safetensors: ", "not a folder"});
     CHECK(fs::is_regular_file(work / "x.safetensors"));
   }
-  SUBCASE("nor the present folder") {
-    check_refused(work, {"x.safetensors", "-o", ".", "--force"}, {"folder"});
-  }
   SUBCASE("a parent that is not there") {
     check_refused(work, {"x.safetensors", "-o", "none/r"}, {"none/r: ", "No such file"});
   }
@@ -714,9 +785,9 @@ TEST_CASE("where the report goes") {
   }
   SUBCASE("bad input does not touch what was there") {
     fs::create_directory(work.path / "r");
-    std::ofstream(work / "r/precious") << "mine";
+    std::ofstream(work / "r/report.html") << "mine";
     check_refused(work, {"none.safetensors", "-o", "r", "--force"}, {"none.safetensors"});
-    CHECK(read(work / "r/precious") == "mine");
+    CHECK(read(work / "r/report.html") == "mine");
   }
 }
 
