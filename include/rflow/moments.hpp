@@ -19,14 +19,16 @@ namespace rflow {
 /// Count, mean and centred second moment of a stream; merges without cancellation.
 /// @see Chan, Golub, LeVeque, "Algorithms for computing the sample variance", 1983, equation 1.5
 struct running_stat {
-  double count = 0, mean = 0, m2 = 0;
+  double count = 0, mean = 0, m2 = 0;  ///< m2: sum of squared distances from the mean
 
+  /// One more value.
   void add(double x) {
     count += 1;
     double const delta = x - mean;
     mean += delta / count;
     m2 += delta * (x - mean);
   }
+  /// The values of another stream.
   void merge(running_stat const& other) {
     if (other.count == 0) return;
     double const total = count + other.count;
@@ -44,23 +46,24 @@ struct running_stat {
 /// Inter-token sums live in the open sequence until end_sequence() closes it, because the unit
 /// vectors of one sequence add but their squared norm does not.
 struct flow_moments {
-  std::ptrdiff_t sites = 0, width = 0;
-  double tokens = 0;
+  std::ptrdiff_t sites = 0, width = 0;  ///< S, d
+  double tokens = 0;                    ///< n, those that count
 
-  std::vector<double> squares;                // S: Σ_t ‖x_t‖²
-  std::vector<double> zero_rows;              // S: tokens with x_t = 0
-  std::vector<double> unit_sum;               // S × d: Σ x_t/‖x_t‖ over the open sequence
-  std::vector<double> units;                  // S: number of terms in it
-  std::vector<double> pair_cosines;           // S: Σ_{i≠j} cos(x_i, x_j) over closed sequences
-  std::vector<double> pairs;                  // S: number of those ordered pairs
-  std::vector<running_stat> sequence_cosine;  // S: mean pair cosine of each closed sequence
-  std::vector<running_stat> cosine;           // S − 1: cos(x_l,t , x_l+1,t)
-  std::vector<double> steps;                  // S − 1: Σ_t ‖Δ_l,t‖²
-  std::vector<double> turns;                  // S − 2: Σ_t ⟨Δ_l,t , Δ_l+1,t⟩
-  double spread = 0;                          // Σ_t Σ_l ‖x_l,t − x̄_t‖²
-  std::vector<position> non_finite;           // S: first NaN or infinity
+  std::vector<double> squares;                ///< S: Σ_t ‖x_t‖²
+  std::vector<double> zero_rows;              ///< S: tokens with x_t = 0
+  std::vector<double> unit_sum;               ///< S × d: Σ x_t/‖x_t‖ over the open sequence
+  std::vector<double> units;                  ///< S: number of terms in it
+  std::vector<double> pair_cosines;           ///< S: Σ_{i≠j} cos(x_i, x_j) over closed sequences
+  std::vector<double> pairs;                  ///< S: number of those ordered pairs
+  std::vector<running_stat> sequence_cosine;  ///< S: mean pair cosine of each closed sequence
+  std::vector<running_stat> cosine;           ///< S − 1: cos(x_l,t , x_l+1,t)
+  std::vector<double> steps;                  ///< S − 1: Σ_t ‖Δ_l,t‖²
+  std::vector<double> turns;                  ///< S − 2: Σ_t ⟨Δ_l,t , Δ_l+1,t⟩
+  double spread = 0;                          ///< Σ_t Σ_l ‖x_l,t − x̄_t‖²
+  std::vector<position> non_finite;           ///< S: first NaN or infinity
 
   flow_moments() = default;
+  /// Of no tokens.
   flow_moments(std::ptrdiff_t site_count, std::ptrdiff_t hidden)
       : sites(site_count), width(hidden) {
     auto const s = static_cast<std::size_t>(site_count);
@@ -155,9 +158,9 @@ struct rbf {
   /// the published numbers), or each pair once.
   enum class median { all_pairs, upper_triangle };
 
-  double fraction = 1;
-  median convention = median::all_pairs;
-  std::vector<double> sigma = {};  ///< one σ a site, to use instead of the median's
+  double fraction = 1;                    ///< of the median distance
+  median convention = median::all_pairs;  ///< which distances
+  std::vector<double> sigma = {};         ///< one σ a site, to use instead of the median's
 };
 
 /// A kernel of your own: k(⟨x, y⟩, ‖x‖², ‖y‖²) on centred features, in double. Called for every pair
@@ -181,20 +184,22 @@ enum class gram_path {
 ///
 /// More tiles of the same batch add to these sums; other batches do not (see minibatch_moments).
 struct gram_moments {
-  std::ptrdiff_t sites = 0, tokens = 0;
-  std::vector<double> products;  // S × S: Σ_{i≠j} G^p_ij G^q_ij
-  std::vector<double> row_sums;  // S × n: Σ_{j≠i} G^p_ij
-  std::vector<double> diagonal;  // S × n: G^p_ii
-  std::vector<double> squares;   // S × n: Σ_{j≠i} (G^p_ij)²; empty if the path has no tiles
-  std::vector<double> trace;     // S: Σ_i k(x_i, x_i), the scale of the kernel matrix
-  std::vector<int> exponent;  // S: G^p · 2^exponent is in units of the data. 0, but for data whose
-                              // fourth powers would leave the range of double
-  double epsilon = 0;         // unit roundoff of the products
-  std::vector<double> sigma;  // S, for kernels with a bandwidth
-  std::vector<status> why;    // S: ok, constant_layer, zero_bandwidth or non_finite
-  std::vector<position> non_finite;  // S: first NaN or infinity
+  std::ptrdiff_t sites = 0, tokens = 0;  ///< S, n
+  std::vector<double> products;          ///< S × S: Σ_{i≠j} G^p_ij G^q_ij
+  std::vector<double> row_sums;          ///< S × n: Σ_{j≠i} G^p_ij
+  std::vector<double> diagonal;          ///< S × n: G^p_ii
+  std::vector<double> squares;  ///< S × n: Σ_{j≠i} (G^p_ij)²; empty if the path has no tiles
+  std::vector<double> trace;    ///< S: Σ_i k(x_i, x_i), the scale of the kernel matrix
+  std::vector<int>
+      exponent;        ///< S: G^p · 2^exponent is in units of the data. 0, but for data whose
+                       ///< fourth powers would leave the range of double
+  double epsilon = 0;  ///< unit roundoff of the products
+  std::vector<double> sigma;         ///< S, for kernels with a bandwidth
+  std::vector<status> why;           ///< S: ok, constant_layer, zero_bandwidth or non_finite
+  std::vector<position> non_finite;  ///< S: first NaN or infinity
 
   gram_moments() = default;
+  /// All sums zero.
   gram_moments(std::ptrdiff_t site_count, std::ptrdiff_t token_count)
       : sites(site_count), tokens(token_count) {
     auto const s = static_cast<std::size_t>(site_count);
@@ -208,6 +213,7 @@ struct gram_moments {
     non_finite.resize(s);
   }
 
+  /// Σ_{i≠j} G^p_ij G^q_ij.
   double product(std::ptrdiff_t p, std::ptrdiff_t q) const {
     return products[static_cast<std::size_t>(p * sites + q)];
   }
@@ -235,12 +241,12 @@ enum class batch_weight {
 /// They add over batches, shards and ranks; their ratio is minibatch CKA (see cka_accumulator).
 struct minibatch_moments {
   std::ptrdiff_t sites = 0, tokens = 0, batches = 0;
-  std::ptrdiff_t left_out = 0;  // batches of fewer than 4 tokens
+  std::ptrdiff_t left_out = 0;  ///< batches of fewer than 4 tokens
   batch_weight weight = batch_weight::pairs;
-  std::vector<double> sums;      // S × S: times 2^(exponent_p + exponent_q), in units of the data
-  std::vector<double> rounding;  // S: what the rounding of the kernels' entries may make of a sum
-  std::vector<int> exponent;     // S: 0, but for data whose fourth powers leave the range of double
-  std::vector<status> why;       // S: ok, zero_bandwidth or non_finite
+  std::vector<double> sums;  ///< S × S: times 2^(exponent_p + exponent_q), in units of the data
+  std::vector<double> rounding;  ///< S: what the rounding of the kernels' entries may make of a sum
+  std::vector<int> exponent;  ///< S: 0, but for data whose fourth powers leave the range of double
+  std::vector<status> why;    ///< S: ok, zero_bandwidth or non_finite
 
   minibatch_moments() = default;
   explicit minibatch_moments(std::ptrdiff_t site_count, batch_weight by = batch_weight::pairs)

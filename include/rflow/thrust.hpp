@@ -23,10 +23,12 @@ namespace rflow {
 
 /// Thrust's serial system.
 struct thrust_cpp {
+  /// One thread.
   static auto policy() { return thrust::cpp::par; }
 };
 /// Thrust's OpenMP system; needs -fopenmp.
 struct thrust_omp {
+  /// OpenMP's threads.
   static auto policy() { return thrust::omp::par; }
 };
 
@@ -59,6 +61,7 @@ struct on_thrust {
   std::size_t memory_bound = std::size_t{256} << 20;  ///< bytes of scratch for Gram tiles
   gram_path path = gram_path::automatic;              ///< how linear Gram moments come about
 
+  /// Host memory only.
   template <class Memory>
   static constexpr bool reads = std::same_as<Memory, host_memory>;
 

@@ -44,7 +44,7 @@ struct device_memory {};
 
 /// IEEE 754 binary16, as stored. Converts to float exactly; every metric widens it first.
 struct f16 {
-  std::uint16_t bits;
+  std::uint16_t bits;  ///< sign, 5 bits of exponent, 10 of fraction
 
   /// The exact value as float; NaN and infinity are kept. Integer steps and one exact subtraction,
   /// so that it vectorises and subnormals survive flush-to-zero.
@@ -81,8 +81,9 @@ struct f16 {
 
 /// bfloat16: the upper half of a float, as stored.
 struct bf16 {
-  std::uint16_t bits;
+  std::uint16_t bits;  ///< sign, 8 bits of exponent, 7 of fraction
 
+  /// The exact value as float.
   RFLOW_HD constexpr operator float() const {
     return __builtin_bit_cast(float, static_cast<std::uint32_t>(bits) << 16);
   }
@@ -141,21 +142,26 @@ constexpr std::string_view to_string(status why) {
 
 /// A scalar result. `value` is NaN exactly when `why` is not ok.
 struct measured {
-  double value = std::numeric_limits<double>::quiet_NaN();
-  status why = status::not_requested;
+  double value = std::numeric_limits<double>::quiet_NaN();  ///< NaN if there is none
+  status why = status::not_requested;                       ///< ok, or why there is none
 
   constexpr measured() = default;
+  /// There is a value.
   constexpr measured(double x) : value(x), why(status::ok) {}
+  /// There is none, for this reason.
   constexpr measured(status reason) : why(reason) {}
 
+  /// The value, or NaN.
   constexpr operator double() const { return value; }
+  /// Whether there is a value.
   constexpr bool ok() const { return why == status::ok; }
 };
 
 /// Where the first NaN or infinity of a site stands.
 struct position {
-  std::ptrdiff_t token = -1, feature = -1;
+  std::ptrdiff_t token = -1, feature = -1;  ///< row and column, from 0; −1 if there is none
 
+  /// Whether there is one.
   constexpr bool found() const { return token >= 0; }
 };
 
@@ -165,6 +171,9 @@ class format_error : public std::runtime_error {
  public:
   using std::runtime_error::runtime_error;
 
+  /// @param file  its name
+  /// @param byte  offset at which the rule is broken
+  /// @param rule  what is wrong there
   format_error(std::string const& file, std::uint64_t byte, std::string const& rule)
       : std::runtime_error(file + ": byte " + std::to_string(byte) + ": " + rule) {}
 };
@@ -179,9 +188,9 @@ template <class T, class Memory = host_memory>
 struct view {
   static_assert(scalar<T>, "rflow: activations are float, double, rflow::f16 or rflow::bf16");
 
-  T const* data = nullptr;
-  std::ptrdiff_t rows = 0, cols = 0;  // n tokens, d features
-  std::ptrdiff_t row_stride = 0, col_stride = 1;
+  T const* data = nullptr;                        ///< the first feature of the first token
+  std::ptrdiff_t rows = 0, cols = 0;              ///< n tokens, d features
+  std::ptrdiff_t row_stride = 0, col_stride = 1;  ///< from token to token, feature to feature
 
   constexpr view() = default;
 
@@ -189,6 +198,7 @@ struct view {
   constexpr view(T const* p, std::ptrdiff_t n, std::ptrdiff_t d)
       : data(p), rows(n), cols(d), row_stride(d) {}
 
+  /// With any strides, in elements.
   constexpr view(T const* p, std::ptrdiff_t n, std::ptrdiff_t d, std::ptrdiff_t between_rows,
                  std::ptrdiff_t between_cols = 1)
       : data(p), rows(n), cols(d), row_stride(between_rows), col_stride(between_cols) {}
@@ -209,6 +219,7 @@ struct view {
                                   std::to_string(d));
   }
 
+  /// One element; not checked.
   RFLOW_HD constexpr T const& operator()(std::ptrdiff_t token, std::ptrdiff_t feature) const {
     return data[token * row_stride + feature * col_stride];
   }
@@ -232,9 +243,11 @@ view(Container const&, std::ptrdiff_t, std::ptrdiff_t)
 template <class Container>
 struct adapt;
 
+/// A view is its own view.
 template <class T, class Memory>
 struct adapt<view<T, Memory>> {
-  static constexpr bool borrowed = true;  // a view outlives the object it was made from
+  static constexpr bool borrowed = true;  ///< it outlives the object it was made from
+  /// x itself.
   static constexpr view<T, Memory> as_view(view<T, Memory> const& x) { return x; }
 };
 
@@ -257,8 +270,8 @@ template <class V>
 struct view_traits;
 template <class T, class Memory>
 struct view_traits<view<T, Memory>> {
-  using scalar = T;
-  using memory = Memory;
+  using scalar = T;       ///< what activations are stored as
+  using memory = Memory;  ///< where they live
 };
 
 template <class X>
@@ -313,12 +326,12 @@ using default_backend_t = typename default_backend<Memory>::type;
 
 /// Extents of a three-dimensional array of activations.
 struct stack_shape {
-  std::ptrdiff_t sites, tokens, hidden;
+  std::ptrdiff_t sites, tokens, hidden;  ///< S, n, d
 };
 
 /// Distances in elements between neighbours along each axis.
 struct stack_strides {
-  std::ptrdiff_t site, token, hidden;
+  std::ptrdiff_t site, token, hidden;  ///< along S, n, d
 };
 
 /// Order of the axes in memory, slowest first.
@@ -371,6 +384,7 @@ class layer_stack {
   template <detail::owning_temporary Range>
   explicit layer_stack(Range&&, std::vector<std::string> = {}) = delete;  // keep them in a variable
 
+  /// The same from views, one a site.
   layer_stack(std::initializer_list<view<T, Memory>> layers) : sites_(layers) { validate(); }
 
   /// One dense array in the given axis order.
@@ -422,7 +436,9 @@ class layer_stack {
     return out;
   }
 
+  /// S.
   std::ptrdiff_t sites() const { return static_cast<std::ptrdiff_t>(sites_.size()); }
+  /// The view of a site; not checked.
   view<T, Memory> const& operator[](std::ptrdiff_t site) const {
     return sites_[static_cast<std::size_t>(site)];
   }
@@ -440,6 +456,7 @@ class layer_stack {
   }
   /// Rows of the tokens that count; empty if all do.
   std::span<std::ptrdiff_t const> selection() const { return selection_; }
+  /// Whether tokens() was called: some tokens may not count.
   bool masked() const { return masked_; }
 
   /// Where sequences begin and end among the tokens that count: 0, …, size().
