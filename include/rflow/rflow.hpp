@@ -10,5 +10,6 @@
 #include <rflow/init.hpp>
 #include <rflow/monitor.hpp>
 #include <rflow/poincare.hpp>
+#include <rflow/theory.hpp>
 #include <rflow/variance.hpp>
 #include <rflow/view.hpp>
