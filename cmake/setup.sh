@@ -15,6 +15,7 @@ case $what in
   test) needs="$build $report doctest-dev=doctest/doctest.h" ;;
   bench) needs="$build $json libbenchmark-dev=benchmark/benchmark.h" ;;
   ci) needs="$build $report doctest-dev=doctest/doctest.h libbenchmark-dev=benchmark/benchmark.h git=git
+             pkgconf=pkg-config doxygen=doxygen libjs-mathjax=javascript/mathjax/MathJax.js
              libthrust-dev=thrust/version.h libtbb-dev=tbb/tbb.h libdlpack-dev=dlpack/dlpack.h
              clang=clang++ clang-format=clang-format llvm=llvm-symbolizer
              libclang-rt-dev=asan-runtime" ;;
@@ -24,7 +25,7 @@ esac
 there() {  # there PROBE
   case $1 in
     */*) local dir
-         for dir in /usr/include /usr/local/include /opt/homebrew/include /opt/local/include \
+         for dir in /usr/include /usr/share /usr/local/include /opt/homebrew/include /opt/local/include \
                     ${CPATH:+${CPATH//:/ }}; do
            if [ -e "$dir/$1" ]; then return 0; fi
          done

@@ -560,8 +560,8 @@ struct rbf_kernel {
     template <class P>
     P operator()(P const& k, P const& ti, P const& tj) const {
       using namespace Eigen::internal;
-      P const exponent = psub(pmul(k, pset1<P>(static_cast<C>(rate))), padd(ti, tj));
-      P const value = pexp(pmin(exponent, pset1<P>(C(0))));
+      P const power = psub(pmul(k, pset1<P>(static_cast<C>(rate))), padd(ti, tj));
+      P const value = pexp(pmin(power, pset1<P>(C(0))));
       return psub(value, pset1<P>(static_cast<C>(centre)));
     }
   };

@@ -29,8 +29,23 @@ if(ROAD STREQUAL "find_package")
   run(${CMAKE_COMMAND} --build ${WORK}/app)
   run(${WORK}/app/app)
 
-elseif(ROAD STREQUAL "fetch")
-  run(${configure} -S ${here}/app -B ${WORK}/app -DROAD=fetch -DRFLOW_SOURCE=${RFLOW_SOURCE})
+elseif(ROAD STREQUAL "pkgconfig")
+  find_program(PKG_CONFIG NAMES pkg-config pkgconf)
+  if(NOT PKG_CONFIG)
+    message("skipped: pkg-config was not found")
+    return()
+  endif()
+  run(${CMAKE_COMMAND} --install ${RFLOW_BINARY} --prefix ${WORK}/prefix)
+  file(RENAME ${WORK}/prefix ${WORK}/moved)  # a prefix in a package is not where it was built
+  execute_process(COMMAND ${CMAKE_COMMAND} -E env PKG_CONFIG_PATH=${WORK}/moved/share/pkgconfig
+                  ${PKG_CONFIG} --cflags --libs rflow
+                  OUTPUT_VARIABLE flags OUTPUT_STRIP_TRAILING_WHITESPACE COMMAND_ERROR_IS_FATAL ANY)
+  separate_arguments(flags UNIX_COMMAND "${flags}")
+  run(${COMPILER} -std=c++20 ${here}/app/app.cpp ${flags} -o ${WORK}/app)
+  run(${WORK}/app)
+
+elseif(ROAD STREQUAL "fetch" OR ROAD STREQUAL "subdirectory")
+  run(${configure} -S ${here}/app -B ${WORK}/app -DROAD=${ROAD} -DRFLOW_SOURCE=${RFLOW_SOURCE})
   run(${CMAKE_COMMAND} --build ${WORK}/app)
   run(${WORK}/app/app)
   expect_invisible(${WORK}/app)
