@@ -12,9 +12,9 @@ json='nlohmann-json3-dev=nlohmann/json.hpp'
 report="$json libcli11-dev=CLI/CLI.hpp gnuplot-nox=gnuplot libboost-dev=boost/timer/progress_display.hpp"
 case $what in
   demo) needs="$build $report" ;;
-  test) needs="$build $report doctest-dev=doctest/doctest.h" ;;
+  test) needs="$build $report doctest-dev=doctest/doctest.h liblbfgspp-dev=LBFGS.h" ;;
   bench) needs="$build $json libbenchmark-dev=benchmark/benchmark.h" ;;
-  ci) needs="$build $report doctest-dev=doctest/doctest.h libbenchmark-dev=benchmark/benchmark.h git=git
+  ci) needs="$build $report doctest-dev=doctest/doctest.h liblbfgspp-dev=LBFGS.h libbenchmark-dev=benchmark/benchmark.h git=git
              pkgconf=pkg-config doxygen=doxygen libjs-mathjax=javascript/mathjax/MathJax.js
              libthrust-dev=thrust/version.h libtbb-dev=tbb/tbb.h libdlpack-dev=dlpack/dlpack.h
              clang=clang++ clang-format=clang-format llvm=llvm-symbolizer

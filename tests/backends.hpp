@@ -17,6 +17,7 @@
 
 #include <rflow/cka.hpp>
 #include <rflow/flow.hpp>
+#include <rflow/probe.hpp>
 
 #include "reference.hpp"
 
@@ -359,4 +360,35 @@ TEST_CASE_TEMPLATE("constant layers and copies of one token have a status", On, 
     for (std::size_t j = 0; j < 8; ++j) s.values[(40 + i) * 8 + j] = s.values[41 * 8 + j];
   CHECK(rflow::cka_matrix(s.stack, rflow::rbf{}, rflow::debiased{}, On{}).status(0, 2) ==
         status::zero_bandwidth);
+}
+
+template <class On, class T>
+void probes_agree() {
+  using namespace backends;
+  if constexpr (rflow::softmax_backend_for<On, rflow::host_memory>) {
+    sample<T> const s(13, 3, 130, 61);
+    std::vector<int> labels, mask;
+    for (int i = 0; i < 130; ++i) {
+      labels.push_back(i * i % 7 % 3);
+      mask.push_back(i % 11 != 0);
+    }
+    for (bool const standardize : {false, true})
+      for (auto const& stack : {s.stack, s.stack.tokens(mask)}) {
+        rflow::probe_options const options{.epochs = 10, .seeds = 2, .standardize = standardize};
+        rflow::layer_probes const a = rflow::probe_layers(stack, labels, options, On{});
+        rflow::layer_probes const b = rflow::probe_layers(stack, labels, options);
+        for (std::size_t l = 0; l < 3; ++l)
+          for (std::size_t p = 0; p < 2; ++p)
+            for (std::size_t e = 0; e <= 10; ++e) {
+              auto const &x = a.layers[l].seeds[p], &y = b.layers[l].seeds[p];
+              CHECK(near(x.train_loss[e], y.train_loss[e], 100 * scalar_tolerance<T>));
+              CHECK(near(x.validation_loss[e], y.validation_loss[e], 100 * scalar_tolerance<T>));
+            }
+      }
+  }
+}
+TEST_CASE_TEMPLATE("probes agree with on_cpu", On, RFLOW_BACKENDS) {
+  probes_agree<On, float>();
+  probes_agree<On, double>();
+  probes_agree<On, rflow::bf16>();
 }

@@ -108,6 +108,7 @@ std::string_view explain(rflow::status why) {
     case status::zero_step: return "a layer equals the one before it, so the step has no direction";
     case status::zero_bandwidth: return "the median distance between tokens is 0";
     case status::non_finite: return "the data hold a NaN or an infinity";
+    case status::diverged: return "the training ended in numbers that are not finite";
     case status::out_of_range: return "the squares of the values leave the range of double";
     case status::not_requested: return "not computed";
   }

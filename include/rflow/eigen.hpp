@@ -27,6 +27,7 @@
 
 #include <rflow/gram.hpp>
 #include <rflow/moments.hpp>
+#include <rflow/softmax.hpp>
 #include <rflow/threads.hpp>
 #include <rflow/view.hpp>
 
@@ -1169,6 +1170,37 @@ gram_moments host_gram(char const* where, Kernel const& kernel, gram_options con
   return m;
 }
 
+template <class C, class T, class Visit>
+void host_softmax_in(crew of, layer_stack<T> const& stack, softmax_problem const& problem,
+                     Visit const& visit) {
+  using engine = softmax_engine<C>;
+  std::ptrdiff_t width = 0;
+  for (std::ptrdiff_t l = 0; l < stack.sites(); ++l) width = (std::max)(width, stack[l].cols);
+  bool const side_by_side =
+      engine::side_by_side(stack.sites(), stack.size(), width, problem, of.threads);
+  team sites(side_by_side ? of : crew{});
+  sites.run(stack.sites(), [&](std::ptrdiff_t l) {
+    site_rows<T> const rows{stack[l], stack.masked() ? stack.selection().data() : nullptr};
+    engine regression(side_by_side ? crew{} : of, source_of<C>(rows), stack.size(), problem);
+    visit(l, regression);
+  });
+}
+
+/// Softmax regressions of all sites of a stack in host memory.
+template <class T, class Visit>
+void host_softmax(char const* where, crew of, layer_stack<T> const& stack,
+                  softmax_problem const& problem, Visit const& visit) {
+  auto const labels = static_cast<std::ptrdiff_t>(problem.labels.size());
+  if (labels != stack.size() || labels == 0 ||
+      problem.parts.size() != problem.labels.size() * static_cast<std::size_t>(problem.problems))
+    reject(where, std::to_string(labels) + " labels and " + std::to_string(problem.parts.size()) +
+                      " parts in " + std::to_string(problem.problems) + " problems for " +
+                      std::to_string(stack.size()) + " tokens");
+  if constexpr (!std::same_as<T, double>)
+    if (problem.in_double) return host_softmax_in<double>(of, stack, problem, visit);
+  host_softmax_in<compute_t<T>>(of, stack, problem, visit);
+}
+
 }  // namespace detail
 
 /// Runs on the CPU, with Eigen's vector instructions and threads of its own.
@@ -1201,6 +1233,17 @@ struct on_cpu {
         {thread_count()}, memory_bound, static_cast<detail::gram_path>(path)};
     return detail::host_gram<detail::packed_product>("rflow::on_cpu::gram", kernel, options,
                                                      stacks...);
+  }
+
+  /// Softmax regressions of every site; see softmax_backend_for. Sites run side by side where one
+  /// alone is too small for all threads, else one after the other.
+  /// @note   4·n·d·columns operations a step; weights, two moments and one residual per token and
+  ///         column of memory, for each site that runs
+  /// @throws std::invalid_argument if the problem has another number of tokens than the stack
+  template <class T, class Visit>
+  void softmax(layer_stack<T> const& stack, softmax_problem const& problem,
+               Visit const& visit) const {
+    detail::host_softmax("rflow::on_cpu::softmax", {thread_count()}, stack, problem, visit);
   }
 };
 

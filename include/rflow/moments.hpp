@@ -9,6 +9,7 @@
 #include <cmath>  // std::sqrt, std::ldexp
 #include <concepts>
 #include <cstddef>
+#include <cstdint>
 #include <string>
 #include <vector>
 
@@ -308,6 +309,55 @@ struct minibatch_moments {
   }
 };
 
+// ---- softmax regressions ------------------------------------------------------------------------
+
+/// Softmax regressions side by side on the same features: one problem a seed, each with a split of
+/// its own. Column problem · classes + class of the weights belongs to one class of one problem.
+struct softmax_problem {
+  static constexpr std::uint8_t neither = 0, train = 1, validate = 2;
+
+  std::ptrdiff_t classes = 0, problems = 0;
+  std::vector<std::int32_t> labels;  // n, each in [0, classes)
+  std::vector<std::uint8_t> parts;   // problems × n: neither, train or validate
+  bool standardize = false;          // by mean and deviation over the problem's training part
+  bool in_double = false;            // products in double even for narrower data
+
+  std::uint8_t part(std::ptrdiff_t problem, std::ptrdiff_t token) const {
+    return parts[static_cast<std::size_t>(problem) * labels.size() +
+                 static_cast<std::size_t>(token)];
+  }
+};
+
+/// Weights of all problems. They act on the features as each problem sees them, that is standardised
+/// if asked for.
+struct softmax_weights {
+  std::vector<double> values;  // columns × d
+  std::vector<double> bias;    // columns
+};
+
+/// What one look at all tokens finds, for each problem; [0] is the training part, [1] validation.
+struct softmax_sums {
+  std::vector<double> loss[2];     // Σ −log p(label); NaN if a logit is not finite
+  std::vector<double> correct[2];  // tokens whose largest logit is their label's
+  std::vector<double> count[2];    // tokens
+
+  explicit softmax_sums(std::ptrdiff_t problems) {
+    auto const size = static_cast<std::size_t>(problems);
+    for (std::size_t part = 0; part < 2; ++part) {
+      loss[part].resize(size);
+      correct[part].resize(size);
+      count[part].resize(size);
+    }
+  }
+};
+
+/// One step of Adam on the mean training loss of each problem.
+/// @see Kingma, Ba, ICLR 2015, algorithm 1
+struct adam {
+  double learning_rate = 0.05, beta1 = 0.9, beta2 = 0.999, epsilon = 1e-8;
+  double weight_decay = 0;  // times the weights, not the biases, added to the gradient
+};
+
 // ---- what a backend provides --------------------------------------------------------------------
 
 /// A backend: a value that says where the large work runs, and does it.
@@ -322,6 +372,52 @@ concept backend_for = std::remove_cvref_t<On>::template reads<Memory>&& requires
     On const& on, layer_stack<float, Memory> const& stack, flow_sink const& sink) {
   { on.flow(stack, sink) } -> std::same_as<flow_moments>;
   { on.gram(linear{}, stack) } -> std::same_as<gram_moments>;
+};
+
+/// Softmax regressions of one site, with features and weights where the backend is.
+///
+///     why(), non_finite()       nothing else may be called unless why() is ok
+///     mean(), deviation()       problems × d, over the training part; empty if not standardised.
+///                               A constant feature has deviation 0 and weight 0
+///     load(w), store(w)         weights from and to the host; load() forgets the moments of Adam
+///     step(by)                  one step of Adam; the sums are those of the weights before it
+///     evaluate()                the sums of the weights as they are
+///     predictions()             problems × n: classes found by the last evaluate()
+///     gradient(w)               writes the gradient of the mean training losses; sums as in step()
+template <class X>
+concept softmax_regression = requires(X& x, X const& constant, softmax_weights& w, adam const& by) {
+  { constant.why() } -> std::same_as<status>;
+  { constant.non_finite() } -> std::same_as<position>;
+  constant.mean();
+  constant.deviation();
+  x.load(w);
+  constant.store(w);
+  { x.step(by) } -> std::same_as<softmax_sums>;
+  { x.evaluate() } -> std::same_as<softmax_sums>;
+  { x.gradient(w) } -> std::same_as<softmax_sums>;
+  constant.predictions();
+};
+
+namespace detail {
+
+/// Takes any softmax regression: what a backend's softmax() is asked with in the concept below.
+struct any_visit {
+  template <class Regression>
+  requires softmax_regression<Regression>
+  void operator()(std::ptrdiff_t, Regression&) const {}
+};
+
+}  // namespace detail
+
+/// A backend for probes:
+///
+///     on.softmax(stack, problem, visit)
+///
+/// calls visit(site, regression) for every site, several at once where that is faster.
+template <class On, class Memory>
+concept softmax_backend_for = std::remove_cvref_t<On>::template reads<Memory>&& requires(
+    On const& on, layer_stack<float, Memory> const& stack, softmax_problem const& problem) {
+  on.softmax(stack, problem, detail::any_visit{});
 };
 
 namespace detail {

@@ -10,6 +10,7 @@
 #include <rflow/init.hpp>
 #include <rflow/monitor.hpp>
 #include <rflow/poincare.hpp>
+#include <rflow/probe.hpp>
 #include <rflow/theory.hpp>
 #include <rflow/variance.hpp>
 #include <rflow/view.hpp>

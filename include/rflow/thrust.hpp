@@ -81,6 +81,14 @@ struct on_thrust {
                                                      stacks...);
   }
 
+  /// @note   as on_cpu::softmax
+  /// @throws as on_cpu::softmax
+  template <class T, class Visit>
+  void softmax(layer_stack<T> const& stack, softmax_problem const& problem,
+               Visit const& visit) const {
+    detail::host_softmax("rflow::on_thrust::softmax", workers(), stack, problem, visit);
+  }
+
  private:
   detail::crew workers() const {
     return {detail::threads_or_all(threads), &detail::launch_by_thrust<System>};

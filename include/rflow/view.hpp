@@ -120,6 +120,7 @@ enum class status : std::uint8_t {
   zero_bandwidth,  ///< the median distance is 0, so an RBF kernel has no scale
   non_finite,      ///< the data hold a NaN or an infinity
   out_of_range,    ///< doubles whose squares leave the range of double: scale the data
+  diverged,        ///< an optimisation ended in numbers that are not finite
   not_requested,   ///< the option that would compute it is off
 };
 
@@ -135,6 +136,7 @@ constexpr std::string_view to_string(status why) {
     case status::zero_bandwidth: return "zero_bandwidth";
     case status::non_finite: return "non_finite";
     case status::out_of_range: return "out_of_range";
+    case status::diverged: return "diverged";
     case status::not_requested: return "not_requested";
   }
   return "unknown";
