@@ -15,6 +15,7 @@
 #include <nlohmann/json.hpp>
 
 #include <rflow/probe.hpp>
+#include <rflow/softmax.hpp>
 
 #include "reference.hpp"
 
@@ -440,6 +441,50 @@ TEST_CASE("probe: sites of a stack are probes of their own, side by side or not"
   CHECK(without.layers[0].seeds[0].weight.empty());
 }
 
+TEST_CASE("probe: a backend's gradient is the slope of its loss") {
+  clusters data(14, 70, 9, 3);
+  auto const values = data.packed<float>();
+  rflow::layer_stack<float> const stack{view_of(values, data.x)};
+  for (bool const standardize : {false, true}) {
+    CAPTURE(standardize);
+    auto plan =
+        rflow::detail::probe_plan("here", stack, data.y, {.seeds = 2, .standardize = standardize});
+    plan.problem.in_double = true;
+    rflow::on_cpu{}.softmax(stack, plan.problem, [&](std::ptrdiff_t, auto& regression) {
+      rflow::softmax_weights w = plan.initial(9, {}, {}), slope, unused;
+      auto const loss = [&](std::size_t p) {
+        regression.load(w);
+        auto const sums = regression.evaluate();
+        return sums.loss[0][p] / sums.count[0][p];
+      };
+      regression.load(w);
+      regression.gradient(slope);
+      double const h = 1e-5;
+      for (std::size_t i = 0; i < w.values.size() + w.bias.size(); ++i) {
+        bool const of_bias = i >= w.values.size();
+        std::size_t const k = of_bias ? i - w.values.size() : i;
+        std::size_t const p = k / (of_bias ? 3 : 27);
+        double& x = of_bias ? w.bias[k] : w.values[k];
+        double const at = x;
+        x = at + h;
+        double const above = loss(p);
+        x = at - h;
+        double const below = loss(p);
+        x = at;
+        CHECK(std::abs((above - below) / (2 * h) - (of_bias ? slope.bias : slope.values)[k]) <
+              1e-8);
+      }
+      regression.load(w);
+      regression.store(unused);
+      for (std::size_t i = 0; i < w.values.size(); ++i)
+        CHECK(unused.values[i] == Approx(w.values[i]).epsilon(1e-12));
+    });
+  }
+  rflow::softmax_problem short_of_labels{.classes = 2, .problems = 1};
+  CHECK_THROWS_AS(rflow::on_cpu{}.softmax(stack, short_of_labels, rflow::detail::any_visit{}),
+                  std::invalid_argument);
+}
+
 // ---- results ------------------------------------------------------------------------------------
 
 TEST_CASE("probe: returned weights give the returned predictions on features as given") {
@@ -647,16 +692,23 @@ TEST_CASE("probe: a group is never on both sides") {
 TEST_CASE("probe: a seed is the same split and start everywhere") {
   labels y;
   for (int i = 0; i < 20; ++i) y.push_back(i % 2);
-  probe_options const o{.seeds = 1, .first_seed = 7, .validation_fraction = 0.3};
-  auto const plan = plan_of(y, o);
-  std::vector<std::ptrdiff_t> held;
-  for (std::ptrdiff_t i = 0; i < 20; ++i)
-    if (plan.problem.part(0, i) == validate) held.push_back(i);
-  CHECK(held == std::vector<std::ptrdiff_t>{0});
-  auto const w = plan.initial(4, {}, {});
-  CHECK(w.values[0] == 0);
-  CHECK(w.bias[1] == 0);
-  for (double const v : w.values) CHECK(std::abs(v) <= 0.5);
+  probe_options o{.seeds = 1, .first_seed = 7, .validation_fraction = 0.3};
+  auto const held = [&] {
+    auto const plan = plan_of(y, o);
+    std::vector<int> out;
+    for (int i = 0; i < 20; ++i)
+      if (plan.problem.part(0, i) == validate) out.push_back(i);
+    return out;
+  };
+  CHECK(held() == std::vector<int>{1, 6, 10, 16, 17, 19});
+  o.split = rflow::split::shuffled;
+  CHECK(held() == std::vector<int>{1, 6, 9, 10, 17, 19});
+  for (int i = 0; i < 20; ++i) o.groups.push_back(i / 3);
+  CHECK(held() == std::vector<int>{3, 4, 5, 18, 19});
+  auto const w = plan_of(y, o).initial(4, {}, {});
+  CHECK(w.values[0] == Approx(-0.0454028547).epsilon(1e-8));
+  CHECK(w.values[7] == Approx(-0.498132318).epsilon(1e-8));
+  CHECK(w.bias[1] == Approx(0.171735376).epsilon(1e-8));
 }
 
 TEST_CASE("probe: initial weights fill ±1/√d evenly") {

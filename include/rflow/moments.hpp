@@ -317,10 +317,10 @@ struct softmax_problem {
   static constexpr std::uint8_t neither = 0, train = 1, validate = 2;
 
   std::ptrdiff_t classes = 0, problems = 0;
-  std::vector<std::int32_t> labels;  // n, each in [0, classes)
-  std::vector<std::uint8_t> parts;   // problems × n: neither, train or validate
-  bool standardize = false;          // by mean and deviation over the problem's training part
-  bool in_double = false;            // products in double even for narrower data
+  std::vector<std::int32_t> labels = {};  // n, each in [0, classes)
+  std::vector<std::uint8_t> parts = {};   // problems × n: neither, train or validate
+  bool standardize = false;               // by mean and deviation over the problem's training part
+  bool in_double = false;                 // products in double even for narrower data
 
   std::uint8_t part(std::ptrdiff_t problem, std::ptrdiff_t token) const {
     return parts[static_cast<std::size_t>(problem) * labels.size() +

@@ -45,7 +45,8 @@ struct probe_optimum {
   int evaluations = 0;       ///< of loss and gradient
   double gradient_norm = 0;  ///< where it ended
   over_seeds
-      objective_gap;    ///< loss + ridge of the probe less the optimum's: the distance, not < 0
+      objective_gap;    ///< loss + ridge of the probe less the optimum's: the distance, at least
+                        ///< 0 to the rounding of the probe's loss
   over_seeds loss_gap;  ///< the same without the ridge; below 0 where the ridge holds it back
   over_seeds train_accuracy_gap,
       validation_accuracy_gap;  ///< of the optimum less that of the probe
