@@ -159,7 +159,7 @@ TEST_CASE("the same bits for any number of threads") {
     rflow::flow_monitor<float> monitor(4, 33, {}, rflow::on_cpu{.threads = threads});
     for (std::ptrdiff_t l = 0; l < 4; ++l) REQUIRE(monitor.push(l, 0, s.rows(l, 0, 600)));
     REQUIRE(monitor.end_sequence());
-    return monitor.moments();
+    return monitor.moments().flow;
   };
   rflow::flow_moments const one = run(1);
   for (int const threads : {2, 3, 16}) {
@@ -353,6 +353,47 @@ TEST_CASE("CKA of merged monitors is that of one") {
                        std::invalid_argument);
   CHECK(without.report().cka.sites() == 0);
   CHECK(without.report().cka(0, 1).why == status::too_few_rows);
+}
+
+TEST_CASE("CKA of a monitor does not care for the scale of doubles") {
+  std::mt19937 bits(15);
+  sample<double> s(bits, 3, 50, 11);
+  rflow::monitor_options const options{.cka = true, .cka_batch = 16};
+  auto const cka = [&](double scale) {
+    std::vector<double> scaled = s.values;
+    for (double& v : scaled) v *= scale;
+    rflow::flow_monitor<double> monitor(3, 11, options);
+    for (std::ptrdiff_t l = 0; l < 3; ++l)
+      REQUIRE(monitor.push(l, 0, rflow::view<double>(scaled.data() + l * 550, 50, 11)));
+    REQUIRE(monitor.end_sequence());
+    return monitor.report().cka(0, 2).value;
+  };
+  double const base = cka(1);
+  for (double const scale : {1e-140, 1e-100, 1e-30, 1e30, 1e100, 1e140})
+    CHECK(cka(scale) == Approx(base).epsilon(1e-12));
+}
+
+TEST_CASE("moments survive as numbers") {
+  std::mt19937 bits(13);
+  sample<float> const s(bits, 4, 60, 9);
+  rflow::monitor_options const options{.cka = true, .cka_batch = 16};
+  rflow::flow_monitor<float> monitor(4, 9, options), restored(4, 9, options);
+  for (std::ptrdiff_t first = 0; first < 60; first += 20) {
+    push_sequence(monitor, s, first, first + 20, order::by_site, bits);
+    REQUIRE(monitor.end_sequence());
+  }
+  std::vector<double> const numbers = rflow::to_numbers(monitor.moments());
+  rflow::monitor_moments copy(4, 9, true);
+  rflow::from_numbers(copy, numbers);
+  CHECK(rflow::to_numbers(copy) == numbers);
+  restored.merge(copy);
+  CHECK(rflow::to_numbers(restored.moments()) == numbers);
+  CHECK(restored.report().cka(1, 2).value == monitor.report().cka(1, 2).value);
+  rflow::monitor_moments other(3, 9, true), plain(4, 9, false);
+  CHECK_THROWS_AS(rflow::from_numbers(other, numbers), std::invalid_argument);
+  CHECK_THROWS_WITH_AS(restored.merge(plain),
+                       "rflow::monitor_moments::merge: 4 sites x 9 with CKA and 4 sites x 9",
+                       std::invalid_argument);
 }
 
 TEST_CASE("a constant site and a NaN keep their status in CKA and spoil no other") {

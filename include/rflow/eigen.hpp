@@ -645,7 +645,7 @@ class chain_stream {
       if (slices > 1) std::fill(mine.units.begin(), mine.units.end(), 0.0);
       std::ptrdiff_t const begin = tokens * s / slices, end = tokens * (s + 1) / slices;
       for (std::ptrdiff_t i = begin; i < end; i += group)
-        walk_group(mine, x, row + i, (std::min)(group, end - i), site, at + i, token + i,
+        walk_group(mine, x, row + i, end - i, site, at + i, token + i,
                    slices > 1 ? mine.units.data() : units);
     });
     auto const l = count(site);
@@ -686,6 +686,12 @@ class chain_stream {
     position non_finite;
   };
 
+  /// Rows that will be wanted next.
+  struct ahead {
+    T const *x, *even, *odd;
+    C const* mean;
+  };
+
   /// What one slice of a push works with.
   struct part {
     site_sums sums;
@@ -695,14 +701,15 @@ class chain_stream {
 
   static std::size_t count(std::ptrdiff_t n) { return static_cast<std::size_t>(n); }
 
-  void walk_group(part& mine, view<T> const& x, std::ptrdiff_t row, std::ptrdiff_t tokens,
+  /// The next tokens, a group of them, of the `left` ones of a slice.
+  void walk_group(part& mine, view<T> const& x, std::ptrdiff_t row, std::ptrdiff_t left,
                   std::ptrdiff_t site, std::ptrdiff_t at, std::ptrdiff_t token, double* units) {
     T const *rows[group], *tails[group];
     C scale[group];
     for (std::ptrdiff_t k = 0; k < group; ++k) {
       rows[k] = tails[k] = absent_.data();
       scale[k] = 0;
-      if (k >= tokens || !slots_[count(at + k)].counts) continue;
+      if (k >= left || !slots_[count(at + k)].counts) continue;
       rows[k] = x.data + (row + k) * x.row_stride;
       if (x.col_stride != 1) {
         T* const dense = mine.gathered.data() + k * width_;
@@ -725,22 +732,36 @@ class chain_stream {
       if (!usable) rows[k] = tails[k] = absent_.data();
       mine.sums.tokens += 1;
     }
-    add_scaled(rows, scale, body_, units);
-    add_scaled(tails, scale, padded_ - body_, units + body_);
+    // What the next tokens will need comes from memory meanwhile.
+    ahead next[group];
+    for (std::ptrdiff_t k = 0; k < group; ++k) {
+      std::ptrdiff_t const i = k + group < left ? k + group : 0;
+      next[k] = {x.data + (row + i) * x.row_stride, rows_[0].data() + (at + i) * padded_,
+                 rows_[1].data() + (at + i) * padded_, mean_.data() + (at + i) * padded_};
+    }
+    add_scaled(rows, scale, body_, next, units);
+    add_scaled(tails, scale, padded_ - body_, next, units + body_);
   }
 
   static constexpr std::ptrdiff_t block = 64 * chunk<T>::width;  // summed in C, then in double
 
   static double add_squares(T const* x, std::ptrdiff_t places) {
+    constexpr std::ptrdiff_t chains = 4;  // sums that do not wait for each other
     double total = 0;
     for (std::ptrdiff_t j = 0; j < places; j += block) {
-      P sums[chunk<T>::packets];
+      P sums[chains];
       for (P& sum : sums) sum = packet::pset1<P>(C(0));
-      for (std::ptrdiff_t i = j; i < (std::min)(places, j + block); i += chunk<T>::width) {
+      std::ptrdiff_t const end = (std::min)(places, j + block);
+      std::ptrdiff_t i = j;
+      auto const add = [&](P& sum) {
         chunk<T> const here = load_chunk(x + i);
         for (std::ptrdiff_t c = 0; c < chunk<T>::packets; ++c)
-          sums[c] = packet::pmadd(here.at[c], here.at[c], sums[c]);
-      }
+          sum = packet::pmadd(here.at[c], here.at[c], sum);
+        i += chunk<T>::width;
+      };
+      while (i + chains * chunk<T>::width <= end)
+        add(sums[0]), add(sums[1]), add(sums[2]), add(sums[3]);
+      while (i < end) add(sums[0]);
       for (P const& sum : sums) total += static_cast<double>(packet::predux(sum));
     }
     return total;
@@ -781,8 +802,8 @@ class chain_stream {
   /// Products of `places` features with those of the row before (at Before ≥ 1) and of the one before
   /// that (at Before = 2), whose place the row then takes.
   template <int Before>
-  static void advance(T const* x, std::ptrdiff_t places, T const* last, T* to, C* mean,
-                      std::ptrdiff_t site, chain_products& r) {
+  static void advance(T const* x, std::ptrdiff_t places, [[maybe_unused]] T const* last, T* to,
+                      C* mean, std::ptrdiff_t site, chain_products& r) {
     P const zero = packet::pset1<P>(C(0));
     P const weight = packet::pset1<P>(C(1) / static_cast<C>(site + 1));
     for (std::ptrdiff_t j = 0; j < places; j += block) {
@@ -819,13 +840,18 @@ class chain_stream {
 
   /// Adds unit vectors in double, so that it hardly matters how tokens were grouped.
   static void add_scaled(T const* const (&rows)[group], C const (&scale)[group],
-                         std::ptrdiff_t places, double* to) {
+                         std::ptrdiff_t places, ahead const (&next)[group], double* to) {
     constexpr std::ptrdiff_t step = chunk<T>::width;
     for (std::ptrdiff_t j = 0; j < places; j += step) {
       alignas(64) C scaled[group][step];
       for (std::ptrdiff_t k = 0; k < group; ++k) {
         chunk<T> const x = load_chunk(rows[k] + j);
         P const s = packet::pset1<P>(scale[k]);
+        __builtin_prefetch(next[k].x + j, 0, 2);
+        __builtin_prefetch(next[k].even + j, 0, 2);
+        __builtin_prefetch(next[k].odd + j, 0, 2);
+        for (std::ptrdiff_t c = 0; c < chunk<T>::packets; ++c)
+          __builtin_prefetch(next[k].mean + j + c * chunk<T>::lanes, 0, 2);
         for (std::ptrdiff_t c = 0; c < chunk<T>::packets; ++c)
           packet::pstoreu(scaled[k] + c * chunk<T>::lanes, packet::pmul(x.at[c], s));
       }
@@ -1047,12 +1073,19 @@ class batch_stream {
     (*multiply_)(kernel(slot, 0), stride(), engine::room(n), products_.data());
     double const epsilon = static_cast<double>(std::numeric_limits<C>::epsilon()) / 2;
     auto const* const of = summaries_.data() + slot * sites_;
+    // In units of the data, but for data whose fourth powers leave the range of double.
+    auto const apart = [&](std::ptrdiff_t p) {
+      return std::abs(of[p].exponent) > 200 ? of[p].exponent : 0;
+    };
+    for (std::ptrdiff_t p = 0; p < sites_; ++p)
+      if (products_[p * sites_ + p] != 0) m.raise(p, apart(p));
+    auto const raised = [&](std::ptrdiff_t p) { return of[p].exponent - m.exponent[count(p)]; };
     for (std::ptrdiff_t p = 0; p < sites_; ++p) {
-      double const rounding = epsilon * of[p].trace * of[p].unit;
+      double const rounding = std::ldexp(epsilon * of[p].trace, raised(p));
       m.rounding[count(p)] += rounding * rounding;
       if (of[p].why == status::non_finite) m.why[count(p)] = status::non_finite;
       for (std::ptrdiff_t q = 0; q <= p; ++q) {
-        double const sum = 2 * of[p].unit * of[q].unit * products_[p * sites_ + q];
+        double const sum = std::ldexp(2 * products_[p * sites_ + q], raised(p) + raised(q));
         m.sums[count(p * sites_ + q)] += sum;
         if (q < p) m.sums[count(q * sites_ + p)] += sum;
       }

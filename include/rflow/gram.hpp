@@ -1486,8 +1486,8 @@ class batch_engine {
  public:
   /// What is left of a site's batch, beside the kernel's entries.
   struct summary {
-    double trace = 0,
-           unit = 1;  // Σ‖x_i − mean‖², in the entries' units; entries times unit: the data's
+    double trace = 0;  // Σ‖x_i − mean‖², in the entries' units
+    int exponent = 0;  // entries times 2^exponent are in units of the data
     status why = status::ok;
   };
 
@@ -1570,12 +1570,12 @@ class batch_engine {
       std::fill(x_.data() + i * ld_ + (i < n ? width_ : 0), x_.data() + (i + 1) * ld_, C(0));
     if (!find_means(n, 1)) {
       for (integer i = 0; i < n * ld_; ++i)
-        if (!is_finite(x_[i])) return {0, 1, status::non_finite};
+        if (!is_finite(x_[i])) return {0, 0, status::non_finite};
       find_means(n, std::ldexp(1., -64));  // finite doubles whose sum is not
     }
     double const largest =
         static_cast<double>(predux_max(largest_of(x_.data(), n * ld_, pset1<P>(C(0)))));
-    if (!(largest > 0)) return {0, 1, status::constant_layer};
+    if (!(largest > 0)) return {0, 0, status::constant_layer};
     double const scale = power_of_two<C>(-std::ilogb(largest) - 1);
     for (integer k = 0; k < ld_; ++k) {
       double const mean = k < width_ ? means_.data()[k] * scale : 0;
@@ -1593,13 +1593,13 @@ class batch_engine {
                             std::numeric_limits<double>::epsilon() * largest * scale;
     double const norm = *std::max_element(norms_.begin(), norms_.end());
     if (norm <= rounding * rounding * static_cast<double>(width_))
-      return {0, 1, status::constant_layer};
+      return {0, 0, status::constant_layer};
     double const rescale = std::ldexp(1., -std::ilogb(norm) / 2);
     each_packet(n, [&](C* x, integer) {
       pstore(x, P(pmul(pload<P>(x), pset1<P>(static_cast<C>(rescale)))));
     });
     for (double& a : norms_) a *= rescale * rescale;
-    return {0, 1 / scale / scale / rescale / rescale, status::ok};
+    return {0, -2 * (std::ilogb(scale) + std::ilogb(rescale)), status::ok};
   }
 
   template <class F>

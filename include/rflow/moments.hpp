@@ -10,6 +10,7 @@
 #include <concepts>
 #include <cstddef>
 #include <cstdint>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -357,6 +358,75 @@ struct adam {
   double learning_rate = 0.05, beta1 = 0.9, beta2 = 0.999, epsilon = 1e-8;
   double weight_decay = 0;  // times the weights, not the biases, added to the gradient
 };
+
+// ---- as numbers ---------------------------------------------------------------------------------
+
+/// Calls f(double&) for every number of moments in a fixed order, and takes over what f writes. What
+/// to_numbers and from_numbers need of a type; sizes of vectors are not among the numbers.
+template <class F>
+void each_number(running_stat& s, F const& f) {
+  f(s.count), f(s.mean), f(s.m2);
+}
+template <class F>
+void each_number(std::vector<running_stat>& stats, F const& f) {
+  for (running_stat& s : stats) each_number(s, f);
+}
+template <class F>
+void each_number(flow_moments& m, F const& f) {
+  f(m.tokens), f(m.spread);
+  for (auto* const values : {&m.squares, &m.zero_rows, &m.unit_sum, &m.units, &m.pair_cosines,
+                             &m.pairs, &m.steps, &m.turns})
+    for (double& x : *values) f(x);
+  each_number(m.sequence_cosine, f);
+  each_number(m.cosine, f);
+  for (position& at : m.non_finite)
+    for (std::ptrdiff_t* const x : {&at.token, &at.feature}) {
+      auto number = static_cast<double>(*x);
+      f(number);
+      *x = static_cast<std::ptrdiff_t>(number);
+    }
+}
+template <class F>
+void each_number(minibatch_moments& m, F const& f) {
+  for (std::ptrdiff_t* const x : {&m.tokens, &m.batches, &m.left_out}) {
+    auto number = static_cast<double>(*x);
+    f(number);
+    *x = static_cast<std::ptrdiff_t>(number);
+  }
+  for (double& x : m.sums) f(x);
+  for (double& x : m.rounding) f(x);
+  for (int& x : m.exponent) {
+    double number = x;
+    f(number);
+    x = static_cast<int>(number);
+  }
+  for (status& why : m.why) {
+    auto number = static_cast<double>(why);
+    f(number);
+    why = static_cast<status>(number);
+  }
+}
+
+/// All numbers of moments, to be sent or stored.
+template <class Moments>
+std::vector<double> to_numbers(Moments m) {
+  std::vector<double> out;
+  each_number(m, [&](double& x) { out.push_back(x); });
+  return out;
+}
+
+/// Takes over numbers that to_numbers made of moments of the same shape.
+/// @throws std::invalid_argument if there are more or fewer than m holds
+template <class Moments>
+void from_numbers(Moments& m, std::span<double const> numbers) {
+  std::size_t count = 0;
+  each_number(m, [&](double&) { ++count; });
+  if (count != numbers.size())
+    detail::reject("rflow::from_numbers", std::to_string(numbers.size()) + " numbers for " +
+                                              std::to_string(count) + " places");
+  double const* from = numbers.data();
+  each_number(m, [&](double& x) { x = *from++; });
+}
 
 // ---- what a backend provides --------------------------------------------------------------------
 

@@ -122,6 +122,58 @@ struct sequence_figures {
   }
 };
 
+/// Calls f(double&) for every number of the figures (see to_numbers).
+template <class F>
+void each_number(sequence_figures& m, F const& f) {
+  m.visit(m, [&](running_stat& s, running_stat&) { each_number(s, f); });
+}
+
+/// What a monitor knows of the sequences that were ended. Adds over sequences, shards and ranks.
+struct monitor_moments {
+  std::ptrdiff_t sites = 0, width = 0;
+  std::ptrdiff_t sequences = 0, tokens = 0;  // ended; all that were pushed, masked ones too
+  flow_moments flow;                         // without unit sums: no sequence is open
+  sequence_figures figures;
+  minibatch_moments cka;  // of 0 sites if not asked for
+
+  monitor_moments() = default;
+  monitor_moments(std::ptrdiff_t site_count, std::ptrdiff_t hidden, bool with_cka)
+      : sites(site_count),
+        width(hidden),
+        flow(site_count, 0),
+        figures(site_count, with_cka),
+        cka(with_cka ? site_count : 0) {
+    flow.width = hidden;
+  }
+
+  /// @throws std::invalid_argument if the shapes differ, or CKA is in one of the two only
+  void merge(monitor_moments const& other) {
+    auto const shape = [](monitor_moments const& m) {
+      return std::to_string(m.sites) + " sites x " + std::to_string(m.width) +
+             (m.cka.sites > 0 ? " with CKA" : "");
+    };
+    if (sites != other.sites || width != other.width || cka.sites != other.cka.sites)
+      detail::reject("rflow::monitor_moments::merge", shape(*this) + " and " + shape(other));
+    flow.merge(other.flow, tokens);
+    figures.merge(other.figures);
+    cka.merge(other.cka);
+    sequences += other.sequences;
+    tokens += other.tokens;
+  }
+};
+
+template <class F>
+void each_number(monitor_moments& m, F const& f) {
+  for (std::ptrdiff_t* const x : {&m.sequences, &m.tokens}) {
+    auto number = static_cast<double>(*x);
+    f(number);
+    *x = static_cast<std::ptrdiff_t>(number);
+  }
+  each_number(m.flow, f);
+  each_number(m.figures, f);
+  each_number(m.cka, f);
+}
+
 /// What a monitor has seen, both ways of reading many sequences side by side.
 struct monitor_report {
   std::ptrdiff_t sequences = 0;   ///< that were ended
@@ -129,6 +181,16 @@ struct monitor_report {
   sequence_figures per_sequence;  ///< each sequence by itself: mean and spread over sequences
   cka_accumulator<> cka;  ///< over all batches of all sequences; of 0 sites if not asked for
 };
+
+/// Reports on moments, wherever they came from. Positions of NaN count the tokens of all sequences.
+inline monitor_report report_of(monitor_moments const& m, normalization by = normalization::none) {
+  monitor_report out;
+  out.sequences = m.sequences;
+  out.pooled = report_of(m.flow, by);
+  out.per_sequence = m.figures;
+  out.cka.merge(m.cka);
+  return out;
+}
 
 /// The flow of S sites of a model as it runs. Memory O(n d) for n tokens under way; with CKA, for
 /// batches of b tokens, another S·b·n/2 values of T's compute type, and S·b·d values of T where chunks
@@ -167,11 +229,9 @@ class flow_monitor {
         next_(static_cast<std::size_t>(sites)),
         blank_(sites, chain_.padded()),
         open_(blank_),
-        closed_(blank_),
-        figures_(sites, options.cka),
         blank_cka_(options.cka ? sites : 0),
         open_cka_(blank_cka_),
-        closed_cka_(blank_cka_) {
+        closed_(sites, width, options.cka) {
     if (options.skip_first < 0)
       detail::reject(name_of_class, "skip_first is " + std::to_string(options.skip_first));
   }
@@ -236,13 +296,14 @@ class flow_monitor {
                       high());
     if (high() == 0) return true;
     open_.end_sequence();
-    figures_.add(open_, options_.normalize);
+    open_.width = width_;  // its unit sums are 0 now, and not among those of closed_
+    closed_.figures.add(open_, options_.normalize);
+    closed_.flow.merge(open_, closed_.tokens);
     batches_.end_sequence(high(), open_cka_);
-    figures_.add(open_cka_);
-    closed_cka_.merge(open_cka_);
-    closed_.merge(open_, tokens_before_);
-    tokens_before_ += high();
-    ++sequences_;
+    closed_.figures.add(open_cka_);
+    closed_.cka.merge(open_cka_);
+    closed_.tokens += high();
+    ++closed_.sequences;
     discard_sequence();
     return true;
   }
@@ -278,34 +339,21 @@ class flow_monitor {
       detail::reject(where, "the other one's sequence of " + std::to_string(other.high()) +
                                 " tokens has not ended");
     if (!other.error().empty()) throw std::invalid_argument(std::string(other.error()));
-    closed_.merge(other.closed_, tokens_before_);
-    closed_cka_.merge(other.closed_cka_);
-    figures_.merge(other.figures_);
-    tokens_before_ += other.tokens_before_;
-    sequences_ += other.sequences_;
+    closed_.merge(other.closed_);
   }
+
+  /// The same of moments that were sent or stored.
+  /// @throws std::invalid_argument if they have another shape
+  void merge(monitor_moments const& other) { closed_.merge(other); }
 
   /// The moments of the sequences ended so far.
-  flow_moments moments() const {
-    flow_moments m = closed_;
-    m.width = width_;
-    m.unit_sum.assign(static_cast<std::size_t>(sites_ * width_), 0.0);
-    return m;
-  }
+  monitor_moments const& moments() const { return closed_; }
 
-  /// The sums of minibatch CKA over them; of 0 sites if not asked for.
-  minibatch_moments const& cka_moments() const { return closed_cka_; }
-
-  /// Everything about the sequences ended so far. Positions of NaN count the tokens of all of them.
+  /// Everything about the sequences ended so far.
   /// @throws std::invalid_argument what was refused first, if anything was
   monitor_report report() const {
     if (!error().empty()) throw std::invalid_argument(std::string(error()));
-    monitor_report out;
-    out.sequences = sequences_;
-    out.pooled = report_of(moments(), options_.normalize);
-    out.per_sequence = figures_;
-    out.cka.merge(closed_cka_);
-    return out;
+    return report_of(closed_, options_.normalize);
   }
 
  private:
@@ -387,10 +435,9 @@ class flow_monitor {
   typename On::template batch_stream<T> batches_;
   std::vector<std::ptrdiff_t> next_;  // S: how many tokens of the open sequence a site has had
   std::ptrdiff_t origin_ = 0;         // the token in slot 0, or one that was
-  std::ptrdiff_t tokens_before_ = 0, sequences_ = 0;
-  flow_moments blank_, open_, closed_;  // unit sums have the chain's places
-  sequence_figures figures_;
-  minibatch_moments blank_cka_, open_cka_, closed_cka_;
+  flow_moments blank_, open_;         // of the open sequence; unit sums have the chain's places
+  minibatch_moments blank_cka_, open_cka_;
+  monitor_moments closed_;
   std::array<char, 256> error_{};
 };
 
