@@ -14,11 +14,14 @@ case $what in
   demo) needs="$build $report" ;;
   test) needs="$build $report doctest-dev=doctest/doctest.h liblbfgspp-dev=LBFGS.h" ;;
   bench) needs="$build $json libbenchmark-dev=benchmark/benchmark.h" ;;
-  ci) needs="$build $report doctest-dev=doctest/doctest.h liblbfgspp-dev=LBFGS.h libbenchmark-dev=benchmark/benchmark.h git=git
-             pkgconf=pkg-config doxygen=doxygen libjs-mathjax=javascript/mathjax/MathJax.js
-             libopenmpi-dev=mpi-headers openmpi-bin=mpirun libthrust-dev=thrust/version.h libtbb-dev=tbb/tbb.h libdlpack-dev=dlpack/dlpack.h
-             clang=clang++ clang-format=clang-format llvm=llvm-symbolizer
-             libclang-rt-dev=asan-runtime" ;;
+<<<<<<< HEAD
+  ci) needs="$build $report doctest-dev=doctest/doctest.h liblbfgspp-dev=LBFGS.h libbenchmark-dev=benchmark/benchmark.h
+             git=git pkgconf=pkg-config python3-venv=venv
+             doxygen=doxygen libjs-mathjax=javascript/mathjax/MathJax.js
+             libopenmpi-dev=mpi-headers openmpi-bin=mpirun
+             libthrust-dev=thrust/version.h libtbb-dev=tbb/tbb.h
+             libdlpack-dev=dlpack/dlpack.h
+             clang=clang++ clang-format=clang-format llvm=llvm-symbolizer libclang-rt-dev=asan-runtime" ;;
   *) echo "usage: cmake/setup.sh [demo|test|bench|ci]" >&2; exit 64 ;;
 esac
 
@@ -32,6 +35,7 @@ there() {  # there PROBE
          return 1 ;;
     mpi-headers) ls /usr/lib/*/openmpi/include/mpi.h /usr/include/mpi.h >/dev/null 2>&1 || command -v mpicc >/dev/null ;;
     asan-runtime) [ -e "$(clang++ -print-file-name=libclang_rt.asan-x86_64.a 2>/dev/null)" ] ;;
+    venv) python3 -c 'import ensurepip, venv' 2>/dev/null ;;
     g++) command -v "${CXX:-g++}" >/dev/null ;;
     *) command -v "$1" >/dev/null ;;
   esac
