@@ -14,7 +14,6 @@ case $what in
   demo) needs="$build $report" ;;
   test) needs="$build $report doctest-dev=doctest/doctest.h liblbfgspp-dev=LBFGS.h" ;;
   bench) needs="$build $json libbenchmark-dev=benchmark/benchmark.h" ;;
-<<<<<<< HEAD
   ci) needs="$build $report doctest-dev=doctest/doctest.h liblbfgspp-dev=LBFGS.h libbenchmark-dev=benchmark/benchmark.h
              git=git pkgconf=pkg-config python3-venv=venv
              doxygen=doxygen libjs-mathjax=javascript/mathjax/MathJax.js
