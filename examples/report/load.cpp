@@ -1,12 +1,87 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "load.hpp"
 
+#include <algorithm>
+#include <charconv>
 #include <filesystem>
+#include <optional>
+#include <string_view>
 #include <system_error>
 
 #include "text.hpp"
 
 namespace report {
+namespace {
+
+std::vector<std::string_view> cells_of(std::string_view line) {
+  std::vector<std::string_view> out;
+  for (;;) {
+    std::size_t const comma = line.find(',');
+    std::string_view cell = line.substr(0, comma);
+    auto const blank = [](char c) { return c == ' ' || c == '\t' || c == '\r' || c == '"'; };
+    while (!cell.empty() && blank(cell.front())) cell.remove_prefix(1);
+    while (!cell.empty() && blank(cell.back())) cell.remove_suffix(1);
+    out.push_back(cell);
+    if (comma == std::string_view::npos) return out;
+    line.remove_prefix(comma + 1);
+  }
+}
+
+std::optional<std::int64_t> integer_of(std::string_view cell) {
+  std::int64_t value = 0;
+  auto const [end, error] = std::from_chars(cell.data(), cell.data() + cell.size(), value);
+  if (error != std::errc{} || end != cell.data() + cell.size()) return std::nullopt;
+  return value;
+}
+
+std::vector<std::int64_t> integers_of_text(std::string const& path, std::string_view text,
+                                           std::string const& column) {
+  std::vector<std::int64_t> out;
+  std::size_t which = 0, columns = 0;
+  for (std::ptrdiff_t number = 1; !text.empty(); ++number) {
+    std::size_t const end = text.find('\n');
+    std::string_view const line = text.substr(0, end);
+    text.remove_prefix(end == std::string_view::npos ? text.size() : end + 1);
+    auto const cells = cells_of(line);
+    if (cells.size() == 1 && cells[0].empty() && text.empty()) break;
+    std::string const where = "line " + std::to_string(number) + ": ";
+    if (number == 1) {
+      columns = cells.size();
+      auto const named = std::find(cells.begin(), cells.end(), column);
+      if (named != cells.end())
+        which = static_cast<std::size_t>(named - cells.begin());
+      else if (columns > 1)
+        throw unusable(path, where + std::to_string(columns) + " columns, none called " + column);
+      if (named != cells.end() || !integer_of(cells[0])) continue;  // a header
+    }
+    if (cells.size() != columns)
+      throw unusable(path, where + plural(static_cast<std::ptrdiff_t>(cells.size()), "value") +
+                               " where there were " + std::to_string(columns));
+    auto const value = integer_of(cells[which]);
+    if (!value) throw unusable(path, where + "an integer expected");
+    out.push_back(*value);
+  }
+  return out;
+}
+
+}  // namespace
+
+std::vector<std::int64_t> load_integers(std::string const& path, std::string const& column) {
+  try {
+    rflow::mapped_file file(path);
+    if (std::filesystem::path(path).extension() != ".npy")
+      return integers_of_text(
+          path, {reinterpret_cast<char const*>(file.bytes().data()), file.bytes().size()}, column);
+    rflow::npy_file const array(std::move(file));
+    if (array.array().rank() != 1)
+      throw unusable(path, "one integer a token expected, found " + array.array().description());
+    return array.array().integers();
+  } catch (unusable const&) {
+    throw;
+  } catch (std::exception const& error) {
+    throw unusable(path, reason_of(error, path));
+  }
+}
 
 std::string reason_of(std::exception const& error, std::string const& path) {
   std::string text = error.what();

@@ -101,6 +101,25 @@ void add_cka(char const* name, Kernel const& kernel, std::vector<capture> const&
   }
 }
 
+rflow::layer_probes probes_of(capture const& c, std::vector<std::int64_t> const& labels,
+                              std::vector<std::int64_t> const& groups, options const& asked,
+                              rflow::on_cpu const& on) {
+  if (static_cast<std::ptrdiff_t>(labels.size()) != c.sites.tokens())
+    throw unusable(asked.labels, plural(static_cast<std::ptrdiff_t>(labels.size()), "label") +
+                                     " for " + plural(c.sites.tokens(), "token") + " in " + c.path);
+  rflow::probe_options const by{.epochs = asked.probe_epochs,
+                                .seeds = asked.probe_seeds,
+                                .groups = groups,
+                                .standardize = asked.probe_standardize};
+  try {
+    return with_stack(c, asked.skip_first, true, [&](auto const& stack) {
+      return rflow::probe_layers(stack, labels, by, on);
+    });
+  } catch (std::invalid_argument const& error) {
+    throw unusable(asked.labels, reason_of(error, asked.labels));
+  }
+}
+
 /// Why the layers of two captures cannot be compared token by token; empty if they can.
 std::string why_not_comparable(capture const& a, capture const& b) {
   for (capture const* c : {&a, &b})
@@ -198,6 +217,13 @@ void add_warnings(model_result& m, rflow::flow_report const& final_norm,
       note_missing(cka.kernel + " CKA (" + std::string(to_string(e)) + ")", self, all, out);
     }
 
+  if (m.probes) {
+    std::vector<measured> accuracy;
+    for (std::ptrdiff_t l = 0; l < static_cast<std::ptrdiff_t>(all.size()); ++l)
+      accuracy.push_back(m.probes->accuracy(l).mean);
+    note_missing("probe accuracy", accuracy, all, out);
+  }
+
   for (std::size_t l = 0; l < all.size(); ++l)
     if (zero_rows[l] > 0)
       out.push_back({false, all[l] + ": " + plural(zero_rows[l], "token") +
@@ -252,6 +278,18 @@ result measure(std::vector<capture> const& captures, options const& asked, progr
     total += work.flow + kernels * work.gram;
     gram += work.gram;
   }
+  // Read before anything that takes long: what is wrong with them is known at once.
+  std::vector<std::int64_t> labels, groups;
+  if (!asked.labels.empty()) labels = load_integers(asked.labels, "label");
+  if (!asked.label_groups.empty()) groups = load_integers(asked.label_groups, "group");
+  double probes = 0;  // of one capture, about
+  if (!labels.empty()) {
+    double const columns =
+        static_cast<double>(*std::max_element(labels.begin(), labels.end()) + 1) *
+        asked.probe_seeds;
+    probes = 2 * columns * asked.probe_epochs * cost(captures[0], asked.skip_first).flow / 10;
+    total += probes * static_cast<double>(captures.size());
+  }
   tell(0, total);
 
   std::vector<rflow::flow_report> final_norms;
@@ -289,6 +327,11 @@ result measure(std::vector<capture> const& captures, options const& asked, progr
   if (asked.rbf) {
     add_cka("rbf", rflow::rbf{.fraction = asked.rbf_fraction}, captures, together, asked, on, out);
     tell(done += gram, total);
+  }
+
+  for (std::size_t k = 0; k < captures.size() && !asked.labels.empty(); ++k) {
+    out.models[k].probes = probes_of(captures[k], labels, groups, asked, on);
+    tell(done += probes, total);
   }
 
   for (std::size_t k = 0; k < out.models.size(); ++k)

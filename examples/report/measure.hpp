@@ -5,6 +5,7 @@
 
 #include <rflow/flow.hpp>
 #include <rflow/poincare.hpp>
+#include <rflow/probe.hpp>
 
 #include <functional>
 #include <optional>
@@ -52,8 +53,9 @@ struct model_result {
   std::string final_norm_name;     // empty if there is none
   std::ptrdiff_t stored_tokens = 0;
   rflow::flow_report flow;
-  rflow::measured final_inter_token;  // not_requested if there is none
-  std::vector<cka_result> cka;        // rows and columns: the chain, then the final norm
+  rflow::measured final_inter_token;          // not_requested if there is none
+  std::vector<cka_result> cka;                // rows and columns: the chain, then the final norm
+  std::optional<rflow::layer_probes> probes;  // sites: the chain, then the final norm
   std::vector<warning> warnings;
 
   std::ptrdiff_t blocks() const { return static_cast<std::ptrdiff_t>(sites.size()) - 1; }

@@ -99,6 +99,30 @@ std::optional<options> parse(int argc, char const* const* argv) {
                "Two captures: fail unless they saw the same tokens (default: compare their layers "
                "if they did)")
       ->group("Metrics");
+  app.add_option("--labels", o.labels,
+                 "One class a token, from 0 on: a .npy of integers, or a text file with one a line "
+                 "(or with a column called label). Adds softmax probes of every layer")
+      ->type_name("FILE")
+      ->group("Probes");
+  app.add_option(
+         "--label-groups", o.label_groups,
+         "The same for the group (document, context) of each token: no group is trained and "
+         "validated on (column group)")
+      ->type_name("FILE")
+      ->group("Probes");
+  app.add_option("--probe-seeds", o.probe_seeds, "Splits and starts of each probe")
+      ->check(CLI::Range(1, 1000).description(""))
+      ->default_str("5")
+      ->type_name("N")
+      ->group("Probes");
+  app.add_option("--probe-epochs", o.probe_epochs, "Steps of full-batch Adam")
+      ->check(CLI::Range(1, 1000000).description(""))
+      ->default_str("150")
+      ->type_name("N")
+      ->group("Probes");
+  app.add_flag("--probe-standardize", o.probe_standardize,
+               "Features to mean 0 and deviation 1 over the tokens trained on")
+      ->group("Probes");
   app.add_option("--threads", o.threads, "Threads; 0 is as many as the machine has")
       ->check(CLI::Range(0, 4096).description(""))
       ->default_str("0")
@@ -157,6 +181,9 @@ std::optional<options> parse(int argc, char const* const* argv) {
     throw std::invalid_argument("--pattern-block: '" + o.pattern.block + "' does not hold {} once");
   if (output->count() > 0 && o.output.empty())
     throw std::invalid_argument("--output: the name of a folder expected");
+  if (o.labels.empty() && (!o.label_groups.empty() || o.probe_standardize ||
+                           app.count("--probe-seeds") > 0 || app.count("--probe-epochs") > 0))
+    throw std::invalid_argument("--label-groups and --probe-… need --labels");
   if (o.output.empty()) o.output = default_output(o.inputs);
   return o;
 }

@@ -27,6 +27,10 @@ struct options {
   double rbf_fraction = 1;
   bool cross_cka = false;
 
+  std::string labels, label_groups;  // files of one integer a token; no probes without labels
+  int probe_seeds = 5, probe_epochs = 150;
+  bool probe_standardize = false;
+
   rflow::site_pattern pattern;
   rflow::reinterpret bits = rflow::reinterpret::nothing;
 

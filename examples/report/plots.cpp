@@ -361,6 +361,59 @@ figures plot(result const& r, options const& asked) {
     if (any) out["adjacent"] = f.render();
   }
 
+  if (!asked.labels.empty()) {
+    figure f("Accuracy of a softmax probe by layer", half_width, 300);
+    bool any = false, final_norm = false;
+    std::vector<double> chances;
+    for (std::size_t k = 0; k < r.models.size(); ++k) {
+      model_result const& m = r.models[k];
+      std::vector<std::string> const names = m.cka_sites();
+      std::string band, rows;
+      for (std::size_t l = 0; l < names.size(); ++l) {
+        rflow::over_seeds const& a = m.probes->accuracy(static_cast<std::ptrdiff_t>(l));
+        bool const chain = l < m.sites.size();
+        if (!a.mean.ok()) {
+          if (chain) band += "\n", rows += "\n";
+          continue;
+        }
+        double const spread = a.spread.ok() ? a.spread.value : 0;
+        std::string const text =
+            value_text(a.mean) + (a.spread.ok() ? " ± " + value_text(a.spread) : "");
+        std::string const point = f.point(point_text(r, m, names[l], text));
+        if (chain) {
+          std::string const x = digits(m.position(l)) + " ";
+          band += x + digits(std::max(0.0, a.mean - spread)) + " " +
+                  digits(std::min(1.0, a.mean + spread)) + "\n";
+          rows += x + digits(a.mean) + " " + point + "\n";
+        } else {
+          f.draw(f.data("1.09 " + digits(a.mean) + " " + point + "\n") +
+                 " using 1:2:3 with labels hypertext point pt 13 ps 0.8 lc rgb '" +
+                 colour(k).script + "'");
+          any = final_norm = true;
+        }
+      }
+      if (rows.find(' ') != std::string::npos) {
+        any = true;
+        f.draw(f.data(band) + " using 1:2:3 with filledcurves fs solid 0.18 noborder fc rgb '" +
+               colour(k).script + "'");
+        f.curve(rows, colour(k));
+      }
+      if (m.probes->chance.ok() &&
+          std::find(chances.begin(), chances.end(), m.probes->chance.value) == chances.end())
+        chances.push_back(m.probes->chance);
+    }
+    for (double const chance : chances)
+      f.draw(f.data("-0.02 " + digits(chance) + "\n" + (final_norm ? "1.13 " : "1.02 ") +
+                    digits(chance) + "\n") +
+             " using 1:2 with lines dt 3 lw 1.5 lc rgb '" + text_ink.script + "'");
+    f.set(final_norm ? "xrange [-0.02:1.13]" : "xrange [-0.02:1.02]");
+    f.set("yrange [0:1.02]");
+    f.set("xtics (0, 0.2, 0.4, 0.6, 0.8, 1" + std::string(final_norm ? ", 'norm' 1.09)" : ")"));
+    f.axis_label('x', "layer l/L");
+    f.axis_label('y', "accuracy on held-out tokens");
+    if (any) out["probe"] = f.render();
+  }
+
   for (std::size_t k = 0; k < r.models.size(); ++k)
     if (std::string map = adjacent_heat_map(r.models[k], asked.skip_first); !map.empty())
       out["tokens_" + std::to_string(k)] = std::move(map);

@@ -60,6 +60,15 @@ std::string summary(result const& r, options const& asked) {
       return number(m.cka[c].grid(asked.main_estimator).at(0, m.blocks()));
     });
 
+  if (!asked.labels.empty())
+    row("probe accuracy, best layer", [](model_result const& m) {
+      rflow::layer_probes const& p = *m.probes;
+      return p.best < 0 ? std::string("-")
+                        : number(p.accuracy(p.best).mean) + " in " +
+                              one_line(m.cka_sites()[static_cast<std::size_t>(p.best)]) +
+                              ", chance " + number(p.chance);
+    });
+
   std::string out;
   for (auto const& [name, values] : rows) {
     std::string line = padded(name, 30);

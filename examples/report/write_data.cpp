@@ -71,6 +71,27 @@ std::vector<std::string> utf8(std::vector<std::string> names) {
   return names;
 }
 
+json probe(rflow::layer_probes const& p, std::vector<std::string> const& sites) {
+  auto const both = [&](rflow::over_seeds rflow::probe_result::*which) {
+    std::vector<measured> mean, spread;
+    for (rflow::probe_result const& layer : p.layers) {
+      mean.push_back((layer.*which).mean);
+      spread.push_back((layer.*which).spread);
+    }
+    return json{{"mean", series(mean)}, {"spread", series(spread)}};
+  };
+  return {{"classes", p.layers.front().classes},
+          {"chance", scalar(p.chance)},
+          {"rows", sites},
+          {"accuracy", both(&rflow::probe_result::validation_accuracy)},
+          {"train_accuracy", both(&rflow::probe_result::train_accuracy)},
+          {"loss", both(&rflow::probe_result::validation_loss)},
+          {"train_loss", both(&rflow::probe_result::train_loss)},
+          {"mean_distance", both(&rflow::probe_result::mean_distance)},
+          {"best", p.best < 0 ? json() : json(sites[static_cast<std::size_t>(p.best)])},
+          {"drop", scalar(p.drop)}};
+}
+
 json model(model_result const& m, options const& asked) {
   json out;
   out["name"] = report::utf8(m.label);
@@ -126,6 +147,7 @@ json model(model_result const& m, options const& asked) {
   for (cka_result const& c : m.cka)
     tables.push_back(cka(c, asked, utf8(m.cka_sites()), utf8(m.cka_sites())));
   out["cka"] = std::move(tables);
+  out["probe"] = m.probes ? probe(*m.probes, utf8(m.cka_sites())) : json();
   json warnings = json::array();
   for (warning const& w : m.warnings)
     warnings.push_back(
@@ -185,6 +207,15 @@ std::string metrics_json(result const& r, options const& asked) {
                     {"estimator", to_string(asked.main_estimator)},
                     {"kernels", kernels},
                     {"rbf_fraction", asked.rbf_fraction}};
+  out["options"]["probe"] = json();
+  if (!asked.labels.empty())
+    out["options"]["probe"] = {
+        {"labels", report::utf8(asked.labels)},
+        {"groups", asked.label_groups.empty() ? json() : json(report::utf8(asked.label_groups))},
+        {"seeds", asked.probe_seeds},
+        {"epochs", asked.probe_epochs},
+        {"standardize", asked.probe_standardize},
+        {"validation_fraction", rflow::probe_options{}.validation_fraction}};
   json models = json::array();
   for (model_result const& m : r.models) models.push_back(model(m, asked));
   out["models"] = std::move(models);
@@ -218,6 +249,8 @@ std::map<std::string, std::string> csv_files(result const& r) {
   for (cka_result const& c : r.models.front().cka) (c.kernel == "linear" ? linear : rbf) = true;
   if (linear) sites += ",top_token,top_token_share";
   if (rbf) sites += ",rbf_sigma";
+  bool const probes = r.models.front().probes.has_value();
+  if (probes) sites += ",probe_accuracy,probe_spread,probe_train_accuracy,probe_loss";
   sites += "\n";
   for (model_result const& m : r.models) {
     std::string const name = csv_text(m.label);
@@ -233,6 +266,12 @@ std::map<std::string, std::string> csv_files(result const& r) {
         sites += c.kernel == "linear"
                      ? comma + std::to_string(c.top_token[l]) + comma + csv_number(c.top_share[l])
                      : comma + csv_number(c.sigma[l]);
+      if (probes) {
+        rflow::probe_result const& p = m.probes->layers[l];
+        sites += comma + csv_number(p.validation_accuracy.mean) + comma +
+                 csv_number(p.validation_accuracy.spread) + comma +
+                 csv_number(p.train_accuracy.mean) + comma + csv_number(p.validation_loss.mean);
+      }
       sites += "\n";
     }
     for (std::size_t l = 0; l + 1 < m.sites.size(); ++l) {

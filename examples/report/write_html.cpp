@@ -403,6 +403,39 @@ std::string token_section(result const& r, figures const& plots) {
          body + "</section>\n";
 }
 
+std::string probe_section(result const& r, options const& asked, figures const& plots) {
+  if (asked.labels.empty()) return "";
+  std::string rows;
+  for (std::size_t k = 0; k < r.models.size(); ++k) {
+    model_result const& m = r.models[k];
+    rflow::layer_probes const& p = *m.probes;
+    std::vector<std::string> const sites = m.cka_sites();
+    auto const cell = [](std::string const& text) { return "<td>" + text + "</td>"; };
+    rows += "<tr><th>" + model_name(r, k) + "</th>" +
+            cell(p.best < 0 ? "—"
+                            : html(sites[static_cast<std::size_t>(p.best)]) + ", " +
+                                  html_number(p.accuracy(p.best).mean)) +
+            cell(html_number(p.drop)) + cell(html_number(p.chance)) +
+            cell(std::to_string(p.layers.front().classes)) + "</tr>\n";
+  }
+  return "<section>\n<h2>Where can the labels be read off?</h2>\n<p>A softmax regression on each "
+         "layer, trained on " +
+         fixed(100 * (1 - rflow::probe_options{}.validation_fraction), 0) +
+         " % of the tokens and tried on the rest; " + plural(asked.probe_seeds, "seed") + ", " +
+         plural(asked.probe_epochs, "epoch") + ".</p>\n<div class=\"scroll\"><table>\n" +
+         "<tr><th></th><th>Best layer</th><th>Drop to the last</th><th>Chance</th>"
+         "<th>Classes</th></tr>\n" +
+         rows + "</table></div>\n" +
+         plotted(
+             plots, "probe", "Accuracy by layer",
+             "<b>Shows</b> the mean accuracy on held-out tokens, band of one standard deviation "
+             "over seeds; dotted, what always naming the commonest class attains. "
+             "<b>Do not trust</b> it as a sign that the model uses what can be read off, nor "
+             "where tokens of one document lie on both sides of the split "
+             "(<code>--label-groups</code>).") +
+         "</section>\n";
+}
+
 std::string path_section(options const& asked, figures const& plots) {
   std::string const by(to_string(asked.normalize));
   std::string interval =
@@ -485,6 +518,7 @@ std::string facts(result const& r, options const& asked, std::vector<std::string
       row("CKA estimators", "debiased and biased; " + std::string(to_string(asked.main_estimator)) +
                                 " in the summary and in cka.npy") +
       row("CKA kernels", kernels) +
+      row("Labels", asked.labels.empty() ? "" : "<code>" + html(asked.labels) + "</code>") +
       row("Program", "rflow_report " + version_text() + ", metrics schema " + schema_version) +
       row("Files beside this one", links) + "</table>\n</section>\n";
   return out;
@@ -513,7 +547,7 @@ std::string report_html(result const& r, options const& asked, figures const& pl
          "height=\"2\"/><path id=\"gpPt12\" d=\"M0-1.3 1.3 0 0 1.3-1.3 "
          "0z\"/></defs></svg>\n<main>\n" +
          header(r) + warnings(r) + summary_table(r, asked) + token_section(r, plots) + cka +
-         path_section(asked, plots) + facts(r, asked, files) +
+         path_section(asked, plots) + probe_section(r, asked, plots) + facts(r, asked, files) +
          "<footer>Made by rflow_report. What each figure means and where it comes from stands in "
          "docs/report.md of rflow.</footer>\n"
          "</main>\n<div id=\"tip\" role=\"status\"></div>\n<script type=\"application/json\" "

@@ -370,7 +370,7 @@ TEST_CASE("a report is complete, opens without a network, and says where it is")
   CHECK(page.find("gnuplot_svg") == std::string::npos);
 
   json const m = metrics(report);
-  CHECK(m.at("schema_version") == "1.0");
+  CHECK(m.at("schema_version") == "1.1");
   CHECK(m.at("comparison").is_null());
   // The attention sink is pointed out.
   CHECK(m.at("models").at(0).at("warnings").dump().find("--skip-first 1") != std::string::npos);
@@ -678,6 +678,126 @@ TEST_CASE("a bad layer leaves the others as they were") {
     }
   CHECK(bad.at("inter_token_cosine").at("status") == json({"ok", "ok", "non_finite", "ok", "ok"}));
   CHECK(bad.at("variance").at("st2").at("status") == "non_finite");
+}
+
+// ---- probes -------------------------------------------------------------------------------------
+
+TEST_CASE("labels add a probe of every layer, from whatever file they come") {
+  folder const work;
+  sites x(3, 40, 6);
+  x.add("final_norm", 40, 6, 9);
+  std::vector<std::int64_t> labels;
+  std::string lines, header = "class\n", columns = "token,label,group\r\n";
+  for (int i = 0; i < 40; ++i) {
+    int const label = i % 3 == 0 ? 2 : i % 2;
+    labels.push_back(label);
+    // Put the label into one layer, where it can be read off.
+    x.values["block.2"][static_cast<std::size_t>(6 * i + label)] += 30;
+    lines += std::to_string(label) + "\n";
+    columns +=
+        std::to_string(i) + "," + std::to_string(label) + ", " + std::to_string(i / 4) + "\r\n";
+  }
+  x.write(work / "x.safetensors");
+  rflow::write_npy(work.path / "y.npy", labels, {40});
+  std::ofstream(work.path / "lines.txt") << lines;
+  std::ofstream(work.path / "header.csv") << header << lines;
+  std::ofstream(work.path / "columns.csv") << columns;
+  json first;
+  for (char const* file : {"y.npy", "lines.txt", "header.csv", "columns.csv"}) {
+    CAPTURE(file);
+    outcome const o = run(work, {"x.safetensors", "-o", "r", "--force", "--labels", file});
+    CAPTURE(o.err);
+    REQUIRE(o.status == 0);
+    CHECK(o.out.find("in block.2, chance 0.35") != std::string::npos);
+    json const m = metrics(work.path / "r");
+    json const probe = m.at("models").at(0).at("probe");
+    if (first.is_null()) first = probe;
+    CHECK(probe == first);
+    CHECK(m.at("options").at("probe").at("labels") == file);
+    CHECK(m.at("options").at("probe").at("groups").is_null());
+  }
+  CHECK(first.at("classes") == 3);
+  CHECK(first.at("rows") == json({"embed", "block.1", "block.2", "block.3", "final_norm"}));
+  CHECK(first.at("best") == "block.2");
+  CHECK(first.at("chance").at("value") == 0.35);
+  json const& accuracy = first.at("accuracy").at("mean").at("values");
+  CHECK(accuracy.at(2).get<double>() > 0.9);
+  CHECK(accuracy.at(0).get<double>() < 0.8);
+  CHECK(first.at("drop").at("value") ==
+        doctest::Approx(accuracy.at(2).get<double>() - accuracy.at(4).get<double>()));
+  std::string const page = read(work.path / "r" / "report.html");
+  CHECK(page.find("Accuracy by layer") != std::string::npos);
+  CHECK(page.find("<b>Shows</b> the mean accuracy on held-out tokens") != std::string::npos);
+  std::string const table = read(work.path / "r" / "sites.csv");
+  CHECK(table.find(",probe_accuracy,probe_spread,probe_train_accuracy,probe_loss\n") !=
+        std::string::npos);
+  CHECK(table.find("," + accuracy.at(2).dump() + ",") != std::string::npos);
+
+  // Groups, other settings, and a first token left out of labels as well.
+  outcome const o =
+      run(work, {"x.safetensors", "-o", "g", "--labels", "columns.csv", "--label-groups",
+                 "columns.csv", "--probe-seeds", "2", "--probe-epochs", "20", "--probe-standardize",
+                 "--skip-first", "4", "--no-plots"});
+  CAPTURE(o.err);
+  REQUIRE(o.status == 0);
+  json const m = metrics(work.path / "g");
+  CHECK(m.at("options").at("probe") == json({{"labels", "columns.csv"},
+                                             {"groups", "columns.csv"},
+                                             {"seeds", 2},
+                                             {"epochs", 20},
+                                             {"standardize", true},
+                                             {"validation_fraction", 0.2}}));
+  CHECK(m.at("models").at(0).at("probe") != first);
+
+  // Without labels nothing of this is there.
+  REQUIRE(run(work, {"x.safetensors", "-o", "n"}).status == 0);
+  CHECK(metrics(work.path / "n").at("models").at(0).at("probe").is_null());
+  CHECK(read(work.path / "n" / "report.html").find("labels be read off") == std::string::npos);
+}
+
+TEST_CASE("a layer without a probe is a warning, and nothing to --strict's liking") {
+  folder const work;
+  sites x(2, 40, 6);
+  std::fill(x.values["block.1"].begin(), x.values["block.1"].end(), 1.f);
+  x.write(work / "x.safetensors");
+  std::string lines;
+  for (int i = 0; i < 40; ++i) lines += std::to_string(i % 2) + "\n";
+  std::ofstream(work.path / "y.txt") << lines;
+  outcome const o = run(work, {"x.safetensors", "--labels", "y.txt", "--strict", "--no-plots"});
+  CHECK(o.status == 2);
+  CHECK(o.out.find("block.1: no probe accuracy") != std::string::npos);
+  json const probe = metrics(work.path / "x-report").at("models").at(0).at("probe");
+  CHECK(probe.at("accuracy").at("mean").at("status") == json({"ok", "constant_layer", "ok"}));
+}
+
+TEST_CASE("labels that cannot be used: one line, status 1, nothing left") {
+  folder const work;
+  sites(2, 6, 4).write(work / "x.safetensors");
+  auto const refused = [&](std::string const& text, std::vector<std::string> const& why,
+                           char const* file = "y.csv") {
+    std::ofstream(work.path / file, std::ios::binary) << text;
+    std::vector<std::string> texts = why;
+    texts.push_back(file);
+    check_refused(work, {"x.safetensors", "--labels", file}, texts);
+  };
+  refused("0\n1\n0\n", {"3 labels for 6 tokens"});
+  refused("0\n1\n0\n1\n0\n1.5\n", {"line 6", "an integer expected"});
+  refused("0\n1\n\n1\n0\n1\n", {"line 3", "an integer expected"});
+  refused("a,b\n0,1\n", {"line 1", "2 columns, none called label"});
+  refused("a,label\n0,1\n1\n", {"line 3", "1 value where there were 2"});
+  refused("0\n99999999999999999999\n", {"line 2", "an integer expected"});
+  refused("", {"0 labels for 6 tokens"});
+  refused("0\n1\n0\n-1\n0\n1\n", {"label -1 of token 3 is not in [0, 2)"});
+  refused("0\n1\n0\n3\n0\n1\n", {"class 2 of 4 has no token to train on"});
+  refused("0\n0\n0\n0\n0\n0\n", {"1 classes"});
+  refused("\x93NUMPY", {"y.npy"}, "y.npy");
+  rflow::write_npy(work.path / "f.npy", std::vector<float>(6), {6});
+  check_refused(work, {"x.safetensors", "--labels", "f.npy"}, {"f.npy"});
+  rflow::write_npy(work.path / "two.npy", std::vector<std::int32_t>(6), {3, 2});
+  check_refused(work, {"x.safetensors", "--labels", "two.npy"}, {"two.npy", "one integer a token"});
+  check_refused(work, {"x.safetensors", "--labels", "none.csv"}, {"none.csv"});
+  check_refused(work, {"x.safetensors", "--probe-seeds", "3"}, {"--labels"});
+  check_refused(work, {"x.safetensors", "--probe-standardize"}, {"--labels"});
 }
 
 TEST_CASE("where the report goes") {
