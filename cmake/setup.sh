@@ -18,7 +18,7 @@ case $what in
              git=git pkgconf=pkg-config python3-venv=venv
              doxygen=doxygen libjs-mathjax=javascript/mathjax/MathJax.js
              libopenmpi-dev=mpi-headers openmpi-bin=mpirun
-             libthrust-dev=thrust/version.h libtbb-dev=tbb/tbb.h
+             libthrust-dev=thrust/version.h libopenblas-dev=cblas.h libtbb-dev=tbb/tbb.h
              libdlpack-dev=dlpack/dlpack.h
              clang=clang++ clang-format=clang-format llvm=llvm-symbolizer libclang-rt-dev=asan-runtime" ;;
   *) echo "usage: cmake/setup.sh [demo|test|bench|ci]" >&2; exit 64 ;;
@@ -26,8 +26,8 @@ esac
 
 there() {  # there PROBE
   case $1 in
-    */*) local dir
-         for dir in /usr/include /usr/share /usr/local/include /opt/homebrew/include /opt/local/include \
+    */* | *.h) local dir
+         for dir in /usr/include /usr/include/*-linux-gnu /usr/share /usr/local/include /opt/homebrew/include /opt/local/include \
                     ${CPATH:+${CPATH//:/ }}; do
            if [ -e "$dir/$1" ]; then return 0; fi
          done

@@ -1,4 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
+// The CKA of whatever backend RFLOW_BACKEND names: tested, unless another test program says so before
+// it includes this file.
 #include <rflow/cka.hpp>
 
 #include <array>
@@ -16,16 +18,43 @@
 
 using doctest::Approx;
 using rflow::biased;
-using rflow::cka;
-using rflow::cka_matrix;
 using rflow::debiased;
 using rflow::layer_stack;
 using rflow::linear;
-using rflow::on_cpu;
 using rflow::status;
 using rflow::view;
 
+#ifndef RFLOW_BACKEND
+#define RFLOW_BACKEND rflow::on_cpu
+#endif
+
 namespace {
+
+using tested = RFLOW_BACKEND;
+
+// Called by their plain names, these run on the backend under test.
+constexpr auto cka = []<class X, class Y, class Kernel = linear, class Estimator = debiased>(
+    X const& x, Y const& y, Kernel const& kernel = {}, Estimator by = {}, tested const& on = {}) {
+  return rflow::cka(x, y, kernel, by, on);
+};
+
+constexpr struct {
+  template <class T, class Kernel = linear, class Estimator = debiased>
+  rflow::cka_table operator()(layer_stack<T> const& stack, Kernel const& kernel = {},
+                              Estimator by = {}, tested const& on = {}) const {
+    return rflow::cka_matrix(stack, kernel, by, on);
+  }
+  template <class T, class U, class Kernel = linear, class Estimator = debiased>
+  rflow::cka_table operator()(layer_stack<T> const& a, layer_stack<U> const& b,
+                              Kernel const& kernel = {}, Estimator by = {},
+                              tested const& on = {}) const {
+    return rflow::cka_matrix(a, b, kernel, by, on);
+  }
+} cka_matrix;
+
+// BLAS has larger tiles.
+constexpr std::size_t smallest_bound = std::size_t{200}
+                                       << (std::same_as<tested, rflow::on_cpu> ? 10 : 14);
 
 using Eigen::MatrixXd;
 using Eigen::MatrixXf;
@@ -134,7 +163,7 @@ rflow::cka_accumulator<Kernel> minibatches(layers const& x, std::vector<Eigen::I
   Eigen::Index first = 0;
   for (Eigen::Index const size : sizes) {
     layers const batch = rows_between(x, first, size);
-    out.add(layer_stack(batch));
+    out.add(layer_stack(batch), tested{});
     first += size;
   }
   return out;
@@ -164,8 +193,8 @@ TEST_CASE("linear CKA of the published example") {
 TEST_CASE("HSIC of the published example, from moments and an estimator") {
   fixture const f;
   layers const both = f.stack();
-  for (on_cpu const& on : {on_cpu{}, on_cpu{.path = rflow::gram_path::gram},
-                           on_cpu{.path = rflow::gram_path::feature}}) {
+  for (tested const& on : {tested{}, tested{.path = rflow::gram_path::gram},
+                           tested{.path = rflow::gram_path::feature}}) {
     rflow::gram_moments const m = on.gram(linear{}, layer_stack(both));
     REQUIRE(m.tokens == 100);
     double const unbiased = 100 * 97;
@@ -238,7 +267,7 @@ TEST_CASE_TEMPLATE("tables agree with brute force for random shapes", T, float, 
     double const within = reference::tolerance<T> * (tokens < 12 ? 100 : 1);
     for (rflow::gram_path const path :
          {rflow::gram_path::automatic, rflow::gram_path::gram, rflow::gram_path::feature}) {
-      on_cpu const on{.path = path};
+      tested const on{.path = path};
       rflow::cka_table const d = cka_matrix(stack, linear{}, debiased{}, on);
       rflow::cka_table const b = cka_matrix(stack, linear{}, biased{}, on);
       REQUIRE(d.rows() == static_cast<std::ptrdiff_t>(sites));
@@ -267,7 +296,7 @@ TEST_CASE("the fewest tokens that an estimator takes") {
     layers const x = related_layers(bits, n, {7, 5});
     for (rflow::gram_path const path : {rflow::gram_path::gram, rflow::gram_path::feature}) {
       CAPTURE(static_cast<int>(path));
-      on_cpu const on{.path = path};
+      tested const on{.path = path};
       rflow::cka_table const b = cka_matrix(layer_stack(x), linear{}, biased{}, on);
       REQUIRE(b.status(0, 1) == status::ok);
       CHECK(std::abs(b(0, 1) - brute_biased(x[0], x[1])) < 1e-12);
@@ -367,8 +396,8 @@ TEST_CASE("mistake: only the last batch is kept") {
   CHECK(std::abs(all - cka(last[0], last[1])) > 1e-3);
   // Two times the same batch is that batch.
   rflow::cka_accumulator<> twice;
-  twice.add(layer_stack(last));
-  twice.add(layer_stack(last));
+  twice.add(layer_stack(last), tested{});
+  twice.add(layer_stack(last), tested{});
   CHECK(twice(0, 1) == Approx(cka(last[0], last[1])).epsilon(1e-12));
   CHECK(twice.batches() == 2);
   CHECK(twice.tokens() == 100);
@@ -396,7 +425,7 @@ TEST_CASE("mistake: one NaN discards the table") {
     layers bad = good;
     bad[2](17, 3) = poison;
     for (rflow::gram_path const path : {rflow::gram_path::gram, rflow::gram_path::feature}) {
-      on_cpu const on{.path = path};
+      tested const on{.path = path};
       rflow::cka_table const expected = cka_matrix(layer_stack(good), linear{}, debiased{}, on);
       rflow::cka_table const t = cka_matrix(layer_stack(bad), linear{}, debiased{}, on);
       for (std::ptrdiff_t i = 0; i < 4; ++i)
@@ -422,7 +451,7 @@ TEST_CASE("mistake: a debiased numerator over a biased denominator") {
   double const mixed = 0.4645521269187;
   CHECK(std::abs(cka(f.x, f.y) - mixed) > 0.04);
   layers const both = f.stack();
-  rflow::gram_moments const m = on_cpu{}.gram(linear{}, layer_stack(both));
+  rflow::gram_moments const m = tested{}.gram(linear{}, layer_stack(both));
   double const same_mistake = debiased::hsic(m, 0, 1) / (100 * 97) * (99 * 99) /
                               std::sqrt(biased::hsic(m, 0, 0) * biased::hsic(m, 1, 1));
   CHECK(std::abs(same_mistake - mixed) < 1e-10);  // the parts are right, so is the mistake
@@ -536,7 +565,7 @@ TEST_CASE("self terms keep their digits far from the origin") {
         x.push_back((normal_matrix(bits, 32, 1024).array() + static_cast<double>(offset))
                         .matrix()
                         .cast<float>());
-      rflow::gram_moments const m = on_cpu{}.gram(linear{}, layer_stack(x));
+      rflow::gram_moments const m = tested{}.gram(linear{}, layer_stack(x));
       for (std::ptrdiff_t p = 0; p < 2; ++p) {
         reference::matrix const k = gram_of(x[static_cast<std::size_t>(p)]);
         double const self = debiased::hsic(m, p, p), expected = reference::hsic_debiased(k, k);
@@ -556,7 +585,7 @@ TEST_CASE("one feature with a massive activation does not take the digits of the
       x.push_back(normal_matrix(bits, 32, 1024).cast<float>());
       x.back().col(77).array() += 300;
     }
-    rflow::gram_moments const m = on_cpu{}.gram(linear{}, layer_stack(x));
+    rflow::gram_moments const m = tested{}.gram(linear{}, layer_stack(x));
     reference::matrix const k = gram_of(x[0]);
     double const self = debiased::hsic(m, 0, 0);
     CHECK(self > 0);
@@ -698,13 +727,13 @@ TEST_CASE("both ways to the Gram moments agree") {
     CAPTURE(seed);
     std::mt19937 bits(seed);
     layers const x = related_layers(bits, static_cast<Eigen::Index>(4 + bits() % 300), {3, 17, 40});
-    on_cpu const tiles{.path = rflow::gram_path::gram}, features{.path = rflow::gram_path::feature};
+    tested const tiles{.path = rflow::gram_path::gram}, features{.path = rflow::gram_path::feature};
     for (bool const debias : {false, true}) {
-      auto const table = [&](on_cpu const& on) {
+      auto const table = [&](tested const& on) {
         return debias ? cka_matrix(layer_stack(x), linear{}, debiased{}, on)
                       : cka_matrix(layer_stack(x), linear{}, biased{}, on);
       };
-      rflow::cka_table const a = table(tiles), b = table(features), any = table(on_cpu{});
+      rflow::cka_table const a = table(tiles), b = table(features), any = table(tested{});
       for (std::ptrdiff_t i = 0; i < 3; ++i)
         for (std::ptrdiff_t j = 0; j < 3; ++j) {
           CHECK(std::abs(a(i, j) - b(i, j)) < 1e-11);
@@ -721,10 +750,10 @@ TEST_CASE_TEMPLATE("the same bits for any number of threads", T, float, double, 
   std::vector<T> const values = reference::pack<T>(x);
   auto const stack = reference::stack_of(values, x);
   for (rflow::gram_path const path : {rflow::gram_path::gram, rflow::gram_path::feature})
-    for (std::size_t const bound : {std::size_t{2} << 20, std::size_t{256} << 20}) {
+    for (std::size_t const bound : {10 * smallest_bound, std::size_t{256} << 20}) {
       auto const run = [&](int threads) {
         return cka_matrix(stack, linear{}, biased{},
-                          on_cpu{.threads = threads, .memory_bound = bound, .path = path});
+                          tested{.threads = threads, .memory_bound = bound, .path = path});
       };
       rflow::cka_table const one = run(1);
       for (int const threads : {2, 3, 7, 16}) CHECK(same_bits(one, run(threads)));
@@ -734,14 +763,14 @@ TEST_CASE_TEMPLATE("the same bits for any number of threads", T, float, double, 
 TEST_CASE("a memory bound changes tiles, not results; one that holds no tile is refused") {
   std::mt19937 bits(83);
   layers const x = related_layers(bits, 700, {30, 20});
-  on_cpu const roomy{.path = rflow::gram_path::gram};
+  tested const roomy{.path = rflow::gram_path::gram};
   rflow::cka_table const whole = cka_matrix(layer_stack(x), linear{}, debiased{}, roomy);
-  for (std::size_t const bound : {std::size_t{200} << 10, std::size_t{1} << 20}) {
-    on_cpu const tight{.memory_bound = bound, .path = rflow::gram_path::gram};
+  for (std::size_t const bound : {smallest_bound, 5 * smallest_bound}) {
+    tested const tight{.memory_bound = bound, .path = rflow::gram_path::gram};
     CHECK(std::abs(cka_matrix(layer_stack(x), linear{}, debiased{}, tight)(0, 1) - whole(0, 1)) <
           1e-12);
   }
-  on_cpu const none{.memory_bound = 100, .path = rflow::gram_path::gram};
+  tested const none{.memory_bound = 100, .path = rflow::gram_path::gram};
   CHECK_THROWS_AS(cka_matrix(layer_stack(x), linear{}, debiased{}, none), std::invalid_argument);
 }
 
@@ -831,10 +860,10 @@ TEST_CASE("one batch is full CKA, and batches add in any order") {
        {rflow::batch_weight::pairs, rflow::batch_weight::equal, rflow::batch_weight::rows}) {
     layers const first = rows_between(f.stack(), 0, 30), rest = rows_between(f.stack(), 30, 70);
     rflow::cka_accumulator<> a({}, weight), b({}, weight), both({}, weight), none({}, weight);
-    a.add(layer_stack(first));
-    b.add(layer_stack(rest));
-    both.add(layer_stack(first));
-    both.add(layer_stack(rest));
+    a.add(layer_stack(first), tested{});
+    b.add(layer_stack(rest), tested{});
+    both.add(layer_stack(first), tested{});
+    both.add(layer_stack(rest), tested{});
     rflow::cka_accumulator<> ab = a, ba = b;
     ab.merge(b);
     ba.merge(a);
@@ -871,13 +900,13 @@ TEST_CASE("accumulators that do not belong together") {
   fixture const f;
   layers const two = f.stack(), three{f.x, f.y, f.x};
   rflow::cka_accumulator<> a, b, c({}, rflow::batch_weight::equal);
-  a.add(layer_stack(two));
-  CHECK_THROWS_WITH_AS(a.add(layer_stack(three)),
+  a.add(layer_stack(two), tested{});
+  CHECK_THROWS_WITH_AS(a.add(layer_stack(three), tested{}),
                        "rflow::cka_accumulator: this batch has 3 sites, earlier ones had 2",
                        std::invalid_argument);
-  b.add(layer_stack(three));
+  b.add(layer_stack(three), tested{});
   CHECK_THROWS_AS(a.merge(b), std::invalid_argument);
-  c.add(layer_stack(two));
+  c.add(layer_stack(two), tested{});
   CHECK_THROWS_WITH_AS(a.merge(c),
                        "rflow::minibatch_moments::merge: batches are weighted differently",
                        std::invalid_argument);
@@ -928,7 +957,7 @@ TEST_CASE_TEMPLATE("a layer whose tokens are all the same has a status, and the 
     std::vector<T> const values = reference::pack<T>(x);
     auto const stack = reference::stack_of(values, x);
     for (rflow::gram_path const path : {rflow::gram_path::gram, rflow::gram_path::feature}) {
-      on_cpu const on{.path = path};
+      tested const on{.path = path};
       rflow::cka_table const d = cka_matrix(stack, linear{}, debiased{}, on);
       rflow::cka_table const b = cka_matrix(stack, linear{}, biased{}, on);
       for (std::ptrdiff_t i = 0; i < 4; ++i)
@@ -1003,7 +1032,7 @@ TEST_CASE("positions are those of the data, masked or not") {
   std::vector<int> mask(12, 1);
   mask[2] = mask[3] = 0;
   for (rflow::gram_path const path : {rflow::gram_path::gram, rflow::gram_path::feature}) {
-    on_cpu const on{.path = path};
+    tested const on{.path = path};
     CHECK(on.gram(linear{}, layer_stack(x)).non_finite[1].token == 9);
     rflow::position const at = on.gram(linear{}, layer_stack(x).tokens(mask)).non_finite[1];
     CHECK(at.token == 9);
@@ -1067,7 +1096,7 @@ TEST_CASE("the largest doubles, and minibatches of them") {
     CAPTURE(scale);
     MatrixXd const x = scale * s[0];
     for (rflow::gram_path const path : {rflow::gram_path::gram, rflow::gram_path::feature})
-      CHECK(std::abs(cka(x, s[1], linear{}, debiased{}, on_cpu{.path = path}) - expected) < 1e-12);
+      CHECK(std::abs(cka(x, s[1], linear{}, debiased{}, tested{.path = path}) - expected) < 1e-12);
     CHECK(std::abs(minibatches({x, s[1]}, {20, 20})(0, 1) - batches) < 1e-12);
     CHECK(std::abs(minibatches({x, x}, {20, 20})(0, 1) - 1) < 1e-12);
     // Batches of very different size: the larger one decides.
@@ -1088,7 +1117,7 @@ TEST_CASE("far from the origin, both ways to the Gram moments keep the same digi
     std::mt19937 bits(seed);
     layers s = related_layers(bits, 12 + 40 * seed, {5, 7});
     for (MatrixXd& x : s) x = (1e8 + x.array()).matrix();
-    on_cpu const tiles{.path = rflow::gram_path::gram}, features{.path = rflow::gram_path::feature};
+    tested const tiles{.path = rflow::gram_path::gram}, features{.path = rflow::gram_path::feature};
     rflow::gram_moments const a = tiles.gram(linear{}, layer_stack(s)),
                               b = features.gram(linear{}, layer_stack(s));
     for (std::ptrdiff_t p = 0; p < 2; ++p)
@@ -1107,7 +1136,7 @@ TEST_CASE("what a table does not know is not requested") {
   CHECK(t.sigma(0).why == status::not_requested);
   CHECK(t.col_sigma(1).why == status::not_requested);
   rflow::cka_table const features = cka_matrix(layer_stack(both), linear{}, debiased{},
-                                               on_cpu{.path = rflow::gram_path::feature});
+                                               tested{.path = rflow::gram_path::feature});
   CHECK(features.top_token_share(0).why == status::not_requested);
   CHECK(features.top_token(0) == -1);
 }
@@ -1154,7 +1183,7 @@ TEST_CASE("HSIC with Gaussian kernels, as Shogun's test has it") {
   }
   rbf const kernel{.sigma = {2, 3}};
   layers const both{p, q};
-  rflow::gram_moments const m = on_cpu{}.gram(kernel, layer_stack(both));
+  rflow::gram_moments const m = tested{}.gram(kernel, layer_stack(both));
   CHECK(biased::hsic(m, 0, 1) / 16 == Approx(0.164761446385339).epsilon(1e-12));
   CHECK(debiased::hsic(m, 0, 1) / 4 == Approx(0.0037749873058451).epsilon(1e-11));
   CHECK(std::abs(cka(p, q, kernel, biased{}) - 0.98164847077362) < 1e-12);
@@ -1240,8 +1269,8 @@ TEST_CASE("RBF CKA sees neither rotation, scale, origin nor the order of tokens"
     same(padded, y);
     CHECK(std::abs(cka(x, x, kernel) - 1) < 1e-12);
     for (int const threads : {2, 5})
-      CHECK(same_bits(cka(x, y, kernel, debiased{}, on_cpu{.threads = threads}).value,
-                      cka(x, y, kernel, debiased{}, on_cpu{.threads = 1}).value));
+      CHECK(same_bits(cka(x, y, kernel, debiased{}, tested{.threads = threads}).value,
+                      cka(x, y, kernel, debiased{}, tested{.threads = 1}).value));
   }
 }
 
@@ -1321,7 +1350,7 @@ TEST_CASE("accumulators of different kernels do not merge") {
   layers const both = f.stack();
   rflow::cka_accumulator<rbf> a(rbf{.sigma = {1.5, 2}}), b(rbf{.sigma = {1.5, 2.25}}),
       same(rbf{.fraction = 0.5, .sigma = {1.5, 2}});
-  for (auto* x : {&a, &b, &same}) x->add(layer_stack(both));
+  for (auto* x : {&a, &b, &same}) x->add(layer_stack(both), tested{});
   double const before = a(0, 1);
   CHECK_THROWS_WITH_AS(a.merge(b),
                        "rflow::cka_accumulator::merge: different kernels, rbf with sigma 1.5, 2 "
@@ -1334,7 +1363,7 @@ TEST_CASE("accumulators of different kernels do not merge") {
   CHECK(a.batches() == 2);
 
   rflow::cka_accumulator<power_kernel> two({2}), three({3}), again({2});
-  for (auto* x : {&two, &three, &again}) x->add(layer_stack(both));
+  for (auto* x : {&two, &three, &again}) x->add(layer_stack(both), tested{});
   CHECK_THROWS_WITH_AS(two.merge(three),
                        "rflow::cka_accumulator::merge: different kernels of one type",
                        std::invalid_argument);

@@ -711,7 +711,8 @@ template <class Product, class C, class Fetch>
 void pack_strip(Fetch const& fetch, integer row, integer available, integer strip,
                 depth_range const& k, bool shared, panel<C>* rows, panel<C>* cols) {
   constexpr integer R = Product::template rows<C>, W = lanes_v<C>, S = small_lanes<C>;
-  constexpr integer G = W * sizeof(C) % 64 == 0 ? W : R, chunk = 1024 / sizeof(C);
+  constexpr integer line = 64 / sizeof(C), chunk = 1024 / sizeof(C);
+  constexpr integer G = R % line == 0 && line % W == 0 ? line : R;
   alignas(128) C x[G * chunk], side_by_side[G * chunk];
   for (integer i = 0; i < R; i += G) {
     integer const here = std::clamp<integer>(available - i, 0, G);

@@ -1,0 +1,71 @@
+// SPDX-License-Identifier: Apache-2.0
+// on_blas: the CKA tests and the suite of all backends on it, and what is its own.
+#include <rflow/blas.hpp>
+
+#define RFLOW_BACKEND rflow::on_blas
+#include "../cka.cpp"
+
+#define RFLOW_BACKENDS rflow::on_blas
+#define RFLOW_TIGHT_BOUND 3200 << 10
+#include "../backends.hpp"
+
+#include <thread>
+
+namespace {
+
+int (*const blas_threads)() = reinterpret_cast<int (*)()>(dlsym(RTLD_DEFAULT,
+                                                                "openblas_get_num_threads"));
+void (*const set_blas_threads)(int) =
+    reinterpret_cast<void (*)(int)>(dlsym(RTLD_DEFAULT, "openblas_set_num_threads"));
+
+}  // namespace
+
+TEST_CASE("more tokens than one product takes: on_cpu's table, and the same bits for any threads") {
+  for (std::size_t const tokens : {1024, 1500, 2100}) {
+    CAPTURE(tokens);
+    backends::sample<float> const s(17, 3, tokens, 70);
+    rflow::on_cpu const cpu{.path = rflow::gram_path::gram};
+    for (auto const path : {rflow::gram_path::gram, rflow::gram_path::feature})
+      for (std::size_t const bound : {std::size_t{20} << 20, std::size_t{256} << 20}) {
+        auto const run = [&](int threads) {
+          return rflow::on_blas{threads, bound, path}.gram(rflow::linear{}, s.stack);
+        };
+        rflow::gram_moments const one = run(1);
+        backends::check_same(one, cpu.gram(rflow::linear{}, s.stack), 1e-5);
+        for (int const threads : {2, 3, 5}) {
+          rflow::gram_moments const more = run(threads);
+          CHECK(more.products == one.products);
+          CHECK(more.row_sums == one.row_sums);
+          CHECK(more.squares == one.squares);
+        }
+      }
+  }
+}
+
+TEST_CASE("how many threads BLAS has is the program's affair, and no digit's") {
+  if (blas_threads == nullptr || set_blas_threads == nullptr) return;  // another BLAS
+  backends::sample<float> const s(18, 3, 1100, 90);
+  rflow::on_blas const on{.threads = 2, .path = rflow::gram_path::gram};
+  int const before = blas_threads();
+  std::vector<double> first;
+  for (int const threads : {1, 2, 4}) {
+    set_blas_threads(threads);
+    rflow::gram_moments const m = on.gram(rflow::linear{}, s.stack);
+    CHECK(blas_threads() == threads);
+    if (first.empty()) first = m.products;
+    CHECK(m.products == first);
+  }
+  // Calls from several threads at once: the last one puts it back.
+  std::vector<std::thread> callers;
+  std::vector<std::vector<double>> results(4);
+  for (auto& result : results)
+    callers.emplace_back([&] { result = on.gram(rflow::linear{}, s.stack).products; });
+  for (auto& caller : callers) caller.join();
+  for (auto const& result : results) CHECK(result == first);
+  CHECK(blas_threads() == 4);
+  CHECK_THROWS_AS((rflow::on_blas{.memory_bound = 100, .path = rflow::gram_path::gram}.gram(
+                      rflow::linear{}, s.stack)),
+                  std::invalid_argument);
+  CHECK(blas_threads() == 4);
+  set_blas_threads(before);
+}
