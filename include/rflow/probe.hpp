@@ -439,7 +439,7 @@ class probe_plan {
   }
 
   char const* where_;
-  probe_options const& options_;
+  probe_options options_;
   std::vector<std::ptrdiff_t> sizes_;  // tokens of each class
 };
 

@@ -113,9 +113,9 @@ class softmax_engine {
           x[i] = static_cast<C>(w.values.data()[k * width_ + strip * R + i] *
                                 static_cast<double>(f.rho[i]));
         C* const to = weights_at(strip, k);
-        for (integer r = 0; r < packets_of(strip); ++r)
+        for (integer r = 0; r < packets_of(strip, width_); ++r)
           Eigen::internal::pstore(to + r * W, Eigen::internal::pload<P>(x + r * W));
-        feature_sums_[strip * columns_ + k] = shifted(f.shift, to, packets_of(strip));
+        feature_sums_[strip * columns_ + k] = shifted(f.shift, to, packets_of(strip, width_));
       }
     });
     find_offsets();
@@ -196,8 +196,12 @@ class softmax_engine {
 
   // ---- places -----------------------------------------------------------------------------------
 
-  integer packets_of(integer feature_strip) const {
-    return (std::min)(packets, round_up(width_ - feature_strip * R, depth_unit<C>) / W);
+  /// Packets of a strip that its block has room for. Whole strips end where blocks do, but for the
+  /// last block, which is filled up to the depth unit alone.
+  static integer packets_of(integer strip, integer depth) {
+    integer const first = strip * R / D * D;
+    integer const size = round_up((std::min)(D, depth - first), depth_unit<C>);
+    return (std::min)(packets, (first + size - strip * R) / W);
   }
   /// Values i of a strip of column k, in panels whose blocks of depth D hold column after column.
   static integer place(integer strip, integer k, integer depth, integer columns) {
@@ -418,7 +422,7 @@ class softmax_engine {
     }
     if (!residuals) return;
     std::fill(z + columns_ * R, z + padded_ * R, C(0));
-    integer const there = (std::min)(packets, round_up(tokens_ - first, depth_unit<C>) / W);
+    integer const there = packets_of(strip, tokens_);
     for (integer k = 0; k < padded_; ++k)
       publish(z + k * R, there, threads_.size() > 1,
               residuals_.data() + place(strip, k, tokens_, padded_));
@@ -475,7 +479,7 @@ class softmax_engine {
     auto const all = [](double x) { return pset1<P>(static_cast<C>(x)); };
     P const keep2 = all(by.beta2), take1 = all(1 - by.beta1), take2 = all(1 - by.beta2);
     P const epsilon = all(by.epsilon), bias2 = all(root), decay = all(by.weight_decay);
-    integer const count = packets_of(strip);
+    integer const count = packets_of(strip, width_);
     for (integer k = 0; k < columns_; ++k) {
       frame const f = frame_of(k / problem_.classes, strip);
       P const residual = all(bias_gradient_.data()[k]);
