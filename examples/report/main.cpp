@@ -10,21 +10,17 @@
 #include "options.hpp"
 #include "progress_bar.hpp"
 #include "publish.hpp"
+#include "shards.hpp"
 #include "text.hpp"
+#include "workers.hpp"
 #include "write.hpp"
 
 namespace {
 
 using namespace report;
 
-int run(options const& asked) {
-  check_target(asked.output, asked.force, asked.inputs);
-  std::vector<capture> captures;
-  for (std::string const& input : asked.inputs) captures.push_back(load(input, asked));
-
-  progress_bar bar(!asked.quiet);
-  result const measured =
-      measure(captures, asked, [&](double done, double total) { bar(done, total); });
+/// Writes the report and says where it is.
+void publish_report(options const& asked, result const& measured) {
   figures const plots = asked.plots ? plot(measured, asked) : figures{};
 
   std::map<std::string, std::string> texts = csv_files(measured);
@@ -43,18 +39,52 @@ int run(options const& asked) {
     std::string const text = summary(measured, asked) + "report: " + one_line(page) + "\n";
     std::fwrite(text.data(), 1, text.size(), stdout);
   }
+}
+
+int run(options const& asked, workers& all) {
+  if (all.size() > 1 && !asked.shards)
+    throw std::invalid_argument("several ranks share shards only: --shards");
+  bool const speaks = all.rank() == 0;
+  limit_memory(asked);
+  all.together([&] {
+    if (speaks) check_target(asked.output, asked.force, asked.inputs);
+  });
+  progress_bar bar(speaks && !asked.quiet);
+  auto const tell = [&](double done, double total) { bar(done, total); };
+  result measured;
+  if (asked.shards) {
+    measured = measure_shards(asked, all, tell);
+  } else {
+    std::vector<capture> captures;
+    for (std::string const& input : asked.inputs) captures.push_back(load(input, asked));
+    measured = measure(captures, asked, tell);
+  }
+  all.together([&] {
+    if (speaks) publish_report(asked, measured);
+  });
+  forget_checkpoint(asked, all);
   return asked.strict && !measured.all_answered() ? 2 : 0;
+}
+
+void complain(std::exception const& error) {
+  std::string const text = "rflow_report: " + one_line(error.what()) + "\n";
+  std::fwrite(text.data(), 1, text.size(), stderr);
 }
 
 }  // namespace
 
 int main(int argc, char** argv) {
   try {
-    auto const asked = report::parse(argc, argv);
-    return asked ? run(*asked) : 0;
+    auto const all = report::join_workers(argc, argv);
+    try {
+      auto const asked = report::parse(argc, argv);
+      return asked ? run(*asked, *all) : 0;
+    } catch (std::exception const& error) {
+      complain(error);
+      return 1;
+    }
   } catch (std::exception const& error) {
-    std::string const text = "rflow_report: " + report::one_line(error.what()) + "\n";
-    std::fwrite(text.data(), 1, text.size(), stderr);
+    complain(error);
     return 1;
   }
 }

@@ -183,6 +183,8 @@ std::vector<std::string> pairs_of(std::vector<std::string> const& names, std::si
   return out;
 }
 
+}  // namespace
+
 void add_warnings(model_result& m, rflow::flow_report const& final_norm,
                   std::ptrdiff_t skip_first) {
   std::vector<std::string> const all = m.cka_sites();
@@ -255,8 +257,6 @@ void add_warnings(model_result& m, rflow::flow_report const& final_norm,
                               "and St2, speak of that token" + advice});
   }
 }
-
-}  // namespace
 
 result measure(std::vector<capture> const& captures, options const& asked, progress const& tell) {
   rflow::on_cpu const on{.threads = asked.threads};

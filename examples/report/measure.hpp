@@ -4,6 +4,7 @@
 // Runs the library on captures. Everything that is written afterwards comes from these structs.
 
 #include <rflow/flow.hpp>
+#include <rflow/monitor.hpp>
 #include <rflow/poincare.hpp>
 #include <rflow/probe.hpp>
 
@@ -46,6 +47,14 @@ struct warning {
   std::string text;  // begins with the site or sites
 };
 
+/// What is known besides of a model that was read in shards.
+struct shard_facts {
+  std::ptrdiff_t files = 0, sequences = 0;
+  std::ptrdiff_t batches = 0, left_out = 0;  // of minibatch CKA
+  rflow::sequence_figures figures;           // each sequence by itself: mean and spread
+  double memory_bound = 0, memory_peak = 0;  // bytes beside the mapped files: stated, measured
+};
+
 struct model_result {
   std::string path, label, dtype, token_hash;
   std::map<std::string, std::string> metadata;
@@ -56,6 +65,7 @@ struct model_result {
   rflow::measured final_inter_token;          // not_requested if there is none
   std::vector<cka_result> cka;                // rows and columns: the chain, then the final norm
   std::optional<rflow::layer_probes> probes;  // sites: the chain, then the final norm
+  std::optional<shard_facts> shards;          // if it was read in shards
   std::vector<warning> warnings;
 
   std::ptrdiff_t blocks() const { return static_cast<std::ptrdiff_t>(sites.size()) - 1; }
@@ -95,5 +105,9 @@ using progress = std::function<void(double done, double total)>;
 
 /// @throws unusable if the captures cannot be compared though --cross-cka asks for it
 result measure(std::vector<capture> const& captures, options const& asked, progress const& tell);
+
+/// Notes what has no answer, and what to be careful with.
+/// @param final_norm  of one site; looked at only if the model has a final norm
+void add_warnings(model_result& m, rflow::flow_report const& final_norm, std::ptrdiff_t skip_first);
 
 }  // namespace report

@@ -65,7 +65,7 @@ std::optional<options> parse(int argc, char const* const* argv) {
                  "One or two captures: a safetensors file with one tensor per site, a folder of "
                  ".npy files, or one .npy with axes sites, tokens, hidden")
       ->required()
-      ->expected(1, 2)
+      ->expected(1, 1 << 20)
       ->type_name("FILE");
 
   CLI::Option const* const output =
@@ -123,6 +123,32 @@ std::optional<options> parse(int argc, char const* const* argv) {
   app.add_flag("--probe-standardize", o.probe_standardize,
                "Features to mean 0 and deviation 1 over the tokens trained on")
       ->group("Probes");
+  app.add_flag(
+         "--shards", o.shards,
+         "The inputs are shards of one model's tokens, as many as you like: read one after the "
+         "other in bounded memory. CKA is then minibatch CKA")
+      ->group("Shards");
+  CLI::Option const* const batch =
+      app.add_option("--cka-batch", o.cka_batch, "Tokens of a batch of minibatch CKA")
+          ->check(CLI::Range(4, 65536).description(""))
+          ->default_str("256")
+          ->type_name("N")
+          ->group("Shards");
+  app.add_option("--checkpoint", o.checkpoint,
+                 "Keep what was measured in this file meanwhile, and go on from it if it is there")
+      ->type_name("FILE")
+      ->group("Shards");
+  app.add_option("--checkpoint-seconds", o.checkpoint_seconds,
+                 "Time between two writings of it; a sequence is never cut")
+      ->check(CLI::NonNegativeNumber.description(""))
+      ->default_str("30")
+      ->type_name("S")
+      ->group("Shards");
+  app.add_option("--memory-limit", o.memory_limit,
+                 "Have the system refuse more than this many MiB beside the mapped files")
+      ->check(CLI::Range(16, 1 << 30).description(""))
+      ->type_name("MIB")
+      ->group("Shards");
   app.add_option("--threads", o.threads, "Threads; 0 is as many as the machine has")
       ->check(CLI::Range(0, 4096).description(""))
       ->default_str("0")
@@ -184,7 +210,24 @@ std::optional<options> parse(int argc, char const* const* argv) {
   if (o.labels.empty() && (!o.label_groups.empty() || o.probe_standardize ||
                            app.count("--probe-seeds") > 0 || app.count("--probe-epochs") > 0))
     throw std::invalid_argument("--label-groups and --probe-… need --labels");
-  if (o.output.empty()) o.output = default_output(o.inputs);
+  if (!o.shards && o.inputs.size() > 2)
+    throw std::invalid_argument("one or two captures expected, not " +
+                                std::to_string(o.inputs.size()) +
+                                "; many files of one model: --shards");
+  if (!o.shards && (batch->count() > 0 || !o.checkpoint.empty() || o.memory_limit > 0))
+    throw std::invalid_argument("--cka-batch, --checkpoint and --memory-limit need --shards");
+  if (o.shards) {
+    if (app.count("--kernel") > 0 && !kernel.is("linear"))
+      throw std::invalid_argument("--shards: minibatch CKA has the linear kernel only");
+    if (app.count("--estimator") > 0 && !main_estimator.is("debiased"))
+      throw std::invalid_argument("--shards: minibatch CKA is debiased");
+    if (o.cross_cka || !o.labels.empty())
+      throw std::invalid_argument("--shards does not go with --cross-cka or --labels");
+    o.linear = true;
+    o.rbf = false;
+  }
+  if (o.output.empty())
+    o.output = default_output(o.shards ? std::vector<std::string>{o.inputs.front()} : o.inputs);
   return o;
 }
 

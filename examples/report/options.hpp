@@ -16,7 +16,7 @@ namespace report {
 enum class estimator { debiased, biased };
 
 struct options {
-  std::vector<std::string> inputs;  // one or two
+  std::vector<std::string> inputs;  // one or two; any number of shards
   std::string output;               // directory; made from the inputs' names if not given
   bool force = false;
 
@@ -26,6 +26,12 @@ struct options {
   bool linear = true, rbf = true;
   double rbf_fraction = 1;
   bool cross_cka = false;
+
+  bool shards = false;             // inputs are shards of one model, any number of them
+  std::ptrdiff_t cka_batch = 256;  // tokens of a batch of minibatch CKA
+  std::string checkpoint;          // file to go on from
+  double checkpoint_seconds = 30;
+  std::ptrdiff_t memory_limit = 0;  // MiB; 0: none
 
   std::string labels, label_groups;  // files of one integer a token; no probes without labels
   int probe_seeds = 5, probe_epochs = 150;

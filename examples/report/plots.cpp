@@ -242,6 +242,7 @@ std::string value_text(measured x) {
 }
 
 std::string adjacent_heat_map(model_result const& m, std::ptrdiff_t skip_first) {
+  if (m.shards) return "";  // no values of single tokens
   constexpr std::ptrdiff_t most_columns = 2048;
   std::ptrdiff_t const n = m.flow.tokens, rows = m.blocks();
   std::ptrdiff_t const columns = std::min(n, most_columns);

@@ -69,6 +69,25 @@ std::string summary(result const& r, options const& asked) {
                               ", chance " + number(p.chance);
     });
 
+  if (asked.shards) {
+    auto const row_of = [&](std::string const& name,
+                            rflow::running_stat rflow::sequence_figures::*which) {
+      row(name, [&](model_result const& m) {
+        rflow::running_stat const& s = m.shards->figures.*which;
+        return s.count > 0 ? number(s.mean) + " +- " + number(s.stddev()) : std::string("-");
+      });
+    };
+    row("shards, sequences", [](model_result const& m) {
+      return std::to_string(m.shards->files) + ", " + std::to_string(m.shards->sequences);
+    });
+    row_of("St1 per sequence", &rflow::sequence_figures::st1);
+    row_of("St2 per sequence", &rflow::sequence_figures::st2);
+    row("memory beside the files", [](model_result const& m) {
+      return "at most " + number(m.shards->memory_bound / 1048576, 4) + " MiB; was " +
+             number(m.shards->memory_peak / 1048576, 4);
+    });
+  }
+
   std::string out;
   for (auto const& [name, values] : rows) {
     std::string line = padded(name, 30);

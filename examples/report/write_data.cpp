@@ -92,6 +92,51 @@ json probe(rflow::layer_probes const& p, std::vector<std::string> const& sites) 
           {"drop", scalar(p.drop)}};
 }
 
+json over_sequences(rflow::running_stat const& s) {
+  return {{"mean", s.count > 0 ? value_of(s.mean) : json()},
+          {"stddev", s.count > 0 ? value_of(s.stddev()) : json()},
+          {"sequences", static_cast<std::ptrdiff_t>(s.count)}};
+}
+
+json over_sequences(std::vector<rflow::running_stat> const& stats) {
+  json mean = json::array(), stddev = json::array(), count = json::array();
+  for (rflow::running_stat const& s : stats) {
+    mean.push_back(s.count > 0 ? value_of(s.mean) : json());
+    stddev.push_back(s.count > 0 ? value_of(s.stddev()) : json());
+    count.push_back(static_cast<std::ptrdiff_t>(s.count));
+  }
+  return {{"mean", mean}, {"stddev", stddev}, {"sequences", count}};
+}
+
+json shards(shard_facts const& s, options const& asked) {
+  std::vector<std::string> files;
+  for (std::string const& path : asked.inputs) files.push_back(report::utf8(path));
+  json pairs = json::array();
+  std::vector<rflow::running_stat> const& cka = s.figures.cka;
+  std::size_t const sites = s.figures.inter_token.size();
+  for (std::size_t i = 0; i < sites; ++i)
+    pairs.push_back(over_sequences({cka.begin() + static_cast<std::ptrdiff_t>(i * sites),
+                                    cka.begin() + static_cast<std::ptrdiff_t>((i + 1) * sites)}));
+  return {{"files", files},
+          {"sequences", s.sequences},
+          {"cka",
+           {{"estimator", "minibatch"},
+            {"batch", asked.cka_batch},
+            {"batches", s.batches},
+            {"left_out", s.left_out}}},
+          {"per_sequence",
+           {{"inter_token_cosine", over_sequences(s.figures.inter_token)},
+            {"adjacent_cosine", over_sequences(s.figures.adjacent)},
+            {"mean_norm", over_sequences(s.figures.mean_norm)},
+            {"st1", over_sequences(s.figures.st1)},
+            {"st2", over_sequences(s.figures.st2)},
+            {"path_energy", over_sequences(s.figures.path_energy)},
+            {"path_length", over_sequences(s.figures.path_length)},
+            {"steps", over_sequences(s.figures.steps)},
+            {"curvature", over_sequences(s.figures.curvature)},
+            {"cka", pairs}}}};
+}
+
 json model(model_result const& m, options const& asked) {
   json out;
   out["name"] = report::utf8(m.label);
@@ -147,6 +192,7 @@ json model(model_result const& m, options const& asked) {
   for (cka_result const& c : m.cka)
     tables.push_back(cka(c, asked, utf8(m.cka_sites()), utf8(m.cka_sites())));
   out["cka"] = std::move(tables);
+  out["shards"] = m.shards ? shards(*m.shards, asked) : json();
   out["probe"] = m.probes ? probe(*m.probes, utf8(m.cka_sites())) : json();
   json warnings = json::array();
   for (warning const& w : m.warnings)
@@ -303,7 +349,8 @@ std::map<std::string, array> npy_files(result const& r, options const& asked) {
     array cosines{{}, {static_cast<std::ptrdiff_t>(m.flow.adjacent.size()), m.flow.tokens}};
     for (auto const& pair : m.flow.adjacent)
       cosines.values.insert(cosines.values.end(), pair.per_token.begin(), pair.per_token.end());
-    if (!m.flow.adjacent.empty()) out["adjacent" + which + ".npy"] = std::move(cosines);
+    if (!m.flow.adjacent.empty() && !m.shards)
+      out["adjacent" + which + ".npy"] = std::move(cosines);
   }
   if (!r.cross.empty()) out["cka-cross.npy"] = table(r.cross.front());
   return out;

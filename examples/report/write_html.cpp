@@ -144,6 +144,20 @@ std::string summary_table(result const& r, options const& asked) {
        "sum of steps, in the unit of St1"},
   };
   std::string const name(to_string(asked.main_estimator));
+  if (r.models.front().shards) {
+    auto const row = [&](char const* title, rflow::running_stat rflow::sequence_figures::*which) {
+      rows.push_back({title,
+                      [which](model_result const& m) {
+                        rflow::running_stat const& s = m.shards->figures.*which;
+                        return s.count > 0 ? html_number(s.mean) + " ± " + html_number(s.stddev())
+                                           : std::string("–");
+                      },
+                      "each sequence by itself: mean and standard deviation over sequences"});
+    };
+    row("St1 per sequence", &rflow::sequence_figures::st1);
+    row("St2 per sequence", &rflow::sequence_figures::st2);
+    row("Path length per sequence", &rflow::sequence_figures::path_length);
+  }
   if (asked.linear)
     rows.push_back(
         {"Linear CKA, first to last layer",
@@ -484,8 +498,15 @@ std::string facts(result const& r, options const& asked, std::vector<std::string
     };
     out +=
         "<h3 style=\"margin-top:12px\">" + model_name(r, k) + "</h3>\n<table class=\"facts\">\n" +
-        row("File", "<code>" + html(m.path) + "</code>") + row("Revision", metadata("revision")) +
-        row("Architecture", metadata("architecture")) +
+        row("File", "<code>" + html(m.path) + "</code>" +
+                        (m.shards && m.shards->files > 1
+                             ? " and " + plural(m.shards->files - 1, "further shard")
+                             : "")) +
+        row("Sequences",
+            m.shards ? std::to_string(m.shards->sequences) +
+                           "; figures without &ldquo;per sequence&rdquo; pool the tokens of all"
+                     : "") +
+        row("Revision", metadata("revision")) + row("Architecture", metadata("architecture")) +
         row("Text",
             metadata("text_title") +
                 (metadata("text_origin").empty() ? "" : " (" + metadata("text_origin") + ")")) +
@@ -511,16 +532,18 @@ std::string facts(result const& r, options const& asked, std::vector<std::string
   for (std::string const& file : files)
     links +=
         (links.empty() ? "" : ", ") + ("<a href=\"" + html(file) + "\">" + html(file) + "</a>");
-  out +=
-      "<h3 style=\"margin-top:16px\">Settings</h3>\n<table class=\"facts\">\n" +
-      row("Normalisation", std::string(to_string(asked.normalize)) +
-                               " (St1, St2, path, steps and bounds carry the same factor)") +
-      row("CKA estimators", "debiased and biased; " + std::string(to_string(asked.main_estimator)) +
-                                " in the summary and in cka.npy") +
-      row("CKA kernels", kernels) +
-      row("Labels", asked.labels.empty() ? "" : "<code>" + html(asked.labels) + "</code>") +
-      row("Program", "rflow_report " + version_text() + ", metrics schema " + schema_version) +
-      row("Files beside this one", links) + "</table>\n</section>\n";
+  out += "<h3 style=\"margin-top:16px\">Settings</h3>\n<table class=\"facts\">\n" +
+         row("Normalisation", std::string(to_string(asked.normalize)) +
+                                  " (St1, St2, path, steps and bounds carry the same factor)") +
+         row("CKA estimators",
+             asked.shards
+                 ? "minibatch, debiased, batches of " + std::to_string(asked.cka_batch) + " tokens"
+                 : "debiased and biased; " + std::string(to_string(asked.main_estimator)) +
+                       " in the summary and in cka.npy") +
+         row("CKA kernels", kernels) +
+         row("Labels", asked.labels.empty() ? "" : "<code>" + html(asked.labels) + "</code>") +
+         row("Program", "rflow_report " + version_text() + ", metrics schema " + schema_version) +
+         row("Files beside this one", links) + "</table>\n</section>\n";
   return out;
 }
 

@@ -1,0 +1,363 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "shards.hpp"
+
+#include <rflow/monitor.hpp>
+
+#include <sys/resource.h>
+#include <sys/stat.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <chrono>
+#include <cstring>
+#include <fstream>
+#include <new>
+#include <thread>
+
+#include "text.hpp"
+
+namespace report {
+namespace {
+
+using rflow::measured;
+using rflow::status;
+
+constexpr std::ptrdiff_t tokens_at_once = 2048;
+
+/// What a shard is known by before it is read.
+struct shard {
+  std::string path;
+  std::ptrdiff_t tokens;
+  std::string identity;  // size and time of last change
+};
+
+struct plan {
+  std::vector<shard> shards;
+  std::string label, dtype;
+  std::map<std::string, std::string> metadata;
+  std::vector<std::string> sites;
+  std::ptrdiff_t width = 0;
+  rflow::dtype type{};
+  std::ptrdiff_t tokens() const {
+    std::ptrdiff_t n = 0;
+    for (shard const& s : shards) n += s.tokens;
+    return n;
+  }
+};
+
+std::string identity_of(std::string const& path) {
+  struct ::stat facts {};
+  if (::stat(path.c_str(), &facts) != 0) return "gone";
+  return std::to_string(facts.st_size) + " bytes of " + std::to_string(facts.st_mtim.tv_sec) + "." +
+         std::to_string(facts.st_mtim.tv_nsec);
+}
+
+/// Opens every shard for a moment: all must hold the same sites.
+plan plan_of(options const& asked) {
+  plan out;
+  for (std::string const& input : asked.inputs) {
+    capture const c = load(input, asked);
+    if (out.shards.empty()) {
+      out.label = c.label;
+      out.metadata = c.metadata;
+      out.sites = c.sites.names();
+      out.width = c.sites.width();
+      out.type = c.sites.type();
+      out.dtype = to_string(out.type);
+    } else if (c.sites.names() != out.sites || c.sites.width() != out.width ||
+               c.sites.type() != out.type) {
+      auto const shape = [](std::size_t sites, std::ptrdiff_t width, std::string_view type) {
+        return std::to_string(sites) + " sites x " + std::to_string(width) + " features, " +
+               std::string(type);
+      };
+      throw unusable(input,
+                     "not a shard of the same model: " +
+                         shape(c.sites.chain.size(), c.sites.width(), to_string(c.sites.type())) +
+                         ", but " + asked.inputs.front() + " has " +
+                         shape(out.sites.size(), out.width, out.dtype) +
+                         (c.sites.chain.size() == out.sites.size() ? " (or other names)" : ""));
+    }
+    out.shards.push_back({input, c.sites.tokens(), identity_of(input)});
+  }
+  return out;
+}
+
+/// Where the sequences of a shard begin and end: its tensor "sequences" of ascending offsets from 0
+/// to its tokens; one sequence if it has none.
+std::vector<std::ptrdiff_t> sequences_of(capture const& c) {
+  std::ptrdiff_t const n = c.sites.tokens();
+  auto const* const file = std::get_if<std::unique_ptr<rflow::safetensors_file>>(&c.file);
+  if (file == nullptr || !(*file)->contains("sequences")) return {0, n};
+  std::vector<std::ptrdiff_t> out;
+  for (std::int64_t const x : (**file)["sequences"].integers()) out.push_back(x);
+  if (out.size() < 2 || out.front() != 0 || out.back() != n ||
+      !std::is_sorted(out.begin(), out.end()))
+    throw unusable(c.path,
+                   "the tensor 'sequences' does not ascend from 0 to its " + plural(n, "token"));
+  return out;
+}
+
+// ---- checkpoints --------------------------------------------------------------------------------
+
+struct progress_made {
+  std::size_t shard = 0, sequence = 0;  // where to go on
+};
+
+std::string checkpoint_path(options const& asked, workers const& all) {
+  return asked.checkpoint + (all.size() > 1 ? "." + std::to_string(all.rank()) : "");
+}
+
+/// All that the numbers in a checkpoint depend on.
+std::string fingerprint(plan const& p, options const& asked, workers const& all) {
+  std::string out = "rank " + std::to_string(all.rank()) + " of " + std::to_string(all.size()) +
+                    "; " + std::string(to_string(asked.normalize)) + ", skip " +
+                    std::to_string(asked.skip_first) + ", batch " +
+                    std::to_string(asked.cka_batch) + "; " + p.dtype + ", " +
+                    std::to_string(p.width) + " features";
+  for (std::string const& site : p.sites) out += ", " + site;
+  for (shard const& s : p.shards) out += "; " + s.path + ": " + s.identity;
+  return out;
+}
+
+void save(std::string const& path, std::string const& of, progress_made const& done,
+          rflow::monitor_moments const& m) {
+  std::vector<double> const numbers = rflow::to_numbers(m);
+  rflow::tensor const tensors[] = {
+      rflow::as_tensor("moments", numbers, {static_cast<std::ptrdiff_t>(numbers.size())})};
+  rflow::write_safetensors(path, tensors,
+                           {{"rflow_checkpoint", "1"},
+                            {"of", of},
+                            {"shard", std::to_string(done.shard)},
+                            {"sequence", std::to_string(done.sequence)}});
+}
+
+/// @param m  of the right shape; takes over what is in the file
+progress_made restore(std::string const& path, std::string const& of, rflow::monitor_moments& m) {
+  try {
+    rflow::safetensors_file const file(path);
+    auto const& said = file.metadata();
+    auto const text = [&](char const* key) {
+      auto const found = said.find(key);
+      return found == said.end() ? std::string() : found->second;
+    };
+    if (text("rflow_checkpoint") != "1" || !file.contains("moments"))
+      throw unusable(path, "not a checkpoint of this program; nothing was read");
+    if (text("of") != of)
+      throw unusable(path,
+                     "the checkpoint is of other shards, options or ranks; give another name, "
+                     "or delete it to start anew");
+    rflow::tensor const x = file["moments"];
+    rflow::from_numbers(m, {x.elements<double>(), static_cast<std::size_t>(x.size())});
+    return {std::stoul(text("shard")), std::stoul(text("sequence"))};
+  } catch (unusable const&) {
+    throw;
+  } catch (std::exception const& error) {
+    throw unusable(path, "the checkpoint is damaged (" + reason_of(error, path) +
+                             "); delete it to start anew");
+  }
+}
+
+// ---- the pass -----------------------------------------------------------------------------------
+
+int threads_of(options const& asked, workers const& all) {
+  if (asked.threads > 0) return asked.threads;
+  int const here = static_cast<int>(std::thread::hardware_concurrency());
+  return std::max(1, here / all.size());
+}
+
+double cost_of_token(plan const& p, options const& asked) {
+  double const s = static_cast<double>(p.sites.size()), d = static_cast<double>(p.width);
+  return s * d * (10 + static_cast<double>(asked.cka_batch) / 2);
+}
+
+/// The moments of shards first … last − 1.
+template <class T>
+rflow::monitor_moments stream(plan const& p, std::size_t first, std::size_t last,
+                              options const& asked, workers const& all, progress const& tell) {
+  auto const sites = static_cast<std::ptrdiff_t>(p.sites.size());
+  rflow::flow_monitor<T> monitor(sites, p.width,
+                                 {.normalize = asked.normalize,
+                                  .skip_first = asked.skip_first,
+                                  .cka = true,
+                                  .cka_batch = asked.cka_batch},
+                                 rflow::on_cpu{.threads = threads_of(asked, all)});
+  std::ptrdiff_t longest = 1;
+  for (std::size_t i = first; i < last; ++i) longest = std::max(longest, p.shards[i].tokens);
+  monitor.reserve(std::min(longest, tokens_at_once));
+
+  std::string const of = asked.checkpoint.empty() ? "" : fingerprint(p, asked, all);
+  std::string const keep = asked.checkpoint.empty() ? "" : checkpoint_path(asked, all);
+  progress_made done{first, 0};
+  std::error_code ignored;
+  if (!keep.empty() && std::filesystem::exists(keep, ignored)) {
+    rflow::monitor_moments m(sites, p.width, true);
+    done = restore(keep, of, m);
+    if (done.shard < first || done.shard > last)
+      throw unusable(keep, "the checkpoint is damaged (no shard " + std::to_string(done.shard) +
+                               "); delete it to start anew");
+    monitor.merge(m);
+  }
+  auto saved = std::chrono::steady_clock::now();
+  auto const save_if_due = [&](progress_made const& now, bool at_end) {
+    std::chrono::duration<double> const since = std::chrono::steady_clock::now() - saved;
+    if (keep.empty() || (!at_end && since.count() < asked.checkpoint_seconds)) return;
+    save(keep, of, now, monitor.moments());
+    saved = std::chrono::steady_clock::now();
+  };
+
+  double work = 0, so_far = 0;
+  for (std::size_t i = first; i < last; ++i) work += static_cast<double>(p.shards[i].tokens);
+  for (std::size_t i = first; i < done.shard; ++i)
+    so_far += static_cast<double>(p.shards[i].tokens);
+  double const each = cost_of_token(p, asked);
+  for (; done.shard < last; done = {done.shard + 1, 0}) {
+    capture const c = load(p.shards[done.shard].path, asked);
+    std::vector<std::ptrdiff_t> const offsets = sequences_of(c);
+    rflow::layer_stack<T> const stack = c.sites.stack<T>();
+    if (stack.sites() != sites || stack.width() != p.width ||
+        stack.all_tokens() != p.shards[done.shard].tokens)
+      throw unusable(c.path, "changed while the report was made");
+    if (done.sequence >= offsets.size())
+      throw unusable(keep, "the checkpoint is damaged (no sequence " +
+                               std::to_string(done.sequence) + " in " + c.path +
+                               "); delete it to start anew");
+    so_far += static_cast<double>(offsets[done.sequence]);
+    for (; done.sequence + 1 < offsets.size(); ++done.sequence) {
+      std::ptrdiff_t const begin = offsets[done.sequence], end = offsets[done.sequence + 1];
+      for (std::ptrdiff_t at = begin; at < end; at += tokens_at_once) {
+        std::ptrdiff_t const count = std::min(tokens_at_once, end - at);
+        for (std::ptrdiff_t l = 0; l < sites; ++l) {
+          rflow::view<T> const x = stack[l];
+          monitor.push(l, at - begin,
+                       rflow::view<T>(x.data + at * x.row_stride, count, x.cols, x.row_stride,
+                                      x.col_stride));
+        }
+        tell(each * (so_far += static_cast<double>(count)), each * work);
+      }
+      monitor.end_sequence();
+      if (!monitor.error().empty()) throw unusable(c.path, std::string(monitor.error()));
+      save_if_due({done.shard, done.sequence + 1}, false);
+    }
+  }
+  save_if_due(done, true);
+  return monitor.moments();
+}
+
+cka_grid minibatch_grid(rflow::minibatch_moments const& m) {
+  cka_grid out{m.sites, m.sites, {}, {}};
+  for (std::ptrdiff_t i = 0; i < m.sites; ++i)
+    for (std::ptrdiff_t j = 0; j < m.sites; ++j) {
+      measured const x = rflow::minibatch_cka(m, i, j);
+      out.value.push_back(x);
+      out.chance.push_back(x.ok() ? measured(0.0) : x);
+    }
+  return out;
+}
+
+/// What the monitor holds beside the mapped files, for the text that states it.
+double bytes_needed(plan const& p, options const& asked, workers const& all) {
+  double const s = static_cast<double>(p.sites.size()), d = static_cast<double>(p.width);
+  double const batch = static_cast<double>(asked.cka_batch), n = tokens_at_once;
+  double const c = p.type == rflow::dtype::f64 ? 8 : 4;
+  double const t = static_cast<double>(rflow::bits(p.type)) / 8;
+  double const rows = n * d * (2 * t + c);  // two rows, the mean
+  double const kernels = s * (n / batch + 2) * batch * batch / 2 * c * 1.05;
+  double const unfinished = s * batch * d * t;  // rows of short batches
+  double const engines = threads_of(asked, all) * c * (batch * d + 3 * batch * 600);
+  return rows + kernels + unfinished + engines + 8 * s * (3 * d + 8 * s) + 32e6;
+}
+
+}  // namespace
+
+std::size_t anonymous_memory() {
+  std::ifstream in("/proc/self/status");
+  for (std::string line; std::getline(in, line);)
+    if (line.starts_with("RssAnon:")) return std::stoul(line.substr(8)) * 1024;
+  return 0;
+}
+
+void limit_memory(options const& asked) {
+  if (asked.memory_limit == 0) return;
+  ::rlimit limit{};
+  limit.rlim_cur = limit.rlim_max = static_cast<::rlim_t>(asked.memory_limit) << 20;
+  if (::setrlimit(RLIMIT_DATA, &limit) != 0)
+    throw std::invalid_argument("--memory-limit: " + std::string(std::strerror(errno)));
+}
+
+result measure_shards(options const& asked, workers& all, progress const& tell) {
+  plan p;
+  rflow::monitor_moments m;
+  double peak = 0;
+  all.together([&] {
+    p = plan_of(asked);
+    double const needed = bytes_needed(p, asked, all);
+    if (asked.memory_limit > 0 && needed > static_cast<double>(asked.memory_limit) * 1048576)
+      throw unusable(p.shards.front().path,
+                     "needs about " + number(needed / 1048576, 4) +
+                         " MiB beside the mapped files, but --memory-limit is " +
+                         std::to_string(asked.memory_limit));
+    auto const ranks = static_cast<std::size_t>(all.size()),
+               rank = static_cast<std::size_t>(all.rank());
+    std::size_t const count = p.shards.size();
+    auto const watch = [&](double done, double total) {
+      peak = std::max(peak, static_cast<double>(anonymous_memory()));
+      if (rank == 0) tell(done, total);
+    };
+    auto const run = [&]<class T>(T) {
+      return stream<T>(p, count * rank / ranks, count * (rank + 1) / ranks, asked, all, watch);
+    };
+    try {
+      switch (p.type) {
+        case rflow::dtype::f16: m = run(rflow::f16{}); break;
+        case rflow::dtype::bf16: m = run(rflow::bf16{}); break;
+        case rflow::dtype::f64: m = run(double{}); break;
+        default: m = run(float{});
+      }
+    } catch (std::bad_alloc const&) {
+      throw unusable(asked.inputs.front(), "out of memory");
+    }
+  });
+  all.merge(m);
+
+  result out;
+  model_result model;
+  model.path = asked.inputs.front();
+  model.label = p.label;
+  model.metadata = p.metadata;
+  model.metadata.erase("token_hash");  // of one shard
+  model.dtype = p.dtype;
+  model.sites = p.sites;
+  model.stored_tokens = p.tokens();
+  model.flow = rflow::report_of(m.flow, asked.normalize);
+  std::size_t const cells = p.sites.size() * p.sites.size();
+  auto const none = [](std::size_t n) { return std::vector<measured>(n, status::not_requested); };
+  auto const s = static_cast<std::ptrdiff_t>(p.sites.size());
+  model.cka.push_back({"linear",
+                       minibatch_grid(m.cka),
+                       {s, s, none(cells), none(cells)},
+                       none(p.sites.size()),
+                       none(p.sites.size()),
+                       std::vector<std::ptrdiff_t>(p.sites.size(), -1)});
+  model.shards = shard_facts{static_cast<std::ptrdiff_t>(p.shards.size()),
+                             m.sequences,
+                             m.cka.batches,
+                             m.cka.left_out,
+                             m.figures,
+                             bytes_needed(p, asked, all),
+                             peak};
+  add_warnings(model, {}, asked.skip_first);
+  model.warnings.push_back(
+      {false,
+       "CKA is minibatch CKA over " + std::to_string(m.cka.batches) + " batches of up to " +
+           std::to_string(asked.cka_batch) +
+           " tokens: another estimator than CKA over all tokens at once, though close to it"});
+  out.models.push_back(std::move(model));
+  return out;
+}
+
+void forget_checkpoint(options const& asked, workers const& all) {
+  std::error_code ignored;
+  if (!asked.checkpoint.empty()) std::filesystem::remove(checkpoint_path(asked, all), ignored);
+}
+
+}  // namespace report
