@@ -213,7 +213,7 @@ std::optional<options> parse(int argc, char const* const* argv) {
   if (!o.shards && o.inputs.size() > 2)
     throw std::invalid_argument("one or two captures expected, not " +
                                 std::to_string(o.inputs.size()) +
-                                "; many files of one model: --shards");
+                                "; many files of one model: --shards (see rflow_report --help)");
   if (!o.shards && (batch->count() > 0 || !o.checkpoint.empty() || o.memory_limit > 0))
     throw std::invalid_argument("--cka-batch, --checkpoint and --memory-limit need --shards");
   if (o.shards) {
