@@ -5,10 +5,10 @@
 #include <exception>
 #include <string>
 
+#include "../common/progress_bar.hpp"
 #include "load.hpp"
 #include "measure.hpp"
 #include "options.hpp"
-#include "progress_bar.hpp"
 #include "publish.hpp"
 #include "shards.hpp"
 #include "text.hpp"
@@ -49,7 +49,7 @@ int run(options const& asked, workers& all) {
   all.together([&] {
     if (speaks) check_target(asked.output, asked.force, asked.inputs);
   });
-  progress_bar bar(speaks && !asked.quiet);
+  common::progress_bar bar(speaks && !asked.quiet);
   auto const tell = [&](double done, double total) { bar(done, total); };
   result measured;
   if (asked.shards) {

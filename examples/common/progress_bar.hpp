@@ -10,10 +10,10 @@
 
 #if __has_include(<boost/timer/progress_display.hpp>)
 #include <boost/timer/progress_display.hpp>
-#define RFLOW_REPORT_PROGRESS 1
+#define RFLOW_PROGRESS 1
 #endif
 
-namespace report {
+namespace common {
 
 class progress_bar {
  public:
@@ -22,7 +22,7 @@ class progress_bar {
   /// Multiply-adds done, of how many.
   void operator()(double done, double total) {
     static_cast<void>(done), static_cast<void>(total);
-#ifdef RFLOW_REPORT_PROGRESS
+#ifdef RFLOW_PROGRESS
     if (!wanted_ || total < long_work) return;
     constexpr unsigned long steps = 1000;
     if (bar_ == nullptr) bar_ = std::make_unique<boost::timer::progress_display>(steps, std::cerr);
@@ -35,9 +35,9 @@ class progress_bar {
   static constexpr double long_work = 5e10;  // some seconds
 
   bool wanted_;
-#ifdef RFLOW_REPORT_PROGRESS
+#ifdef RFLOW_PROGRESS
   std::unique_ptr<boost::timer::progress_display> bar_;
 #endif
 };
 
-}  // namespace report
+}  // namespace common
