@@ -485,6 +485,56 @@ TEST_CASE("probe: a backend's gradient is the slope of its loss") {
                   std::invalid_argument);
 }
 
+namespace {
+
+/// The plainest product, of tiles whose height is no divisor of a cache line: as packets of 32 bytes
+/// make them.
+struct odd_tiles {
+  template <class C>
+  static constexpr std::ptrdiff_t rows = 3 * rflow::detail::lanes_v<C>;
+  template <class C>
+  static constexpr std::ptrdiff_t cols = rflow::detail::lanes_v<C> % 4 == 0 ? 4 : 2;
+  static constexpr std::ptrdiff_t depth_lines = 3;
+
+  template <class C>
+  static void multiply(C const* a, C const* b, std::ptrdiff_t depth, bool accumulate,
+                       std::ptrdiff_t, C const*, C* out) {
+    for (std::ptrdiff_t j = 0; j < cols<C>; ++j)
+      for (std::ptrdiff_t i = 0; i < rows<C>; ++i) {
+        C sum = accumulate ? out[j * rows<C> + i] : C(0);
+        for (std::ptrdiff_t k = 0; k < depth; ++k) sum += a[k * rows<C> + i] * b[j * depth + k];
+        out[j * rows<C> + i] = sum;
+      }
+  }
+};
+
+}  // namespace
+
+TEST_CASE("probe: the same from register tiles of another height, over many blocks") {
+  for (std::size_t const width : {1, 15, 26, 49, 120}) {
+    CAPTURE(width);
+    clusters data(15, 30 + 3 * width, width, 3);
+    auto const values = data.packed<double>();
+    rflow::layer_stack<double> const stack{view_of(values, data.x)};
+    auto const plan = rflow::detail::probe_plan("here", stack, data.y, {.seeds = 2});
+    rflow::detail::site_rows<double> const rows{stack[0], nullptr};
+    auto const source = rflow::detail::source_of<double>(rows);
+    std::vector<double> losses[2];
+    auto const run = [&](auto& regression, std::vector<double>& out) {
+      regression.load(plan.initial(stack.width(), {}, {}));
+      for (int e = 0; e < 10; ++e)
+        for (auto const& part : regression.step({}).loss)
+          out.insert(out.end(), part.begin(), part.end());
+    };
+    rflow::detail::softmax_engine<double> usual({2}, source, stack.size(), plan.problem);
+    rflow::detail::softmax_engine<double, odd_tiles> odd({2}, source, stack.size(), plan.problem);
+    run(usual, losses[0]);
+    run(odd, losses[1]);
+    for (std::size_t i = 0; i < losses[0].size(); ++i)
+      CHECK(losses[1][i] == Approx(losses[0][i]).epsilon(1e-10));
+  }
+}
+
 // ---- results ------------------------------------------------------------------------------------
 
 TEST_CASE("probe: returned weights give the returned predictions on features as given") {
