@@ -842,6 +842,10 @@ class chain_stream {
   static void add_scaled(T const* const (&rows)[group], C const (&scale)[group],
                          std::ptrdiff_t places, ahead const (&next)[group], double* to) {
     constexpr std::ptrdiff_t step = chunk<T>::width;
+    // Vectors of the compiler's: Eigen cannot widen packets, and as a loop this is not vectorised.
+    constexpr std::ptrdiff_t some = (std::min<std::ptrdiff_t>)(step, 8);
+    typedef C narrow __attribute__((vector_size(some * sizeof(C))));
+    typedef double wide __attribute__((vector_size(some * sizeof(double))));
     for (std::ptrdiff_t j = 0; j < places; j += step) {
       alignas(64) C scaled[group][step];
       for (std::ptrdiff_t k = 0; k < group; ++k) {
@@ -855,9 +859,15 @@ class chain_stream {
         for (std::ptrdiff_t c = 0; c < chunk<T>::packets; ++c)
           packet::pstoreu(scaled[k] + c * chunk<T>::lanes, packet::pmul(x.at[c], s));
       }
-      for (std::ptrdiff_t i = 0; i < step; ++i)
-        to[j + i] += (static_cast<double>(scaled[0][i]) + static_cast<double>(scaled[1][i])) +
-                     (static_cast<double>(scaled[2][i]) + static_cast<double>(scaled[3][i]));
+      for (std::ptrdiff_t i = 0; i < step; i += some) {
+        narrow x[group];
+        wide sum;
+        std::memcpy(&sum, to + j + i, sizeof(sum));
+        for (std::ptrdiff_t k = 0; k < group; ++k) std::memcpy(&x[k], scaled[k] + i, sizeof(x[k]));
+        sum += (__builtin_convertvector(x[0], wide) + __builtin_convertvector(x[1], wide)) +
+               (__builtin_convertvector(x[2], wide) + __builtin_convertvector(x[3], wide));
+        std::memcpy(to + j + i, &sum, sizeof(sum));
+      }
     }
   }
 
