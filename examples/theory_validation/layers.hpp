@@ -31,18 +31,24 @@ struct extent {
   integer channels = 32, taps = 4, states = 8;  // of the Mamba layer
 };
 
+/// How a matrix of given fans is drawn; by default normal, so that an output has the variance of an
+/// input.
+using scheme = rflow::initializer (*)(rflow::fans const&);
+inline rflow::initializer keep_variance(rflow::fans const& f) {
+  return rflow::gaussian(1 / std::sqrt(f.in));
+}
+
 /// Matrices drawn one after the other: each is another matrix of the same seed.
 class drawer {
  public:
-  explicit drawer(std::uint64_t seed) : seed_(seed) {}
+  explicit drawer(std::uint64_t seed, scheme how = keep_variance) : seed_(seed), how_(how) {}
   matrix operator()(integer rows, integer cols, rflow::initializer const& how) {
     matrix out(rows, cols);
     rflow::draw(how, {seed_, next_++, 0, 0}, out, 1);
     return out;
   }
-  /// Normal, so that an output has the variance of an input.
   matrix weight(integer in, integer out) {
-    return (*this)(in, out, rflow::gaussian(1 / std::sqrt(static_cast<double>(in))));
+    return (*this)(in, out, how_({static_cast<double>(in), static_cast<double>(out)}));
   }
   /// A whole number in [low, high].
   integer whole(integer low, integer high) {
@@ -52,6 +58,7 @@ class drawer {
 
  private:
   std::uint64_t seed_;
+  scheme how_;
   std::uint32_t next_ = 0;
 };
 
