@@ -53,7 +53,8 @@ TEST_CASE("probe_optimum: scikit-learn's LogisticRegression") {
   std::ifstream file(std::string(RFLOW_SOURCE_DIR) + "/tests/reference/probe_reference.json");
   REQUIRE(file);
   auto const found = rflow::probe(x, y, o);
-  for (auto const& of : nlohmann::json::parse(file).at("optimum")) {
+  auto const reference = nlohmann::json::parse(file);
+  for (auto const& of : reference.at("optimum")) {
     CAPTURE(of.at("ridge").get<double>());
     auto const best =
         rflow::optimum_of(x, y, o, found, {.ridge = of.at("ridge"), .tolerance = 1e-8});
