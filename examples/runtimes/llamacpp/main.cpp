@@ -49,6 +49,7 @@ bool on_eval(ggml_tensor* t, bool ask, void* data) try {
   std::ptrdiff_t const site = rflow::llama_site(t->name);
   if (ask || !m.measure) return !ask || site >= 0;
   auto const rows = rflow::from_ggml<float>(t);  // llama.cpp's own memory, until we return
+  if (rows.data != t->data) throw std::logic_error("broken promise: from_ggml copies nothing");
   std::ptrdiff_t& seen = m.seen.at(static_cast<std::size_t>(site));
   if (m.monitor.push(site, seen, rows)) seen += rows.rows;
   return true;
