@@ -53,7 +53,7 @@ inline void check_same(rflow::flow_report const& a, rflow::flow_report const& b,
   for (std::size_t l = 0; l < a.inter_token.size(); ++l) {
     CAPTURE(l);
     same(a.inter_token[l], b.inter_token[l], 1);
-    same(a.mean_norm[l], b.mean_norm[l], b.mean_norm[l]);
+    same(a.rms_norm[l], b.rms_norm[l], b.rms_norm[l]);
     CHECK(a.non_finite[l].token == b.non_finite[l].token);
     CHECK(a.non_finite[l].feature == b.non_finite[l].feature);
     CHECK(near(a.per_sequence[l].count, b.per_sequence[l].count, 0));

@@ -30,8 +30,7 @@ void compare_with_definitions(reference::stack x, std::vector<T> const& values,
     CHECK(std::abs(r.inter_token[l] - reference::inter_token(x[l], sequence)) < within);
     double const square = reference::inner(x[l], x[l]);
     squares += square;
-    CHECK(r.mean_norm[l] ==
-          Approx(std::sqrt(square / static_cast<double>(tokens))).epsilon(within));
+    CHECK(r.rms_norm[l] == Approx(std::sqrt(square / static_cast<double>(tokens))).epsilon(within));
     for (std::size_t i = 0; i < tokens; ++i)
       CHECK(r.norms[l][i] == Approx(std::sqrt(reference::dot(x[l][i], x[l][i]))).epsilon(within));
     if (l == 0) continue;
@@ -293,7 +292,7 @@ TEST_CASE_TEMPLATE("a NaN or infinity spoils only what it takes part in", T, flo
     CHECK(r.non_finite[2].feature == 39);
     CHECK_FALSE(r.non_finite[1].found());
     CHECK(r.inter_token[2].why == status::non_finite);
-    CHECK(r.mean_norm[2].why == status::non_finite);
+    CHECK(r.rms_norm[2].why == status::non_finite);
     CHECK(r.adjacent[1].mean.why == status::non_finite);
     CHECK(r.adjacent[2].mean.why == status::non_finite);
     CHECK(r.variance.st1.why == status::non_finite);

@@ -89,7 +89,7 @@ void check_same(rflow::flow_report const& a, rflow::flow_report const& b, double
   CHECK(a.zero_rows == b.zero_rows);
   for (std::size_t l = 0; l < a.inter_token.size(); ++l) {
     check_same(a.inter_token[l], b.inter_token[l], within);
-    check_same(a.mean_norm[l], b.mean_norm[l], within);
+    check_same(a.rms_norm[l], b.rms_norm[l], within);
     check_same(a.per_sequence[l], b.per_sequence[l], within);
     CHECK(a.non_finite[l].token == b.non_finite[l].token);
     CHECK(a.non_finite[l].feature == b.non_finite[l].feature);
@@ -234,7 +234,7 @@ TEST_CASE_TEMPLATE("sequences, masks and skipped tokens as in a stack", T, float
       add(expected.path_length, alone.variance.path_length);
       for (std::size_t l = 0; l < alone.inter_token.size(); ++l) {
         add(expected.inter_token[l], alone.inter_token[l]);
-        add(expected.mean_norm[l], alone.mean_norm[l]);
+        add(expected.rms_norm[l], alone.rms_norm[l]);
       }
       for (std::size_t l = 0; l < alone.adjacent.size(); ++l) {
         add(expected.adjacent[l], alone.adjacent[l].mean);

@@ -449,10 +449,12 @@ TEST_CASE("a missing site is named") {
                  "block.2 is missing"));
   CHECK(contains(site_error(model({"embed", "block.1", "block.99999999999999999999"})),
                  "nothing thrown"));  // no number: another tensor
-  CHECK(contains(site_error(model({"block.1"})), "model: embed is missing"));
-  CHECK(contains(site_error(model({"embed"})), "model: block.1 is missing"));
+  CHECK(contains(site_error(model({"block.1"})), "model: embed is missing: block.1 is there"));
+  CHECK(contains(site_error(model({"embed"})), "model: block.1 is missing: embed is there"));
   CHECK(contains(site_error(model({"embed", "block.-1"})), "block.1 is missing"));
-  CHECK(contains(site_error(model({})), "embed is missing"));
+  CHECK(contains(site_error(model({})), "embed is missing: nothing is there"));
+  CHECK(contains(site_error(model({"wte", "h.0", "h.1", "h.2", "h.3", "h.4"})),
+                 "embed is missing: h.0, h.1, h.2, h.3 and 2 more are there"));
 }
 
 TEST_CASE("sites that do not fit together are named") {
@@ -468,8 +470,10 @@ TEST_CASE("sites that do not fit together are named") {
   CHECK(contains(changed([](auto& x) { x.shape = {4, 2}; }), "sites disagree"));
   CHECK(contains(changed([](auto& x) { x.type = dtype::bf16; }), "'block.1', bf16 [4, 3]"));
   CHECK(contains(changed([](auto& x) { x.shape = {3, 3}; }, "final_norm"), "but 'final_norm'"));
-  CHECK(contains(changed([](auto& x) { x.type = dtype::i32; }, "embed"), "rank 2 expected"));
-  CHECK(contains(changed([](auto& x) { x.shape = {12}; }, "block.2"), "rank 2 expected"));
+  CHECK(contains(changed([](auto& x) { x.type = dtype::i32; }, "embed"),
+                 "tokens, hidden expected, found 'embed', i32 [4, 3] (integers have no scale"));
+  CHECK(contains(changed([](auto& x) { x.shape = {12}; }, "block.2"),
+                 "the axes tokens, hidden expected, found 'block.2', f32 [12]"));
 }
 
 TEST_CASE("sites of a directory of .npy files and of one array") {
@@ -497,11 +501,14 @@ TEST_CASE("sites of a directory of .npy files and of one array") {
   auto const error = [](rflow::tensor const& x, rflow::site_pattern const& pattern = {}) {
     return error_of<std::invalid_argument>([&] { rflow::split_sites(x, pattern); });
   };
-  CHECK(contains(error(all["embed"]), "rank 3 expected, found 'embed', f64 [4, 3]"));
+  CHECK(contains(error(all["embed"]),
+                 "the axes sites, tokens, hidden expected, found 'embed', f64 [4, 3]"));
   CHECK(contains(error(file.array(), {.block = "h"}), "does not hold {}"));
   auto x = file.array();
   x.type = dtype::i64;
-  CHECK(contains(error(x), "rank 3 expected"));
+  CHECK(contains(error(x), "(integers have no scale: store activations as float)"));
+  x.type = dtype::raw16;
+  CHECK(contains(error(x), "reinterpret::as_bf16"));
   x = file.array();
   x.shape = {1000000000000000, 0, 3};  // nothing bounds the number of sites
   CHECK(contains(error(x), "empty axis"));

@@ -240,7 +240,7 @@ TEST_CASE("doubles whose squares have no double say so, and their cosines stay")
     }
     rflow::flow_report const r = rflow::flow(rflow::layer_stack(y));
     rflow::flow_report const good = rflow::flow(rflow::layer_stack(x));
-    CHECK(r.mean_norm[2].why == status::out_of_range);
+    CHECK(r.rms_norm[2].why == status::out_of_range);
     CHECK(r.inter_token[2] == Approx(good.inter_token[2]).epsilon(1e-9));
     CHECK(r.adjacent[1].mean == Approx(good.adjacent[1].mean).epsilon(1e-9));
     CHECK(std::isnan(r.spread_bounds.lower));

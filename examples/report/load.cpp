@@ -83,6 +83,22 @@ std::vector<std::int64_t> load_integers(std::string const& path, std::string con
   }
 }
 
+namespace {
+
+/// What the library says, ending with what the program can do about it.
+std::string with_cure(std::string text) {
+  constexpr char const* cures[][2] = {
+      {" is missing: ",
+       "; --pattern-embed, --pattern-block and --first-block say how sites are called"},
+      {", but blocks count from ", "; --first-block says from what"},
+      {"open the .npy with reinterpret::as_f16", "; --npy-bits says so"}};
+  for (auto const& [said, cure] : cures)
+    if (text.find(said) != std::string::npos) return text + cure;
+  return text;
+}
+
+}  // namespace
+
 std::string reason_of(std::exception const& error, std::string const& path) {
   std::string text = error.what();
   if (text.starts_with("rflow::"))
@@ -129,8 +145,19 @@ capture load(std::string const& path, options const& asked) {
   } catch (std::filesystem::filesystem_error const& error) {
     throw unusable(path, error.code().message());
   } catch (std::exception const& error) {
-    throw unusable(path, reason_of(error, path));
+    throw unusable(path, with_cure(reason_of(error, path)));
   }
+}
+
+std::vector<capture> load_all(options const& asked) {
+  std::vector<capture> out;
+  for (std::string const& input : asked.inputs) {
+    out.push_back(load(input, asked));
+    if (!asked.names.empty()) out.back().label = asked.names[out.size() - 1];
+  }
+  if (out.size() == 2 && out[0].label == out[1].label)
+    for (std::size_t k = 0; k < 2; ++k) out[k].label += " (" + std::to_string(k + 1) + ")";
+  return out;
 }
 
 }  // namespace report

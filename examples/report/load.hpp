@@ -42,6 +42,10 @@ struct capture {
   }
 };
 
+/// Opens the inputs. No two models have the same name afterwards.
+/// @throws unusable
+std::vector<capture> load_all(options const& asked);
+
 /// @throws unusable
 capture load(std::string const& path, options const& asked);
 

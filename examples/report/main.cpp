@@ -31,7 +31,7 @@ void publish_report(options const& asked, result const& measured) {
   for (auto const& [name, values] : arrays) names.push_back(name);
   texts["report.html"] = report_html(measured, asked, plots, names);
 
-  publish(asked.output, asked.force, asked.inputs,
+  publish(asked.output, asked.force, asked.files_read(),
           [&](std::filesystem::path const& folder) { write_files(folder, texts, arrays); });
 
   if (!asked.quiet) {
@@ -47,16 +47,16 @@ int run(options const& asked, workers& all) {
   bool const speaks = all.rank() == 0;
   limit_memory(asked);
   all.together([&] {
-    if (speaks) check_target(asked.output, asked.force, asked.inputs);
+    if (speaks) check_target(asked.output, asked.force, asked.files_read());
   });
   common::progress_bar bar(speaks && !asked.quiet);
   auto const tell = [&](double done, double total) { bar(done, total); };
   result measured;
   if (asked.shards) {
     measured = measure_shards(asked, all, tell);
+    if (!asked.names.empty()) measured.models.front().label = asked.names.front();
   } else {
-    std::vector<capture> captures;
-    for (std::string const& input : asked.inputs) captures.push_back(load(input, asked));
+    std::vector<capture> const captures = load_all(asked);
     measured = measure(captures, asked, tell);
   }
   all.together([&] {

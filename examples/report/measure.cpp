@@ -226,10 +226,12 @@ void add_warnings(model_result& m, rflow::flow_report const& final_norm,
     note_missing("probe accuracy", accuracy, all, out);
   }
 
+  std::map<std::ptrdiff_t, std::vector<std::size_t>> with_zeros;  // sites with as many of them
   for (std::size_t l = 0; l < all.size(); ++l)
-    if (zero_rows[l] > 0)
-      out.push_back({false, all[l] + ": " + plural(zero_rows[l], "token") +
-                                " of zeros, left out of the cosines"});
+    if (zero_rows[l] > 0) with_zeros[zero_rows[l]].push_back(l);
+  for (auto const& [count, which] : with_zeros)
+    out.push_back({false, list_sites(all, which) + ": " + plural(count, "token") +
+                              " of zeros, left out of the cosines"});
 
   // Advice: one token that decides everything.
   struct rule {

@@ -11,6 +11,7 @@
 #include <functional>
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "load.hpp"
@@ -78,6 +79,16 @@ struct model_result {
   /// Normalised layer index l/L of a site of the chain.
   double position(std::size_t site) const {
     return blocks() > 0 ? static_cast<double>(site) / static_cast<double>(blocks()) : 0;
+  }
+  /// Mean of the adjacent cosines over the blocks that have one; and how many have.
+  std::pair<rflow::measured, std::size_t> adjacent_mean() const {
+    double sum = 0;
+    std::size_t count = 0;
+    for (auto const& pair : flow.adjacent)
+      if (pair.mean.ok()) sum += pair.mean, ++count;
+    if (count > 0) return {sum / static_cast<double>(count), count};
+    return {flow.adjacent.empty() ? rflow::status::too_few_sites : flow.adjacent.front().mean.why,
+            0};
   }
   /// Bounds on St2² from the path energy alone.
   rflow::bounds st2_squared_bounds() const {

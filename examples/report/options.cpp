@@ -3,10 +3,12 @@
 
 #include <CLI/CLI.hpp>
 
+#include <charconv>
 #include <cmath>
 #include <filesystem>
 #include <memory>
 #include <stdexcept>
+#include <system_error>
 
 #include "text.hpp"
 
@@ -26,6 +28,14 @@ std::string default_output(std::vector<std::string> const& inputs) {
     out += (out.empty() ? "" : "-vs-") + name;
   }
   return out + "-report";
+}
+
+/// Why a text is no whole number that counts something; empty if it is one.
+std::string why_no_count(std::string const& text) {
+  std::ptrdiff_t count = -1;
+  auto const [end, error] = std::from_chars(text.data(), text.data() + text.size(), count);
+  if (error == std::errc{} && end == text.data() + text.size() && count >= 0) return "";
+  return "a whole number, 0 or more, expected, found " + text;
 }
 
 /// An option that takes one of a few words.
@@ -73,6 +83,12 @@ std::optional<options> parse(int argc, char const* const* argv) {
           ->type_name("DIR")
           ->group("Output");
   app.add_flag("--force", o.force, "Replace the report in that folder")->group("Output");
+  app.add_option(
+         "--name", o.names,
+         "What to call the model; for two models give it twice. Default: what the file says")
+      ->allow_extra_args(false)
+      ->type_name("NAME")
+      ->group("Output");
   bool no_plots = false;
   app.add_flag("--no-plots", no_plots, "Leave out the figures that need gnuplot")->group("Output");
   app.add_flag("--strict", o.strict, "Exit with status 2 if a layer has no answer")
@@ -81,7 +97,7 @@ std::optional<options> parse(int argc, char const* const* argv) {
 
   app.add_option("--skip-first", o.skip_first,
                  "Leave the first K tokens out of every metric (BOS, attention sinks)")
-      ->check(CLI::NonNegativeNumber)
+      ->check(why_no_count)
       ->type_name("K")
       ->group("Metrics");
   choice const normalization(app, "--normalization", "What St1, St2 and the path are divided by: ",
@@ -168,7 +184,7 @@ std::optional<options> parse(int argc, char const* const* argv) {
       ->type_name("NAME")
       ->group("Names in the file");
   app.add_option("--first-block", o.pattern.first_block, "Number of the first block")
-      ->check(CLI::NonNegativeNumber)
+      ->check(why_no_count)
       ->default_str("1")
       ->type_name("N")
       ->group("Names in the file");
@@ -214,6 +230,13 @@ std::optional<options> parse(int argc, char const* const* argv) {
     throw std::invalid_argument("one or two captures expected, not " +
                                 std::to_string(o.inputs.size()) +
                                 "; many files of one model: --shards (see rflow_report --help)");
+  std::ptrdiff_t const models = o.shards ? 1 : std::ssize(o.inputs);
+  if (!o.names.empty() && std::ssize(o.names) != models)
+    throw std::invalid_argument("--name: one for each model expected, found " +
+                                plural(std::ssize(o.names), "name") + " for " +
+                                plural(models, "model"));
+  for (std::string const& name : o.names)
+    if (name.empty()) throw std::invalid_argument("--name: a name expected");
   if (!o.shards && (batch->count() > 0 || !o.checkpoint.empty() || o.memory_limit > 0))
     throw std::invalid_argument("--cka-batch, --checkpoint and --memory-limit need --shards");
   if (o.shards) {

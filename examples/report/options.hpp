@@ -17,6 +17,7 @@ enum class estimator { debiased, biased };
 
 struct options {
   std::vector<std::string> inputs;  // one or two; any number of shards
+  std::vector<std::string> names;   // of the models, one each; else they name themselves
   std::string output;               // directory; made from the inputs' names if not given
   bool force = false;
 
@@ -44,6 +45,14 @@ struct options {
   bool plots = true;
   bool strict = false;
   bool quiet = false;
+
+  /// What must stay where it is.
+  std::vector<std::string> files_read() const {
+    std::vector<std::string> out = inputs;
+    for (std::string const& file : {labels, label_groups, checkpoint})
+      if (!file.empty()) out.push_back(file);
+    return out;
+  }
 };
 
 inline std::string_view to_string(estimator e) {

@@ -35,7 +35,7 @@ section > p { margin: 0 0 14px; max-width: 78ch; color: var(--soft); }
 figure { margin: 0; min-width: 0; }
 figure + figure.full, .pair + figure, figure.full + .pair, .pair + .pair { margin-top: 24px; }
 figcaption { font-size: 13.5px; line-height: 1.45; color: var(--soft); max-width: 88ch; margin-top: 4px; }
-figcaption code { white-space: nowrap; }
+figcaption code, .notes code { white-space: nowrap; }
 figcaption b { color: var(--ink); font-weight: 600; }
 svg { display: block; width: 100%; height: auto; font-family: inherit; }
 svg .point { cursor: default; }
@@ -45,7 +45,7 @@ svg .point:hover use { stroke: var(--ink); stroke-width: 1; }
 .wide svg { min-width: 760px; }
 .strip { max-width: 760px; }
 svg.plot image { image-rendering: pixelated; }
-svg.heat { max-width: 520px; touch-action: manipulation; }
+svg.heat { overflow: visible; max-width: 520px; touch-action: manipulation; }
 svg.heat text { fill: var(--soft); font-size: 13px; }
 svg.heat .hole { fill: var(--hole); }
 svg.heat .mark { fill: none; stroke: var(--card); stroke-width: .16; paint-order: stroke; pointer-events: none; }

@@ -13,6 +13,7 @@
 #include <cstdio>
 #include <cstring>
 #include <memory>
+#include <optional>
 #include <stdexcept>
 
 #include "palette.hpp"
@@ -93,7 +94,7 @@ struct role {
   char const* page;
 };
 constexpr role ink{"#010101", "var(--ink)"}, text_ink{"#020202", "var(--soft)"},
-    grid_ink{"#030303", "var(--line)"};
+    grid_ink{"#030303", "var(--line)"}, hole_ink{"#060606", "var(--hole)"};
 constexpr role model_ink[2] = {{"#040404", "var(--a)"}, {"#050505", "var(--b)"}};
 
 void replace_all(std::string& text, std::string_view from, std::string_view to) {
@@ -150,7 +151,7 @@ std::string inline_svg(std::string const& svg, std::string const& label,
     replace_all(out, spaced, r.page);
     replace_all(out, tight, r.page);
   };
-  for (role const& r : {ink, text_ink, grid_ink, model_ink[0], model_ink[1]}) paint(r);
+  for (role const& r : {ink, text_ink, grid_ink, hole_ink, model_ink[0], model_ink[1]}) paint(r);
   replace_all(out, " color='var(", " fill='var(");  // of points
   replace_all(out, " font-family=\"sans\"", "");
   replace_all(out, " stroke-linecap=\"butt\" stroke-linejoin=\"miter\"", "");
@@ -227,6 +228,8 @@ std::string logarithmic_ticks(double low, double high) {
       if (double const x = m * std::pow(10.0, e);
           x >= low && x <= high && (decades < 4 || (m == 1 && e % every == 0)))
         join(out, ", ", std::string("'") + number(x) + "' " + digits(x));
+  if (double const middle = std::sqrt(low * high); out.empty())
+    out = "'" + number(middle) + "' " + digits(middle);
   return out;
 }
 
@@ -241,30 +244,59 @@ std::string value_text(measured x) {
   return out[0] == '-' ? "−" + out.substr(1) : out;
 }
 
-std::string adjacent_heat_map(model_result const& m, std::ptrdiff_t skip_first) {
-  if (m.shards) return "";  // no values of single tokens
-  constexpr std::ptrdiff_t most_columns = 2048;
-  std::ptrdiff_t const n = m.flow.tokens, rows = m.blocks();
-  std::ptrdiff_t const columns = std::min(n, most_columns);
-  std::vector<double> shown;
-  std::string matrix;
-  for (std::ptrdiff_t l = 0; l < rows; ++l) {
-    auto const& cosines = m.flow.adjacent[static_cast<std::size_t>(l)].per_token;
-    for (std::ptrdiff_t c = 0; c < columns; ++c) {
-      double sum = 0, count = 0;
-      for (std::ptrdiff_t t = n * c / columns; t < n * (c + 1) / columns; ++t)
-        if (double const x = cosines[static_cast<std::size_t>(t)]; std::isfinite(x))
-          sum += x, ++count;
-      matrix += count > 0 ? digits(sum / count) : std::string("nan");
-      matrix += c + 1 < columns ? ' ' : '\n';
-      if (count > 0) shown.push_back(sum / count);
-    }
+/// Adjacent cosines, blocks × tokens; tokens next to each other share a column if there are many.
+/// None of shards, whose tokens are not kept.
+struct token_map {
+  std::ptrdiff_t rows, columns;
+  std::vector<double> values;  // rows × columns; NaN where there is none
+
+  explicit token_map(model_result const& m)
+      : rows(m.blocks()), columns(m.shards ? 0 : std::min<std::ptrdiff_t>(m.flow.tokens, 2048)) {
+    std::ptrdiff_t const n = m.flow.tokens;
+    for (auto const& block : m.flow.adjacent)
+      for (std::ptrdiff_t c = 0; c < columns; ++c) {
+        double sum = 0, count = 0;
+        for (std::ptrdiff_t t = n * c / columns; t < n * (c + 1) / columns; ++t)
+          if (double const x = block.per_token[static_cast<std::size_t>(t)]; std::isfinite(x))
+            sum += x, ++count;
+        values.push_back(sum / count);
+      }
   }
-  if (shown.empty()) return "";
-  // The colours are for the bulk of the values: 5 % may lie below the ramp.
-  auto const nth = shown.begin() + static_cast<std::ptrdiff_t>(shown.size() / 20);
-  std::nth_element(shown.begin(), nth, shown.end());
-  double const low = std::clamp(std::floor(*nth * 10) / 10, -1.0, 0.9);
+
+  /// Where the colours should begin: they are for the bulk of the values, 5 % may lie below. None
+  /// if there is no value.
+  std::optional<double> low() const {
+    std::vector<double> shown;
+    for (double const x : values)
+      if (std::isfinite(x)) shown.push_back(x);
+    if (shown.empty()) return std::nullopt;
+    auto const nth = shown.begin() + std::ssize(shown) / 20;
+    std::nth_element(shown.begin(), nth, shown.end());
+    return std::clamp(std::floor(*nth * 10) / 10, -1.0, 0.9);
+  }
+};
+
+/// Ticks on whole numbers, ten at most.
+std::string whole_ticks(std::ptrdiff_t count) {
+  std::ptrdiff_t step = 1;
+  for (std::ptrdiff_t decade = 1; count / step > 10; decade *= 10)
+    for (std::ptrdiff_t const part : {1, 2, 5})
+      if (step = part * decade; count / step <= 10) break;
+  return "0, " + std::to_string(step);
+}
+
+/// @param low  the end of the ramp, the same for all models
+std::string draw(token_map const& map, std::ptrdiff_t n, std::ptrdiff_t skip_first, double low) {
+  std::ptrdiff_t const rows = map.rows, columns = map.columns;
+  // gnuplot draws no image of a single row or column: such a cell is halved.
+  std::ptrdiff_t const down = rows == 1 ? 2 : 1, across = columns == 1 ? 2 : 1;
+  std::string matrix;
+  for (std::ptrdiff_t i = 0; i < rows * down; ++i)
+    for (std::ptrdiff_t j = 0; j < columns * across; ++j) {
+      double const x = map.values[static_cast<std::size_t>(i / down * columns + j / across)];
+      matrix += std::isfinite(x) ? digits(x) : "nan";
+      matrix += j + 1 < columns * across ? ' ' : '\n';
+    }
 
   int const height = std::clamp(static_cast<int>(rows) * 8, 110, 420) + 70;
   figure f("Cosine of each token with itself one layer before", 2 * half_width, height);
@@ -275,15 +307,21 @@ std::string adjacent_heat_map(model_result const& m, std::ptrdiff_t skip_first) 
   f.set("cbrange [" + digits(low) + ":1]");
   f.set("tics out");
   f.set("lmargin 7");
-  double const step = static_cast<double>(n) / static_cast<double>(columns);
+  // Where there is no value the image is transparent.
+  f.set(std::string(
+            "object 1 rectangle from graph 0,0 to graph 1,1 behind fs solid noborder fc rgb '") +
+        hole_ink.script + "'");
+  double const step = static_cast<double>(n) / static_cast<double>(columns * across);
   double const first = static_cast<double>(skip_first);
   f.set("xrange [" + digits(first - 0.5) + ":" + digits(first + static_cast<double>(n) - 0.5) +
         "]");
   f.set("yrange [0.5:" + digits(static_cast<double>(rows) + 0.5) + "]");
+  f.set("xtics " + whole_ticks(n));
+  f.set("ytics " + whole_ticks(rows));
   f.axis_label('x', "token");
   f.axis_label('y', "block");
   f.draw(f.data(matrix) + " matrix using (" + digits(first) + " + ($1 + 0.5)*" + digits(step) +
-         " - 0.5):($2 + 1):3 with image");
+         " - 0.5):(0.5 + ($2 + 0.5)/" + std::to_string(down) + "):3 with image");
   return "<div class=\"wide\">" + f.render() + "</div>" +
          legend("≤ " + html_number(low, 2), "1",
                 "no value" + (columns < n ? "; " + plural(n, "token") + " in " +
@@ -415,9 +453,16 @@ figures plot(result const& r, options const& asked) {
     if (any) out["probe"] = f.render();
   }
 
-  for (std::size_t k = 0; k < r.models.size(); ++k)
-    if (std::string map = adjacent_heat_map(r.models[k], asked.skip_first); !map.empty())
-      out["tokens_" + std::to_string(k)] = std::move(map);
+  {
+    std::vector<token_map> maps;
+    std::optional<double> low;
+    for (model_result const& m : r.models)
+      if (auto const own = maps.emplace_back(m).low(); own && (!low || *own < *low)) low = own;
+    for (std::size_t k = 0; k < r.models.size(); ++k)
+      if (maps[k].low())
+        out["tokens_" + std::to_string(k)] =
+            draw(maps[k], r.models[k].flow.tokens, asked.skip_first, *low);
+  }
 
   {
     figure f("St2 inside its Poincaré interval", 720, r.models.size() > 1 ? 130 : 100);
@@ -520,7 +565,7 @@ figures plot(result const& r, options const& asked) {
          [](model_result const& m) {
            std::vector<item> items;
            for (std::size_t l = 0; l < m.sites.size(); ++l)
-             items.push_back({m.position(l), m.flow.mean_norm[l], m.sites[l], ""});
+             items.push_back({m.position(l), m.flow.rms_norm[l], m.sites[l], ""});
            return items;
          });
   if (asked.linear)

@@ -41,10 +41,11 @@ std::string summary(result const& r, options const& asked) {
     return m.has_final_norm() ? number(m.final_inter_token) : std::string("-");
   });
   row("adjacent cosine, mean", [](model_result const& m) {
-    double sum = 0, count = 0;
-    for (auto const& pair : m.flow.adjacent)
-      if (pair.mean.ok()) sum += pair.mean, ++count;
-    return count > 0 ? number(sum / count) : std::string("-");
+    auto const [mean, count] = m.adjacent_mean();
+    std::size_t const all = m.flow.adjacent.size();
+    return number(mean) + (count == 0 || count == all ? std::string()
+                                                      : " over " + std::to_string(count) + " of " +
+                                                            plural(m.blocks(), "block"));
   });
   std::string const by = " (" + std::string(to_string(asked.normalize)) + ")";
   row("St1" + by, [](model_result const& m) { return number(m.flow.variance.st1); });

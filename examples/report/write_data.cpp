@@ -60,8 +60,9 @@ json cka(cka_result const& c, options const& asked, std::vector<std::string> con
   out["debiased"] = grid(c.debiased);
   out["biased"] = grid(c.biased);
   out["sigma"] = series(c.sigma);
-  json share = series(c.top_share);
-  share["token"] = c.top_token;
+  json share = series(c.top_share), tokens = json::array();
+  for (std::ptrdiff_t const token : c.top_token) tokens.push_back(token < 0 ? json() : json(token));
+  share["token"] = std::move(tokens);
   out["top_token_share"] = std::move(share);
   return out;
 }
@@ -127,7 +128,7 @@ json shards(shard_facts const& s, options const& asked) {
           {"per_sequence",
            {{"inter_token_cosine", over_sequences(s.figures.inter_token)},
             {"adjacent_cosine", over_sequences(s.figures.adjacent)},
-            {"mean_norm", over_sequences(s.figures.mean_norm)},
+            {"rms_norm", over_sequences(s.figures.rms_norm)},
             {"st1", over_sequences(s.figures.st1)},
             {"st2", over_sequences(s.figures.st2)},
             {"path_energy", over_sequences(s.figures.path_energy)},
@@ -166,7 +167,7 @@ json model(model_result const& m, options const& asked) {
   }
   out["adjacent_cosine"] = {
       {"mean", series(mean)}, {"stddev", series(stddev)}, {"left_out", left_out}};
-  out["mean_norm"] = series(f.mean_norm);
+  out["rms_norm"] = series(f.rms_norm);
   out["zero_rows"] = f.zero_rows;
 
   rflow::layer_variance const& v = f.variance;
@@ -287,7 +288,7 @@ std::string metrics_json(result const& r, options const& asked) {
 
 std::map<std::string, std::string> csv_files(result const& r) {
   std::string const comma = ",";
-  std::string sites = "model,site,position,inter_token_cosine,status,mean_norm,zero_rows";
+  std::string sites = "model,site,position,inter_token_cosine,status,rms_norm,zero_rows";
   std::string blocks =
       "model,from,to,position,adjacent_cosine_mean,adjacent_cosine_stddev,left_out,step,curvature,"
       "status\n";
@@ -306,11 +307,12 @@ std::map<std::string, std::string> csv_files(result const& r) {
       measured const inter = chain ? m.flow.inter_token[l] : m.final_inter_token;
       sites += name + "," + csv_text(all[l]) + "," + (chain ? csv_number(m.position(l)) : "") +
                "," + csv_number(inter) + "," + std::string(to_string(inter.why)) + "," +
-               (chain ? csv_number(m.flow.mean_norm[l]) : "") + "," +
+               (chain ? csv_number(m.flow.rms_norm[l]) : "") + "," +
                (chain ? std::to_string(m.flow.zero_rows[l]) : "");
       for (cka_result const& c : m.cka)
         sites += c.kernel == "linear"
-                     ? comma + std::to_string(c.top_token[l]) + comma + csv_number(c.top_share[l])
+                     ? comma + (c.top_token[l] < 0 ? "" : std::to_string(c.top_token[l])) + comma +
+                           csv_number(c.top_share[l])
                      : comma + csv_number(c.sigma[l]);
       if (probes) {
         rflow::probe_result const& p = m.probes->layers[l];

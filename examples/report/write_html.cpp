@@ -57,12 +57,22 @@ std::string header(result const& r) {
          "</header>\n";
 }
 
+/// A note as HTML, with the option that it may name on one line.
+std::string note(std::string const& text) {
+  std::string const option = " --skip-first ";
+  auto const at = text.find(option);
+  if (at == std::string::npos) return html(text);
+  auto const end = std::min(text.find_first_not_of("0123456789", at + option.size()), text.size());
+  return html(text.substr(0, at)) + " <code>" + html(text.substr(at + 1, end - at - 1)) +
+         "</code>" + html(text.substr(end));
+}
+
 std::string warnings(result const& r) {
   std::string items;
   for (std::size_t k = 0; k < r.models.size(); ++k)
     for (warning const& w : r.models[k].warnings)
       items +=
-          "<li>" + (r.models.size() > 1 ? model_name(r, k) + ": " : "") + html(w.text) + ".</li>\n";
+          "<li>" + (r.models.size() > 1 ? model_name(r, k) + ": " : "") + note(w.text) + ".</li>\n";
   if (items.empty()) return "";
   return "<section class=\"notes\">\n<h2>Before you read the numbers</h2>\n<ul>\n" + items +
          "</ul>\n</section>\n";
@@ -107,10 +117,10 @@ std::string summary_table(result const& r, options const& asked) {
        "not part of the chain: in no other row of this table"},
       {"Adjacent cosine, mean",
        [](model_result const& m) {
-         double sum = 0, count = 0;
-         for (auto const& pair : m.flow.adjacent)
-           if (pair.mean.ok()) sum += pair.mean, ++count;
-         return count > 0 ? html_number(sum / count) : std::string("–");
+         auto const [mean, count] = m.adjacent_mean();
+         if (count == 0 || count == m.flow.adjacent.size()) return html_number(mean);
+         return html_number(mean) + " <small>over " + std::to_string(count) + " of " +
+                plural(m.blocks(), "block") + "</small>";
        },
        "over blocks; 1: blocks do not turn tokens"},
       {"&emsp;least",
@@ -120,7 +130,7 @@ std::string summary_table(result const& r, options const& asked) {
          for (std::size_t l = 0; l < pairs.size(); ++l)
            if (pairs[l].mean.ok() && (!pairs[least].mean.ok() || pairs[l].mean < pairs[least].mean))
              least = l;
-         return pairs.empty() ? std::string("–")
+         return pairs.empty() ? html_number(m.adjacent_mean().first)
                               : html_number(pairs[least].mean) + " <small>" + html(m.sites[least]) +
                                     " → " + html(m.sites[least + 1]) + "</small>";
        },
@@ -217,7 +227,9 @@ std::string heat_map(cka_grid const& g, axis const& rows, axis const& cols,
                      std::string const& table, std::string const& css_class,
                      std::string const& label) {
   double const left = 44, bottom = 44, top = 6, right = 14, room = 500 - left - right;
-  double const cell = std::min(44.0, room / std::max(rows.length(), cols.length()));
+  double const shorter = std::min(rows.length(), cols.length());  // has room for its title
+  double const cell =
+      std::min(std::max(44.0, 150 / shorter), room / std::max(rows.length(), cols.length()));
   double const width = left + right + cell * cols.length(),
                height = top + bottom + cell * rows.length();
   std::string out = "<svg class=\"heat " + css_class + "\" role=\"img\" aria-label=\"" + label +
@@ -512,7 +524,7 @@ std::string facts(result const& r, options const& asked, std::vector<std::string
                 (metadata("text_origin").empty() ? "" : " (" + metadata("text_origin") + ")")) +
         row("Token hash", m.token_hash.empty() ? "" : "<code>" + html(m.token_hash) + "</code>") +
         row("Sites", std::to_string(m.sites.size()) + " in the chain, " + html(m.sites.front()) +
-                         " to " + html(m.sites.back()) +
+                         (m.blocks() > 0 ? " to " + html(m.sites.back()) : "") +
                          (m.has_final_norm() ? "; apart: " + html(m.final_norm_name)
                                              : "; no final norm in the file")) +
         row("Tokens",

@@ -84,12 +84,19 @@ struct debiased {
 
 namespace detail {
 
+/// Why a site has no answer that takes some number of tokens. Too few of them comes before what
+/// they happen to be; NaN, infinity comes first.
+inline status why_none(gram_moments const& m, std::ptrdiff_t p, std::ptrdiff_t minimum_tokens) {
+  status const why = m.why[static_cast<std::size_t>(p)];
+  return m.tokens < minimum_tokens && why != status::non_finite ? status::too_few_rows : why;
+}
+
 /// Whether a site has a CKA at all, and with what self term.
 template <class Estimator>
 measured self_term(gram_moments const& m, std::ptrdiff_t p) {
   auto const s = static_cast<std::size_t>(p);
-  if (m.why[s] != status::ok) return m.why[s];
-  if (m.tokens < Estimator::minimum_tokens) return status::too_few_rows;
+  status const why = why_none(m, p, Estimator::minimum_tokens);
+  if (why != status::ok) return why;
   double const self = Estimator::hsic(m, p, p);
   // The kernel's entries are known to epsilon times its scale, so a self term below what that
   // rounding makes of a constant kernel matrix is rounding too; 16 allows for its accumulation.
@@ -173,7 +180,8 @@ class cka_table {
   measured col_sigma(std::ptrdiff_t col) const { return at(sigma_, first_col_ + col); }
 
   /// The share of ‖K̃‖² that pairs with its most extreme token make up, in [0, 1] to rounding, and that token
-  /// (an index among the tokens that count). Near 1, one token decides the whole row of the table.
+  /// (an index among the tokens that count; -1 if there is none). Near 1, one token decides the
+  /// whole row of the table.
   measured top_token_share(std::ptrdiff_t row) const { return at(top_share_, row); }
   std::ptrdiff_t top_token(std::ptrdiff_t row) const {
     return top_token_.empty() ? -1 : top_token_[static_cast<std::size_t>(row)];
@@ -193,14 +201,12 @@ class cka_table {
       auto const begin = m.squares.begin() + p * m.tokens, end = begin + m.tokens;
       auto const top = std::max_element(begin, end);
       double const total = std::accumulate(begin, end, 0.0);
-      rflow::status const why = m.why[static_cast<std::size_t>(p)];
-      top_token_.push_back(top - begin);
-      if (why != rflow::status::ok)
-        top_share_.push_back(why);
-      else if (!(total > 0))
-        top_share_.push_back(rflow::status::constant_layer);
-      else
-        top_share_.push_back(2 * *top / total);  // a pair stands in the rows of both its tokens
+      rflow::status why = detail::why_none(m, p, 2);
+      if (why == rflow::status::ok && !(total > 0)) why = rflow::status::constant_layer;
+      bool const ok = why == rflow::status::ok;
+      // A pair stands in the rows of both its tokens.
+      top_share_.push_back(ok ? measured(2 * *top / total) : measured(why));
+      top_token_.push_back(ok ? top - begin : -1);
     }
   }
 
@@ -255,6 +261,12 @@ cka_table cka_matrix(layer_stack<T, Memory> const& a, layer_stack<U, MemoryOfB> 
     detail::reject("rflow::cka_matrix", "the stacks have " + std::to_string(a.size()) + " and " +
                                             std::to_string(b.size()) + " tokens");
   return cka_table(on.gram(kernel, a, b), by, a.sites());
+}
+
+template <detail::loose_layers Layers, class... More>
+cka_table cka_matrix(Layers const&, More const&...) {
+  detail::refuse_loose<Layers>();
+  return {};
 }
 
 /// Centred kernel alignment of two sets of activations.

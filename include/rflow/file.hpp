@@ -136,6 +136,24 @@ inline std::string printable(std::string_view name) {
   return name.size() > 80 ? text + "..." : text;
 }
 
+/// What to do about a type that is none of activations; for messages.
+inline std::string cure_of(dtype type) {
+  switch (type) {
+    case dtype::raw16:
+    case dtype::u16:
+    case dtype::i16:
+      return " (if these are the bits of halves, open the .npy with reinterpret::as_f16 or "
+             "reinterpret::as_bf16)";
+    case dtype::u8:
+    case dtype::i8:
+    case dtype::u32:
+    case dtype::i32:
+    case dtype::u64:
+    case dtype::i64: return " (integers have no scale: store activations as float)";
+    default: return "";
+  }
+}
+
 /// "[3, 4]"
 inline std::string shape_text(std::vector<std::ptrdiff_t> const& shape) {
   std::string text = "[";
@@ -273,12 +291,7 @@ struct tensor {
  private:
   void require(bool holds, char const* where, std::string const& expected) const {
     if (holds) return;
-    std::string cure;
-    if (type == dtype::raw16 || type == dtype::u16 || type == dtype::i16)
-      cure =
-          " (if these are the bits of halves, open the .npy with reinterpret::as_f16 or "
-          "reinterpret::as_bf16)";
-    detail::reject(where, expected + ", found " + description() + cure);
+    detail::reject(where, expected + ", found " + description() + detail::cure_of(type));
   }
 
   template <class T>

@@ -30,7 +30,7 @@ struct flow_report {
   std::vector<adjacent_cosines> adjacent;  ///< S − 1: between a site and the next
   layer_variance variance;                 ///< St1, St2, path, curvature
   bounds spread_bounds;                    ///< on S · st2², same normalisation; NaN if no path
-  std::vector<measured> mean_norm;         ///< S: √(mean over tokens of ‖x‖²)
+  std::vector<measured> rms_norm;          ///< S: √(mean over tokens of ‖x‖²)
   std::vector<std::ptrdiff_t> zero_rows;   ///< S: tokens whose row is zero
   std::vector<position> non_finite;        ///< S: first NaN or infinity, if found()
   std::vector<std::vector<double>> norms;  ///< S × n: ‖x‖, if per_token
@@ -50,13 +50,13 @@ inline flow_report report_of(flow_moments const& m, normalization by = normaliza
     out.zero_rows.push_back(static_cast<std::ptrdiff_t>(m.zero_rows[s]));
     if (l + 1 < m.sites) out.adjacent.push_back(detail::cosines_of_pair(m, l));
     if (m.non_finite[s].found())
-      out.mean_norm.push_back(status::non_finite);
+      out.rms_norm.push_back(status::non_finite);
     else if (!(m.tokens > 0))
-      out.mean_norm.push_back(status::too_few_rows);
+      out.rms_norm.push_back(status::too_few_rows);
     else
-      out.mean_norm.push_back(detail::squares_underflow(m, s)
-                                  ? measured(status::out_of_range)
-                                  : detail::root(detail::in_range(m.squares[s] / m.tokens)));
+      out.rms_norm.push_back(detail::squares_underflow(m, s)
+                                 ? measured(status::out_of_range)
+                                 : detail::root(detail::in_range(m.squares[s] / m.tokens)));
   }
   out.variance = detail::variance_of(m, by);
   double const missing = std::numeric_limits<double>::quiet_NaN();
@@ -98,6 +98,12 @@ flow_report flow(layer_stack<T, Memory> const& stack, flow_options const& option
     }
   }
   return out;
+}
+
+template <detail::loose_layers Layers, class... More>
+flow_report flow(Layers const&, More const&...) {
+  detail::refuse_loose<Layers>();
+  return {};
 }
 
 }  // namespace rflow

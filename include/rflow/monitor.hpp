@@ -50,14 +50,14 @@ struct sequence_figures {
   std::vector<running_stat> adjacent;     ///< S − 1: mean cosine
   std::vector<running_stat> steps;        ///< S − 1
   std::vector<running_stat> curvature;    ///< S − 2
-  std::vector<running_stat> mean_norm;    ///< S
+  std::vector<running_stat> rms_norm;     ///< S
   std::vector<running_stat> cka;          ///< S × S: minibatch CKA; empty if not asked for
 
   sequence_figures() = default;
   explicit sequence_figures(std::ptrdiff_t sites, bool with_cka = false) {
     auto const s = static_cast<std::size_t>(sites);
     inter_token.resize(s);
-    mean_norm.resize(s);
+    rms_norm.resize(s);
     adjacent.resize(s - 1);
     steps.resize(s - 1);
     curvature.resize(s > 2 ? s - 2 : 0);
@@ -76,7 +76,7 @@ struct sequence_figures {
       all_finite = all_finite && finite(l);
       if (!finite(l)) continue;
       if (m.pairs[l] > 0) inter_token[l].add(m.pair_cosines[l] / m.pairs[l]);
-      mean_norm[l].add(std::sqrt(m.squares[l] / m.tokens));
+      rms_norm[l].add(std::sqrt(m.squares[l] / m.tokens));
       if (l + 1 == sites || !finite(l + 1)) continue;
       if (m.cosine[l].count > 0) adjacent[l].add(m.cosine[l].mean);
       if (!factor.ok()) continue;
@@ -116,7 +116,7 @@ struct sequence_figures {
     auto const each = [&](auto& mine, auto& its) {
       for (std::size_t i = 0; i < mine.size(); ++i) f(mine[i], its[i]);
     };
-    each(inter_token, other.inter_token), each(mean_norm, other.mean_norm);
+    each(inter_token, other.inter_token), each(rms_norm, other.rms_norm);
     each(adjacent, other.adjacent), each(steps, other.steps);
     each(curvature, other.curvature), each(cka, other.cka);
   }

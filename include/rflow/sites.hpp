@@ -5,6 +5,7 @@
 // or in one 3-D array, and makes a layer_stack of them. For activations that are in memory already,
 // build the layer_stack directly.
 
+#include <algorithm>
 #include <charconv>
 #include <cstddef>
 #include <map>
@@ -65,6 +66,21 @@ auto visit(site_set const& sites, Function&& f) {
   }
 }
 
+namespace detail {
+
+/// "wte, h.0, h.1, h.2 and 9 more are there", for messages.
+inline std::string some_of(std::vector<std::string> const& names) {
+  constexpr std::size_t most = 4;
+  std::string text;
+  for (std::size_t i = 0; i < std::min(most, names.size()); ++i)
+    text += (i == 0 ? "" : ", ") + printable(names[i]);
+  if (names.empty()) return "nothing is there";
+  if (names.size() > most) text += " and " + std::to_string(names.size() - most) + " more";
+  return text + (names.size() == 1 ? " is there" : " are there");
+}
+
+}  // namespace detail
+
 /// Finds the sites among the tensors of a file. Tensors of other names are left alone; final_norm
 /// may be absent.
 /// @param  file  a safetensors_file, an npy_directory, or anything with path(), names() and
@@ -103,9 +119,11 @@ site_set find_sites(File& file, site_pattern const& pattern = {}) {
     return std::string(before) + std::to_string(number) + std::string(after);
   };
   std::string const path = file.path();
-  if (!has_embed) detail::reject(where, path + ": " + pattern.embed + " is missing");
-  if (blocks.empty())
-    detail::reject(where, path + ": " + block_name(pattern.first_block) + " is missing");
+  auto const refuse_without = [&](std::string const& name) {
+    detail::reject(where, path + ": " + name + " is missing: " + detail::some_of(file.names()));
+  };
+  if (!has_embed) refuse_without(pattern.embed);
+  if (blocks.empty()) refuse_without(block_name(pattern.first_block));
   if (blocks.begin()->first < pattern.first_block)
     detail::reject(where, path + ": " + blocks.begin()->second +
                               " is there, but blocks count from " +
@@ -129,7 +147,8 @@ site_set find_sites(File& file, site_pattern const& pattern = {}) {
   auto const compare = [&](tensor const& site) {
     if (!is_viewable(site.type) || site.rank() != 2)
       detail::reject(
-          where, path + ": f16, bf16, f32 or f64 of rank 2 expected, found " + site.description());
+          where, path + ": f16, bf16, f32 or f64 with the axes tokens, hidden expected, found " +
+                     site.description() + detail::cure_of(site.type));
     if (site.type != reference.type || site.shape != reference.shape)
       detail::reject(where, path + ": sites disagree: " + reference.description() + ", but " +
                                 site.description());
@@ -148,7 +167,9 @@ inline site_set split_sites(tensor const& x, site_pattern const& pattern = {}) {
   auto const mark = pattern.block.find("{}");
   if (mark == std::string::npos) detail::reject(where, "the block pattern does not hold {}");
   if (!is_viewable(x.type) || x.rank() != 3)
-    detail::reject(where, "f16, bf16, f32 or f64 of rank 3 expected, found " + x.description());
+    detail::reject(where,
+                   "f16, bf16, f32 or f64 with the axes sites, tokens, hidden expected, found " +
+                       x.description() + detail::cure_of(x.type));
   if (x.size() == 0) detail::reject(where, "an empty axis in " + x.description());
   site_set out;
   auto const item = static_cast<std::ptrdiff_t>(bits(x.type) / 8);

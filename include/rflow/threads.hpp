@@ -8,6 +8,11 @@
 // Tasks go to whichever thread is free. A result must therefore depend on the task's number only:
 // write it to a place of its own and add such places up in their order afterwards.
 
+static_assert(
+    __cplusplus >= 202002L,
+    "rflow: C++20 is needed: compile with -std=c++20, or in CMake link rflow::rflow, which "
+    "asks for it");
+
 #include <algorithm>
 #include <atomic>
 #include <condition_variable>

@@ -160,4 +160,10 @@ layer_variance variance(layer_stack<T, Memory> const& stack,
   return detail::variance_of(on.flow(stack), normalize);
 }
 
+template <detail::loose_layers Layers, class... More>
+layer_variance variance(Layers const&, More const&...) {
+  detail::refuse_loose<Layers>();
+  return {};
+}
+
 }  // namespace rflow

@@ -8,6 +8,12 @@
 // stream: the embedding output or the raw output of a block. Nothing here owns or copies
 // activations; whoever made them keeps them alive.
 
+// Before anything that an older standard stumbles over.
+static_assert(
+    __cplusplus >= 202002L,
+    "rflow: C++20 is needed: compile with -std=c++20, or in CMake link rflow::rflow, which "
+    "asks for it");
+
 #include <bit>
 #include <concepts>
 #include <cstddef>
@@ -530,6 +536,20 @@ template <class T>
 layer_stack(T const*, stack_shape, stack_strides) -> layer_stack<T>;
 
 namespace detail {
+
+/// A range of layers that nobody has made a stack of.
+template <class X>
+concept loose_layers = !activations<X> && requires(X const& x) {
+  requires activations<decltype(*std::begin(x))>;
+};
+
+/// Does not compile, and says what to do.
+template <loose_layers Layers>
+constexpr void refuse_loose() {
+  static_assert(!loose_layers<Layers>,
+                "rflow: a metric of many layers takes a stack of them. Wrap it: "
+                "rflow::layer_stack(v), where v is the range of layers");
+}
 
 /// A NaN test on bits, so that it also holds in a translation unit built with -ffast-math.
 RFLOW_HD constexpr bool is_finite(double x) {

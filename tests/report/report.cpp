@@ -370,7 +370,7 @@ TEST_CASE("a report is complete, opens without a network, and says where it is")
   CHECK(page.find("gnuplot_svg") == std::string::npos);
 
   json const m = metrics(report);
-  CHECK(m.at("schema_version") == "1.2");
+  CHECK(m.at("schema_version") == "2.0");
   CHECK(m.at("comparison").is_null());
   // The attention sink is pointed out.
   CHECK(m.at("models").at(0).at("warnings").dump().find("--skip-first 1") != std::string::npos);
@@ -443,6 +443,43 @@ TEST_CASE("two models side by side") {
     a.write(work / "b.safetensors");
     check_refused(work, {"a.safetensors", "b.safetensors", "--cross-cka"},
                   {"b.safetensors does not say"});
+  }
+  SUBCASE("of one name: told apart, or named by the user") {
+    sites const a(2, 9, 4);
+    a.write(work / "a.safetensors", {{"model", "twin"}});
+    a.write(work / "b.safetensors", {{"model", "twin"}});
+    auto const names = [&](std::vector<std::string> arguments) {
+      for (char const* word :
+           {"a.safetensors", "b.safetensors", "-o", "r", "--force", "--no-plots"})
+        arguments.push_back(word);
+      REQUIRE(run(work, arguments).status == 0);
+      json const m = metrics(work.path / "r").at("models");
+      return std::vector<json>{m.at(0).at("name"), m.at(1).at("name")};
+    };
+    CHECK(names({}) == std::vector<json>{"twin (1)", "twin (2)"});
+    CHECK(names({"--name", "left", "--name", "right"}) == std::vector<json>{"left", "right"});
+  }
+  SUBCASE("have one scale of colours in the maps of their tokens") {
+    sites a(2, 9, 4);
+    for (char const* name : {"block.1", "block.2"}) a.values[name] = a.values["embed"];
+    a.write(work / "a.safetensors");  // all its cosines are 1
+    sites(2, 9, 4, 5).write(work / "b.safetensors");
+    auto const scales = [&](std::vector<std::string> arguments) {
+      for (char const* word : {"-o", "r", "--force"}) arguments.push_back(word);
+      REQUIRE(run(work, arguments).status == 0);
+      std::string const page = read(work.path / "r" / "report.html");
+      std::string const mark = "<div class=\"ramp\"><span>";
+      std::vector<std::string> out;
+      for (std::size_t at = 0; (at = page.find(mark, at)) != std::string::npos; ++at)
+        out.push_back(page.substr(at + mark.size(), page.find("</span>", at) - at - mark.size()));
+      return out;
+    };
+    std::string const high = scales({"a.safetensors"}).front(),
+                      low = scales({"b.safetensors"}).front();
+    CHECK(high != low);
+    std::vector<std::string> const both = scales({"a.safetensors", "b.safetensors"});
+    CHECK(both.at(0) == low);
+    CHECK(both.at(1) == low);
   }
   SUBCASE("hashes that agree over different numbers of tokens") {
     sites(1, 9, 4).write(work / "a.safetensors", {{"token_hash", "x"}});
@@ -532,7 +569,26 @@ TEST_CASE("unusable input: one line, status 1, nothing left") {
   SUBCASE("no embedding") {
     x.values.erase("embed");
     x.write(work / "x.safetensors");
-    check_refused(work, {"x.safetensors"}, {"x.safetensors: ", "embed is missing"});
+    check_refused(work, {"x.safetensors"},
+                  {"x.safetensors: ", "embed is missing: block.1, block.2, block.3 are there",
+                   "--pattern-embed"});
+  }
+  SUBCASE("a folder with names of its own") {
+    fs::create_directory(work.path / "x");
+    for (char const* name : {"x/h.0.npy", "x/h.1.npy"})
+      rflow::write_npy(work.path / name, x.values.at("embed"), {12, 6});
+    check_refused(work, {"x"}, {"x: embed is missing: h.0, h.1 are there", "--pattern-block"});
+    check_refused(work,
+                  {"x", "--pattern-embed", "h.0", "--pattern-block", "h.{}", "--first-block", "2"},
+                  {"h.0 is there, but blocks count from 2", "--first-block"});
+  }
+  SUBCASE("an array of other axes or elements") {
+    rflow::write_npy(work.path / "flat.npy", x.values.at("embed"), {12, 6});
+    check_refused(work, {"flat.npy"}, {"axes sites, tokens, hidden expected", "f32 [12, 6]"});
+    rflow::write_npy(work.path / "ids.npy", std::vector<std::int64_t>(8), {2, 2, 2});
+    check_refused(work, {"ids.npy"}, {"i64 [2, 2, 2]", "integers have no scale"});
+    rflow::write_npy(work.path / "half.npy", std::vector<std::uint16_t>(8), {2, 2, 2});
+    check_refused(work, {"half.npy"}, {"u16 [2, 2, 2]", "--npy-bits"});
   }
   SUBCASE("different numbers of tokens") {
     x.add("block.3", 11, 6);
@@ -575,12 +631,19 @@ TEST_CASE("a wrong command line: one line, status 1") {
   sites(2, 12, 6).write(work / "x.safetensors");
   check_refused(work, {}, {"input is required"});
   check_refused(work, {"x.safetensors", "--nonsense"}, {"--nonsense"});
-  check_refused(work, {"x.safetensors", "x.safetensors", "x.safetensors"}, {"--help"});
+  check_refused(work, {"x.safetensors", "x.safetensors", "x.safetensors"},
+                {"one or two captures expected, not 3", "--help"});
   check_refused(work, {"x.safetensors", "--normalization", "softly"},
                 {"--normalization", "softly"});
   check_refused(work, {"x.safetensors", "--kernel", "cubic"}, {"--kernel", "cubic"});
   check_refused(work, {"x.safetensors", "--estimator", "good"}, {"--estimator", "good"});
-  check_refused(work, {"x.safetensors", "--skip-first", "-1"}, {"--skip-first"});
+  for (char const* option : {"--skip-first", "--first-block"})
+    for (std::string const value : {"-1", "1.5", "two", "99999999999999999999"})
+      check_refused(work, {"x.safetensors", option, value},
+                    {option, "a whole number, 0 or more, expected, found " + value});
+  check_refused(work, {"x.safetensors", "--name", "a", "--name", "b"},
+                {"--name", "2 names for 1 model"});
+  check_refused(work, {"x.safetensors", "--name", ""}, {"--name"});
   check_refused(work, {"x.safetensors", "--rbf-fraction", "0"}, {"--rbf-fraction"});
   check_refused(work, {"x.safetensors", "--rbf-fraction", "nan"}, {"--rbf-fraction"});
   check_refused(work, {"x.safetensors", "--pattern-block", "block"}, {"--pattern-block", "{}"});
@@ -653,6 +716,44 @@ TEST_CASE(
   CHECK(fs::exists(work.path / "s" / "report.html"));
 }
 
+TEST_CASE("a single token") {
+  folder const work;
+  sites(4, 1, 6).write(work / "x.safetensors");
+  REQUIRE(run(work, {"x.safetensors", "-o", "r"}).status == 0);
+  // Its CKA is missing for want of tokens, not because a token equals itself.
+  for (json const& table : metrics(work.path / "r").at("models").at(0).at("cka"))
+    for (char const* by : {"debiased", "biased"})
+      for (json const& row : table.at(by).at("status"))
+        for (json const& why : row) CHECK(why == "too_few_rows");
+  // Its column of the heat map is drawn.
+  std::string const page = read(work.path / "r" / "report.html");
+  CHECK(page.find("<image ") != std::string::npos);
+}
+
+TEST_CASE("a single site, a single block") {
+  folder const work;
+  std::vector<float> const x = sites(0, 12, 6).values.at("embed");
+  rflow::write_npy(work.path / "x.npy", x, {1, 12, 6});
+  outcome const o = run(work, {"x.npy", "-o", "r"});
+  CHECK(o.status == 0);
+  CHECK(o.out.find("adjacent cosine, mean         too_few_sites\n") != std::string::npos);
+  check_page(work.path / "r");
+  sites(1, 12, 6).write(work / "y.safetensors");
+  CHECK(run(work, {"y.safetensors", "-o", "s"}).status == 0);
+  CHECK(read(work.path / "s" / "report.html").find("<image ") != std::string::npos);
+}
+
+TEST_CASE("notes of one kind are one note") {
+  folder const work;
+  sites x(6, 12, 6);
+  for (char const* name : {"block.2", "block.3", "block.4"})
+    std::fill(x.values[name].begin(), x.values[name].end(), 0.0f);
+  x.write(work / "x.safetensors");
+  std::string const out = run(work, {"x.safetensors", "--no-plots"}).out;
+  CHECK(out.find("block.2 … block.4: 12 tokens of zeros") != std::string::npos);
+  CHECK(out.find("block.3: 12 tokens") == std::string::npos);
+}
+
 TEST_CASE("a bad layer leaves the others as they were") {
   folder const work;
   sites x(4, 16, 6);
@@ -676,6 +777,27 @@ TEST_CASE("a bad layer leaves the others as they were") {
                   good.at("cka").at(0).at("debiased").at("values").at(i).at(j).get<double>())
                   .epsilon(1e-6));
     }
+  // What a site without a value would have is null, too.
+  for (json const& table : bad.at("cka")) {
+    json const& share = table.at("top_token_share");
+    bool const linear = table.at("kernel") == "linear";
+    CHECK(share.at("values").at(2).is_null());
+    CHECK(share.at("status").at(2) == "non_finite");
+    CHECK(share.at("token").at(2).is_null());
+    CHECK(share.at("token").at(1).is_number());
+    if (!linear) {
+      CHECK(table.at("sigma").at("values").at(2).is_null());
+      CHECK(table.at("sigma").at("status").at(2) == "non_finite");
+      CHECK(table.at("sigma").at("values").at(1).is_number());
+    }
+  }
+  std::string const csv = read(work.path / "bad" / "sites.csv");
+  CHECK(csv.find("\"block.2\",0.5,,non_finite,,0,,,\n") != std::string::npos);
+  // Means over what is left say so.
+  CHECK(run(work, {"bad.safetensors", "-o", "t", "--no-plots"}).out.find(" over 2 of 4 blocks\n") !=
+        std::string::npos);
+  CHECK(read(work.path / "t" / "report.html").find("over 2 of 4 blocks") != std::string::npos);
+  CHECK(read(work.path / "good" / "report.html").find("of 4 blocks") == std::string::npos);
   CHECK(bad.at("inter_token_cosine").at("status") == json({"ok", "ok", "non_finite", "ok", "ok"}));
   CHECK(bad.at("variance").at("st2").at("status") == "non_finite");
 }
@@ -854,6 +976,8 @@ TEST_CASE("where the report goes") {
       check_refused(work, {"link", "-o", to, "--force"}, {"holds the input link"});
     }
     check_refused(work, {"r/cka.npy", "-o", "r", "--force"}, {"holds the input r/cka.npy"});
+    check_refused(work, {"x.safetensors", "--labels", "r/cka.npy", "-o", "r", "--force"},
+                  {"holds the input r/cka.npy"});
     for (std::string const& name : files) CHECK(fs::exists(work.path / "deep/x" / name));
     // An empty folder counts, too: it would be gone when the time comes to read it.
     fs::create_directory(work.path / "empty");
