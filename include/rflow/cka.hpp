@@ -147,8 +147,10 @@ class cka_table {
         values_[cell(i, j)] = i == q ? 1.0 : Estimator::hsic(m, i, q) / norms;
         chance_[cell(i, j)] = Estimator::chance(m, i, q) / norms;
       }
-    for (std::size_t p = 0; p < m.sigma.size(); ++p)
-      sigma_.push_back(m.why[p] == rflow::status::ok ? measured(m.sigma[p]) : measured(m.why[p]));
+    for (std::size_t p = 0; p < m.sigma.size(); ++p) {
+      rflow::status const why = detail::why_none(m, static_cast<std::ptrdiff_t>(p), 2);
+      sigma_.push_back(why == rflow::status::ok ? measured(m.sigma[p]) : measured(why));
+    }
     non_finite_ = m.non_finite;
     if (!m.squares.empty()) find_top_tokens(m);
   }

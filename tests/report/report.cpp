@@ -725,6 +725,9 @@ TEST_CASE("a single token") {
     for (char const* by : {"debiased", "biased"})
       for (json const& row : table.at(by).at("status"))
         for (json const& why : row) CHECK(why == "too_few_rows");
+  json const rbf = metrics(work.path / "r").at("models").at(0).at("cka").at(1);
+  for (json const& sigma : rbf.at("sigma").at("values")) CHECK(sigma.is_null());
+  for (json const& why : rbf.at("sigma").at("status")) CHECK(why == "too_few_rows");
   // Its column of the heat map is drawn.
   std::string const page = read(work.path / "r" / "report.html");
   CHECK(page.find("<image ") != std::string::npos);
