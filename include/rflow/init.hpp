@@ -33,17 +33,20 @@ namespace rflow {
 /// Independent draws from one distribution. Made by the functions below; the members are what they
 /// come to.
 struct initializer {
+  /// Of which family.
   enum class law { uniform, normal, truncated_normal };
 
-  law shape = law::normal;
+  law shape = law::normal;  ///< the family
   float scale = 1;   ///< normal: standard deviation before truncation; uniform: half the width
   float centre = 0;  ///< uniform: the middle
-  float low = 0, high = 0;  ///< truncated normal: no value lies outside
+  float low = 0;     ///< truncated normal: no value lies below
+  float high = 0;    ///< truncated normal: no value lies above
 };
 
 /// Inputs that one output sums over, outputs that one input goes to.
 struct fans {
-  double in, out;
+  double in;   ///< at least 1 where an initialiser divides by it
+  double out;  ///< likewise
 };
 
 /// Which of the two Kaiming's rule divides by: in keeps the size of activations, out of gradients.
@@ -156,10 +159,10 @@ inline initializer depth_scaled_normal(double stddev, std::ptrdiff_t blocks, int
 /// matrix. Blocks of one matrix fit together; different matrices, and different seeds, are
 /// independent.
 struct random_origin {
-  std::uint64_t seed = 0;
-  std::uint32_t matrix = 0;
-  std::ptrdiff_t row = 0;  ///< below 2³²
-  std::ptrdiff_t col = 0;  ///< below 2³⁴
+  std::uint64_t seed = 0;    ///< Philox's key
+  std::uint32_t matrix = 0;  ///< which of the seed's matrices
+  std::ptrdiff_t row = 0;    ///< below 2³²
+  std::ptrdiff_t col = 0;    ///< below 2³⁴
 };
 
 /// Philox4x32-10: 128 random bits for each counter and key.
