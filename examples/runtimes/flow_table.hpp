@@ -20,8 +20,8 @@ namespace runtimes {
 inline void print(rflow::flow_report const& r) {
   std::printf("%td sites, %td tokens, width %td\n", r.sites, r.tokens, r.width);
   std::printf("%6s %12s %18s %18s\n", "site", "mean norm", "between tokens", "to the next site");
-  for (std::size_t l = 0; l < r.mean_norm.size(); ++l) {
-    std::printf("%6zu %12.4f %18.6f", l, r.mean_norm[l].value, r.inter_token[l].value);
+  for (std::size_t l = 0; l < r.rms_norm.size(); ++l) {
+    std::printf("%6zu %12.4f %18.6f", l, r.rms_norm[l].value, r.inter_token[l].value);
     if (l < r.adjacent.size())
       std::printf(" %18.6f\n", r.adjacent[l].mean.value);
     else
@@ -51,10 +51,10 @@ inline bool agrees(rflow::flow_report const& r, std::string const& capture, doub
   auto const difference = [](double a, double b) {
     return std::isnan(a) || std::isnan(b) ? HUGE_VAL : std::abs(a - b);
   };
-  for (std::size_t l = 0; l < r.mean_norm.size(); ++l) {
+  for (std::size_t l = 0; l < r.rms_norm.size(); ++l) {
     cosines = std::max(cosines, difference(r.inter_token[l].value, want.inter_token[l].value));
     norms = std::max(
-        norms, difference(r.mean_norm[l].value, want.mean_norm[l].value) / want.mean_norm[l].value);
+        norms, difference(r.rms_norm[l].value, want.rms_norm[l].value) / want.rms_norm[l].value);
     if (l == r.adjacent.size()) continue;
     cosines = std::max(cosines, difference(r.adjacent[l].mean.value, want.adjacent[l].mean.value));
     steps = std::max(steps, difference(r.variance.steps[l].value, want.variance.steps[l].value) /
