@@ -130,13 +130,17 @@ struct on_blas {
   std::size_t memory_bound = std::size_t{256} << 20;  ///< bytes of scratch, without BLAS's own
   gram_path path = gram_path::automatic;              ///< how linear Gram moments come about
 
+  /// Host memory only.
   template <class Memory>
   static constexpr bool reads = std::same_as<Memory, host_memory>;
+  /// As on_cpu has it.
   template <class T>
   using chain_stream = on_cpu::chain_stream<T>;
+  /// As on_cpu has it.
   template <class T>
   using batch_stream = on_cpu::batch_stream<T>;
 
+  /// How many threads that is.
   int thread_count() const { return detail::threads_or_all(threads); }
 
   /// @note  on_cpu's: there is no product in it

@@ -29,8 +29,8 @@ namespace rflow {
 /// HSIC with the diagonal and its bias: ⟨HKH, HLH⟩. Needs 2 tokens.
 /// @see Gretton, Bousquet, Smola, Schölkopf, ALT 2005
 struct biased {
-  static constexpr std::ptrdiff_t minimum_tokens = 2;
-  static constexpr char const* name = "biased";
+  static constexpr std::ptrdiff_t minimum_tokens = 2;  ///< fewer have no answer
+  static constexpr char const* name = "biased";        ///< in reports
 
   /// ⟨HK_pH, HK_qH⟩ of sites p and q, (n − 1)² times HSIC₀, in the moments' units.
   static double hsic(gram_moments const& m, std::ptrdiff_t p, std::ptrdiff_t q) {
@@ -59,8 +59,8 @@ struct biased {
 /// Unbiased HSIC: ⟨U(K), U(L)⟩. Needs 4 tokens. About 0 for independent data; may be negative.
 /// @see Song, Smola, Gretton, Bedo, Borgwardt, JMLR 2012, equation 5
 struct debiased {
-  static constexpr std::ptrdiff_t minimum_tokens = 4;
-  static constexpr char const* name = "debiased";
+  static constexpr std::ptrdiff_t minimum_tokens = 4;  ///< fewer have no answer
+  static constexpr char const* name = "debiased";      ///< in reports
 
   /// ⟨U(K_p), U(K_q)⟩ of sites p and q, n(n − 3) times HSIC₁, in the moments' units.
   static double hsic(gram_moments const& m, std::ptrdiff_t p, std::ptrdiff_t q) {
@@ -155,13 +155,16 @@ class cka_table {
     if (!m.squares.empty()) find_top_tokens(m);
   }
 
+  /// Sites of the first stack.
   std::ptrdiff_t rows() const { return rows_; }
+  /// Sites of the second, or of the same.
   std::ptrdiff_t cols() const { return cols_; }
   /// Tokens that counted.
   std::ptrdiff_t tokens() const { return tokens_; }
 
   /// Site i of the first stack against site j of the second (or of the same).
   measured operator()(std::ptrdiff_t i, std::ptrdiff_t j) const { return values_[cell(i, j)]; }
+  /// Why a cell has no value, or ok.
   rflow::status status(std::ptrdiff_t i, std::ptrdiff_t j) const { return values_[cell(i, j)].why; }
 
   /// What this estimator gives on average if the tokens of one side are shuffled: the exact mean
@@ -172,6 +175,7 @@ class cka_table {
   position non_finite(std::ptrdiff_t row) const {
     return non_finite_[static_cast<std::size_t>(row)];
   }
+  /// The same of a site of the second stack.
   position col_non_finite(std::ptrdiff_t col) const {
     return non_finite_[static_cast<std::size_t>(first_col_ + col)];
   }
@@ -179,12 +183,15 @@ class cka_table {
   /// The RBF bandwidth of a site, in units of the data. NaN with the status of a site that has no
   /// answer; not_requested for kernels without a bandwidth.
   measured sigma(std::ptrdiff_t row) const { return at(sigma_, row); }
+  /// The same of a site of the second stack.
   measured col_sigma(std::ptrdiff_t col) const { return at(sigma_, first_col_ + col); }
 
   /// The share of ‖K̃‖² that pairs with its most extreme token make up, in [0, 1] to rounding, and that token
   /// (an index among the tokens that count; -1 if there is none). Near 1, one token decides the
   /// whole row of the table.
   measured top_token_share(std::ptrdiff_t row) const { return at(top_share_, row); }
+  /// Which token that is.
+  /// That token; −1 if there is none.
   std::ptrdiff_t top_token(std::ptrdiff_t row) const {
     return top_token_.empty() ? -1 : top_token_[static_cast<std::size_t>(row)];
   }
@@ -354,6 +361,7 @@ class cka_accumulator {
  public:
   /// @param  kernel  with RBF, one σ a site must be given: a median per batch would compare different
   ///                 kernels
+  /// @param  weight  how batches of different size count
   /// @throws std::invalid_argument if it is not
   explicit cka_accumulator(Kernel kernel = {}, batch_weight weight = batch_weight::pairs)
       : kernel_(std::move(kernel)), sums_(0, weight) {
@@ -409,12 +417,18 @@ class cka_accumulator {
     require_kernel(other.kernel_);
     sums_.merge(other.sums_);
   }
+  /// The same for sums alone.
   void merge(minibatch_moments const& other) { sums_.merge(other); }
 
+  /// The sums so far.
   minibatch_moments const& moments() const { return sums_; }
+  /// S.
   std::ptrdiff_t sites() const { return sums_.sites; }
+  /// Tokens of the batches that count.
   std::ptrdiff_t tokens() const { return sums_.tokens; }
+  /// Batches that count.
   std::ptrdiff_t batches() const { return sums_.batches; }
+  /// Batches of fewer than 4 tokens.
   std::ptrdiff_t left_out() const { return sums_.left_out; }
 
   /// Minibatch CKA of sites p and q.

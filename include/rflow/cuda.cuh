@@ -38,11 +38,16 @@ namespace rflow {
 /// What CUDA or cuBLAS reported: the call, the library's name for the error, its code and its text.
 class cuda_error : public std::runtime_error {
  public:
+  /// @param call  what was called, with what matters of its arguments
+  /// @param name  the library's name for the error
+  /// @param code  its code
+  /// @param text  its text
   cuda_error(std::string const& call, std::string const& name, int code, std::string const& text)
       : std::runtime_error("rflow::on_cuda: " + call + ": " + name + " (" + std::to_string(code) +
                            "): " + text),
         code_(code) {}
 
+  /// The library's code.
   int code() const noexcept { return code_; }
 
  private:
@@ -591,9 +596,10 @@ struct __attribute__((visibility("hidden"))) on_cuda {
   }
 };
 
+/// What lives on a device is measured there.
 template <>
 struct default_backend<device_memory> {
-  using type = on_cuda;
+  using type = on_cuda;  ///< the backend
 };
 
 // ---- pointers that say where they point ---------------------------------------------------------

@@ -140,6 +140,7 @@ foreign_array describe_dlpack(char const* where, M const& m) {
 template <dlpack_managed M>
 class dlpack_owner {
  public:
+  /// Takes over; not null.
   explicit dlpack_owner(M* managed) : managed_(managed) {}
 
   /// The managed struct, still owned by this object.

@@ -66,8 +66,9 @@ struct adapt<X> {
   static_assert(detail::eigen_has_storage<X>,
                 "rflow: this Eigen expression has no storage to look at. Evaluate it first: "
                 "Eigen::MatrixXf x = expression;");
-  using type = typename detail::from_eigen<typename X::Scalar>::type;
+  using type = typename detail::from_eigen<typename X::Scalar>::type;  ///< ours for the scalar
 
+  /// The elements where they are.
   static view<type> as_view(X const& x) {
     return {reinterpret_cast<type const*>(x.data()), x.rows(), x.cols(), x.rowStride(),
             x.colStride()};
@@ -1252,13 +1253,17 @@ struct on_cpu {
   std::size_t memory_bound = std::size_t{256} << 20;  ///< bytes of scratch for Gram tiles
   gram_path path = gram_path::automatic;              ///< how linear Gram moments come about
 
+  /// Host memory only.
   template <class Memory>
   static constexpr bool reads = std::same_as<Memory, host_memory>;
+  /// What flow_monitor runs on: rows on their way through the chain.
   template <class T>
-  using chain_stream = detail::chain_stream<T>;  ///< these two are what flow_monitor runs on
+  using chain_stream = detail::chain_stream<T>;
+  /// What flow_monitor runs on: batches for CKA.
   template <class T>
   using batch_stream = detail::batch_stream<T>;
 
+  /// How many threads that is.
   int thread_count() const { return detail::threads_or_all(threads); }
 
   /// @note  O(S n d) time, one read; 16·S·d doubles of memory
@@ -1290,9 +1295,10 @@ struct on_cpu {
   }
 };
 
+/// What lives in host memory is measured on the CPU.
 template <>
 struct default_backend<host_memory> {
-  using type = on_cpu;
+  using type = on_cpu;  ///< the backend
 };
 
 }  // namespace rflow

@@ -215,12 +215,13 @@ inline std::vector<std::ptrdiff_t> dense_strides(std::vector<std::ptrdiff_t> con
 /// An array whose type and rank are known at run time. Looks at the memory of the file (or other
 /// object) it came from and is valid as long as that is; copying it copies no elements.
 struct tensor {
-  std::string name;
-  dtype type = dtype::f32;
-  std::vector<std::ptrdiff_t> shape;
+  std::string name;                     ///< as in the file
+  dtype type = dtype::f32;              ///< what elements are
+  std::vector<std::ptrdiff_t> shape;    ///< slowest axis first
   std::vector<std::ptrdiff_t> strides;  ///< in elements
   std::byte const* data = nullptr;      ///< aligned for its type
 
+  /// Number of axes.
   std::ptrdiff_t rank() const { return static_cast<std::ptrdiff_t>(shape.size()); }
 
   /// Number of elements; 1 for a scalar.
@@ -476,12 +477,14 @@ class mapped_file {
     return out;
   }
 
+  /// Moves the mapping; views of it stay valid.
   mapped_file(mapped_file&& other) noexcept
       : path_(std::move(other.path_)),
         data_(std::exchange(other.data_, nullptr)),
         size_(std::exchange(other.size_, 0)),
         mapped_(std::exchange(other.mapped_, false)),
         copies_(std::move(other.copies_)) {}
+  /// The same.
   mapped_file& operator=(mapped_file other) noexcept {
     std::swap(path_, other.path_);
     std::swap(data_, other.data_);
@@ -494,7 +497,9 @@ class mapped_file {
     if (mapped_) ::munmap(const_cast<std::byte*>(data_), size_);
   }
 
+  /// The whole file.
   std::span<std::byte const> bytes() const { return {data_, size_}; }
+  /// Its name, for messages.
   std::string const& path() const { return path_; }
 
   /// The bytes [offset, offset + length) at an address that is a multiple of alignment: in place
@@ -570,6 +575,7 @@ class atomic_writer {
       bytes = bytes.subspan(static_cast<std::size_t>(n));
     }
   }
+  /// The same for text.
   void write(std::string_view text) { write(std::as_bytes(std::span(text.data(), text.size()))); }
 
   /// Flushes to the disk and gives the file its name. Nothing can be written after it.

@@ -18,13 +18,15 @@ namespace rflow {
 
 /// What flow() should compute besides.
 struct flow_options {
-  normalization normalize = normalization::none;
+  normalization normalize = normalization::none;  ///< of St1, St2 and the path
   bool per_token = false;  ///< keep each token's adjacent cosines and norms: S · n doubles
 };
 
 /// The flow of S sites over n tokens.
 struct flow_report {
-  std::ptrdiff_t sites = 0, tokens = 0, width = 0;
+  std::ptrdiff_t sites = 0;                ///< S
+  std::ptrdiff_t tokens = 0;               ///< n, those that count
+  std::ptrdiff_t width = 0;                ///< d
   std::vector<measured> inter_token;       ///< S: mean cosine between tokens (of one sequence)
   std::vector<running_stat> per_sequence;  ///< S: the same of each sequence: mean and spread
   std::vector<adjacent_cosines> adjacent;  ///< S − 1: between a site and the next

@@ -21,7 +21,9 @@ namespace rflow {
 /// Count, mean and centred second moment of a stream; merges without cancellation.
 /// @see Chan, Golub, LeVeque, "Algorithms for computing the sample variance", 1983, equation 1.5
 struct running_stat {
-  double count = 0, mean = 0, m2 = 0;  ///< m2: sum of squared distances from the mean
+  double count = 0;  ///< values seen
+  double mean = 0;   ///< of them
+  double m2 = 0;     ///< sum of their squared distances from the mean
 
   /// One more value.
   void add(double x) {
@@ -48,8 +50,9 @@ struct running_stat {
 /// Inter-token sums live in the open sequence until end_sequence() closes it, because the unit
 /// vectors of one sequence add but their squared norm does not.
 struct flow_moments {
-  std::ptrdiff_t sites = 0, width = 0;  ///< S, d
-  double tokens = 0;                    ///< n, those that count
+  std::ptrdiff_t sites = 0;  ///< S
+  std::ptrdiff_t width = 0;  ///< d
+  double tokens = 0;         ///< n, those that count
 
   std::vector<double> squares;                ///< S: Σ_t ‖x_t‖²
   std::vector<double> zero_rows;              ///< S: tokens with x_t = 0
@@ -98,6 +101,7 @@ struct flow_moments {
   }
 
   /// The same for one site of a sequence that was summed elsewhere.
+  /// @param site   which
   /// @param norm2  ‖Σ x_t/‖x_t‖‖² over its tokens
   /// @param m      how many of them are not zero
   void end_sequence(std::size_t site, double norm2, double m) {
@@ -149,6 +153,7 @@ struct flow_sink {
 
 /// k(x, y) = ⟨x, y⟩ on centred features.
 struct linear {
+  /// All are alike.
   bool operator==(linear const&) const = default;
 };
 
@@ -186,12 +191,13 @@ enum class gram_path {
 ///
 /// More tiles of the same batch add to these sums; other batches do not (see minibatch_moments).
 struct gram_moments {
-  std::ptrdiff_t sites = 0, tokens = 0;  ///< S, n
-  std::vector<double> products;          ///< S × S: Σ_{i≠j} G^p_ij G^q_ij
-  std::vector<double> row_sums;          ///< S × n: Σ_{j≠i} G^p_ij
-  std::vector<double> diagonal;          ///< S × n: G^p_ii
-  std::vector<double> squares;  ///< S × n: Σ_{j≠i} (G^p_ij)²; empty if the path has no tiles
-  std::vector<double> trace;    ///< S: Σ_i k(x_i, x_i), the scale of the kernel matrix
+  std::ptrdiff_t sites = 0;      ///< S
+  std::ptrdiff_t tokens = 0;     ///< n
+  std::vector<double> products;  ///< S × S: Σ_{i≠j} G^p_ij G^q_ij
+  std::vector<double> row_sums;  ///< S × n: Σ_{j≠i} G^p_ij
+  std::vector<double> diagonal;  ///< S × n: G^p_ii
+  std::vector<double> squares;   ///< S × n: Σ_{j≠i} (G^p_ij)²; empty if the path has no tiles
+  std::vector<double> trace;     ///< S: Σ_i k(x_i, x_i), the scale of the kernel matrix
   std::vector<int>
       exponent;        ///< S: G^p · 2^exponent is in units of the data. 0, but for data whose
                        ///< fourth powers would leave the range of double
@@ -242,15 +248,18 @@ enum class batch_weight {
 /// Weighted sums over batches of ⟨U(K_p), U(K_q)⟩ of linear or other kernels.
 /// They add over batches, shards and ranks; their ratio is minibatch CKA (see cka_accumulator).
 struct minibatch_moments {
-  std::ptrdiff_t sites = 0, tokens = 0, batches = 0;
-  std::ptrdiff_t left_out = 0;  ///< batches of fewer than 4 tokens
-  batch_weight weight = batch_weight::pairs;
+  std::ptrdiff_t sites = 0;                   ///< S
+  std::ptrdiff_t tokens = 0;                  ///< in all batches that count
+  std::ptrdiff_t batches = 0;                 ///< that count
+  std::ptrdiff_t left_out = 0;                ///< batches of fewer than 4 tokens
+  batch_weight weight = batch_weight::pairs;  ///< how batches of different size count
   std::vector<double> sums;  ///< S × S: times 2^(exponent_p + exponent_q), in units of the data
   std::vector<double> rounding;  ///< S: what the rounding of the kernels' entries may make of a sum
   std::vector<int> exponent;  ///< S: 0, but for data whose fourth powers leave the range of double
   std::vector<status> why;    ///< S: ok, zero_bandwidth or non_finite
 
   minibatch_moments() = default;
+  /// Of no batches.
   explicit minibatch_moments(std::ptrdiff_t site_count, batch_weight by = batch_weight::pairs)
       : sites(site_count), weight(by) {
     auto const s = static_cast<std::size_t>(site_count);
@@ -290,6 +299,7 @@ struct minibatch_moments {
     batches += other.batches;
   }
 
+  /// The sum of a site with itself.
   double self(std::ptrdiff_t p) const { return sums[static_cast<std::size_t>(p * (sites + 1))]; }
 
   /// Makes room for sums of site p in units of 2^exponent: goes over to the larger units.
@@ -315,14 +325,18 @@ struct minibatch_moments {
 /// Softmax regressions side by side on the same features: one problem a seed, each with a split of
 /// its own. Column problem · classes + class of the weights belongs to one class of one problem.
 struct softmax_problem {
-  static constexpr std::uint8_t neither = 0, train = 1, validate = 2;
+  static constexpr std::uint8_t neither = 0;   ///< a token that takes no part
+  static constexpr std::uint8_t train = 1;     ///< one to train on
+  static constexpr std::uint8_t validate = 2;  ///< one to validate on
 
-  std::ptrdiff_t classes = 0, problems = 0;
-  std::vector<std::int32_t> labels = {};  // n, each in [0, classes)
-  std::vector<std::uint8_t> parts = {};   // problems × n: neither, train or validate
-  bool standardize = false;               // by mean and deviation over the problem's training part
-  bool in_double = false;                 // products in double even for narrower data
+  std::ptrdiff_t classes = 0;             ///< C
+  std::ptrdiff_t problems = 0;            ///< one a seed
+  std::vector<std::int32_t> labels = {};  ///< n, each in [0, classes)
+  std::vector<std::uint8_t> parts = {};   ///< problems × n: neither, train or validate
+  bool standardize = false;  ///< by mean and deviation over the problem's training part
+  bool in_double = false;    ///< products in double even for narrower data
 
+  /// What a token is to a problem.
   std::uint8_t part(std::ptrdiff_t problem, std::ptrdiff_t token) const {
     return parts[static_cast<std::size_t>(problem) * labels.size() +
                  static_cast<std::size_t>(token)];
@@ -332,16 +346,17 @@ struct softmax_problem {
 /// Weights of all problems. They act on the features as each problem sees them, that is standardised
 /// if asked for.
 struct softmax_weights {
-  std::vector<double> values;  // columns × d
-  std::vector<double> bias;    // columns
+  std::vector<double> values;  ///< columns × d
+  std::vector<double> bias;    ///< columns
 };
 
 /// What one look at all tokens finds, for each problem; [0] is the training part, [1] validation.
 struct softmax_sums {
-  std::vector<double> loss[2];     // Σ −log p(label); NaN if a logit is not finite
-  std::vector<double> correct[2];  // tokens whose largest logit is their label's
-  std::vector<double> count[2];    // tokens
+  std::vector<double> loss[2];     ///< Σ −log p(label); NaN if a logit is not finite
+  std::vector<double> correct[2];  ///< tokens whose largest logit is their label's
+  std::vector<double> count[2];    ///< tokens
 
+  /// All zero.
   explicit softmax_sums(std::ptrdiff_t problems) {
     auto const size = static_cast<std::size_t>(problems);
     for (std::size_t part = 0; part < 2; ++part) {
@@ -355,8 +370,11 @@ struct softmax_sums {
 /// One step of Adam on the mean training loss of each problem.
 /// @see Kingma, Ba, ICLR 2015, algorithm 1
 struct adam {
-  double learning_rate = 0.05, beta1 = 0.9, beta2 = 0.999, epsilon = 1e-8;
-  double weight_decay = 0;  // times the weights, not the biases, added to the gradient
+  double learning_rate = 0.05;  ///< α
+  double beta1 = 0.9;           ///< decay of the first moment
+  double beta2 = 0.999;         ///< decay of the second
+  double epsilon = 1e-8;        ///< added to its root
+  double weight_decay = 0;      ///< times the weights, not the biases, added to the gradient
 };
 
 // ---- as numbers ---------------------------------------------------------------------------------

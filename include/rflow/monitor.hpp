@@ -35,17 +35,20 @@ enum class when_full {
 
 /// What a monitor is to compute, and of which tokens.
 struct monitor_options {
-  normalization normalize = normalization::none;
+  normalization normalize = normalization::none;  ///< of St1, St2 and the path
   std::ptrdiff_t skip_first = 0;  ///< tokens left out at the start of each sequence (BOS, sinks)
-  when_full on_full = when_full::allocate;
-  bool cka = false;                ///< linear minibatch CKA of all pairs of sites
+  when_full on_full = when_full::allocate;  ///< beyond what reserve() made room for
+  bool cka = false;                         ///< linear minibatch CKA of all pairs of sites
   std::ptrdiff_t cka_batch = 256;  ///< tokens of a batch; it ends with its sequence, if not before
 };
 
 /// Figures of each sequence by itself: their mean and spread over sequences. A sequence in which a
 /// figure has no answer does not count there.
 struct sequence_figures {
-  running_stat st1, st2, path_energy, path_length;
+  running_stat st1;                       ///< layer-local
+  running_stat st2;                       ///< layer-global
+  running_stat path_energy;               ///< Σ‖Δ_l‖²
+  running_stat path_length;               ///< Σ‖Δ_l‖
   std::vector<running_stat> inter_token;  ///< S
   std::vector<running_stat> adjacent;     ///< S − 1: mean cosine
   std::vector<running_stat> steps;        ///< S − 1
@@ -54,6 +57,7 @@ struct sequence_figures {
   std::vector<running_stat> cka;          ///< S × S: minibatch CKA; empty if not asked for
 
   sequence_figures() = default;
+  /// Of no sequences.
   explicit sequence_figures(std::ptrdiff_t sites, bool with_cka = false) {
     auto const s = static_cast<std::size_t>(sites);
     inter_token.resize(s);
@@ -96,6 +100,7 @@ struct sequence_figures {
     path_length.add(length);
   }
 
+  /// Adds the CKA of one sequence.
   void add(minibatch_moments const& m) {
     for (std::size_t i = 0; i < cka.size(); ++i) {
       auto const at = static_cast<std::ptrdiff_t>(i);
@@ -104,6 +109,7 @@ struct sequence_figures {
     }
   }
 
+  /// Adds other sequences.
   void merge(sequence_figures const& other) {
     visit(other, [](running_stat& mine, running_stat const& its) { mine.merge(its); });
   }
@@ -130,13 +136,16 @@ void each_number(sequence_figures& m, F const& f) {
 
 /// What a monitor knows of the sequences that were ended. Adds over sequences, shards and ranks.
 struct monitor_moments {
-  std::ptrdiff_t sites = 0, width = 0;
-  std::ptrdiff_t sequences = 0, tokens = 0;  // ended; all that were pushed, masked ones too
-  flow_moments flow;                         // without unit sums: no sequence is open
-  sequence_figures figures;
-  minibatch_moments cka;  // of 0 sites if not asked for
+  std::ptrdiff_t sites = 0;      ///< S
+  std::ptrdiff_t width = 0;      ///< d
+  std::ptrdiff_t sequences = 0;  ///< that were ended
+  std::ptrdiff_t tokens = 0;     ///< that were pushed, masked ones too
+  flow_moments flow;             ///< without unit sums: no sequence is open
+  sequence_figures figures;      ///< of each sequence by itself
+  minibatch_moments cka;         ///< of 0 sites if not asked for
 
   monitor_moments() = default;
+  /// Of no sequences.
   monitor_moments(std::ptrdiff_t site_count, std::ptrdiff_t hidden, bool with_cka)
       : sites(site_count),
         width(hidden),
@@ -218,6 +227,8 @@ class flow_monitor {
  public:
   /// @param  sites  S, in the order of the residual stream: embedding and raw blocks
   /// @param  width  d, the same at every site
+  /// @param  options  what to compute, and of which tokens
+  /// @param  on     where it runs
   /// @throws std::invalid_argument if sites, width or an option is out of range
   explicit flow_monitor(std::ptrdiff_t sites, std::ptrdiff_t width,
                         monitor_options const& options = {}, On const& on = {})
@@ -236,7 +247,9 @@ class flow_monitor {
       detail::reject(name_of_class, "skip_first is " + std::to_string(options.skip_first));
   }
 
+  /// S.
   std::ptrdiff_t sites() const { return sites_; }
+  /// d.
   std::ptrdiff_t width() const { return width_; }
 
   /// Makes room for this many tokens under way: those of a micro-batch if all sites of one are pushed

@@ -25,8 +25,11 @@ namespace rflow {
 /// What MPI says went wrong.
 class mpi_error : public std::runtime_error {
  public:
+  /// @param call  of which function
+  /// @param code  what it returned
   mpi_error(char const* call, int code)
       : std::runtime_error(std::string(call) + ": " + text_of(code)), code_(code) {}
+  /// MPI's code.
   int code() const noexcept { return code_; }
 
  private:
@@ -55,7 +58,9 @@ class mpi_team {
   mpi_team(mpi_team const&) = delete;
   mpi_team& operator=(mpi_team const&) = delete;
 
+  /// Of this process, from 0.
   int rank() const noexcept { return rank_; }
+  /// How many there are.
   int size() const noexcept { return size_; }
 
   /// Calls f() and returns when every rank has done so. f itself is not collective.

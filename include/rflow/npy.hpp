@@ -35,6 +35,7 @@ class npy_file {
  public:
   /// Opens and validates a file. The array takes its name from the file: "block.1" for
   /// "block.1.npy".
+  /// @param  path  the file
   /// @param  bits  says what 16-bit integers or |V2 are
   /// @throws std::system_error if it cannot be opened; format_error if it is malformed, big endian,
   ///         structured, or holds Python objects, strings or dates; std::invalid_argument if bits
@@ -68,12 +69,14 @@ class npy_directory {
 
   /// Names in alphabetical order.
   std::vector<std::string> names() const;
+  /// Whether there is a file of that name.
   bool contains(std::string_view name) const { return files_.find(name) != files_.end(); }
 
   /// The array of one file; valid as long as this object.
   /// @throws what npy_file throws; std::invalid_argument if there is no such file
   tensor const& operator[](std::string_view name);
 
+  /// The directory.
   std::string const& path() const { return path_; }
 
  private:

@@ -16,7 +16,8 @@ namespace rflow {
 
 /// Lower and upper bound on Σ_l ‖X_l − X̄‖², in the units of the path energy given.
 struct bounds {
-  double lower, upper;
+  double lower;  ///< at least 0
+  double upper;  ///< at least lower
 };
 
 namespace detail {

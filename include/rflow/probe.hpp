@@ -44,10 +44,13 @@ struct given {
   std::vector<double> values;  ///< classes × d, row-major, as the weight of PyTorch's Linear
   std::vector<double> bias;    ///< classes, or none for zeros
 
+  /// @param row_major  classes × d
+  /// @param biases     classes, or none
   given(std::vector<double> row_major, std::vector<double> biases)
       : values(std::move(row_major)), bias(std::move(biases)) {}
 
   /// @param matrix  classes × d: an Eigen matrix, a view, …
+  /// @param biases  classes, or none
   template <activations X>
   explicit given(X const& matrix, std::vector<double> biases = {}) : bias(std::move(biases)) {
     auto const x = as_view(matrix);
@@ -67,23 +70,28 @@ enum class split {
 /// What a probe does. The default is full-batch Adam on the mean cross-entropy, 150 epochs, five
 /// seeds; a seed sets the split and the initial weights.
 struct probe_options {
-  std::ptrdiff_t classes = 0;  ///< 0: the largest label and one more
-  int epochs = 150;
-  double learning_rate = 0.05, beta1 = 0.9, beta2 = 0.999, epsilon = 1e-8;
-  double weight_decay = 0;  ///< times the weights (not the biases), added to the gradient
-  int seeds = 5;
-  std::uint64_t first_seed = 0;
+  std::ptrdiff_t classes = 0;        ///< 0: the largest label and one more
+  int epochs = 150;                  ///< updates, each from all training tokens
+  double learning_rate = 0.05;       ///< of Adam
+  double beta1 = 0.9;                ///< of Adam
+  double beta2 = 0.999;              ///< of Adam
+  double epsilon = 1e-8;             ///< of Adam
+  double weight_decay = 0;           ///< times the weights (not the biases), added to the gradient
+  int seeds = 5;                     ///< splits and starts
+  std::uint64_t first_seed = 0;      ///< the others follow it
   double validation_fraction = 0.2;  ///< 0: train on all, no validation
-  rflow::split split = rflow::split::stratified;
+  rflow::split split = rflow::split::stratified;  ///< how validation tokens are drawn
   std::vector<std::int64_t> groups =
       {};  ///< one a token (a document, a context): tokens of a group
            ///< are never on both sides of a split; split is then
            ///< over whole groups, without regard to classes
   /// Tokens to train and to validate on, for every seed, instead of a fraction; if only one is given,
   /// all other tokens are the other part.
-  std::vector<std::ptrdiff_t> training = {}, validation = {};
+  std::vector<std::ptrdiff_t> training = {};
+  std::vector<std::ptrdiff_t> validation = {};  ///< see training
   bool standardize = false;   ///< features to mean 0 and deviation 1 over the training part
   bool keep_weights = false;  ///< probe_layers: keep classes · d weights a seed and layer
+  /// Where a seed starts.
   std::variant<weights::uniform, weights::zero, weights::given> initial_weights =
       weights::uniform{};
 };
@@ -92,9 +100,11 @@ struct probe_options {
 
 /// One split and one start. Curves have epochs + 1 values: [e] is after e updates. Loss is in nats.
 struct probe_seed {
-  std::vector<measured> train_loss, validation_loss;
-  std::vector<measured> train_accuracy, validation_accuracy;
-  std::vector<measured> class_accuracy;   ///< classes: validation tokens of a class found right
+  std::vector<measured> train_loss;           ///< mean over training tokens
+  std::vector<measured> validation_loss;      ///< mean over validation tokens
+  std::vector<measured> train_accuracy;       ///< in [0, 1]
+  std::vector<measured> validation_accuracy;  ///< in [0, 1]
+  std::vector<measured> class_accuracy;       ///< classes: validation tokens of a class found right
   std::vector<std::ptrdiff_t> confusion;  ///< classes × classes: validation tokens, true × found
   measured mean_distance;                 ///< mean |found − true|, for classes in an order
   std::vector<double> weight;             ///< classes × d: logits = weight · x + bias
@@ -103,25 +113,31 @@ struct probe_seed {
 
 /// Over seeds: the mean, and the standard deviation (n − 1), which one seed does not have.
 struct over_seeds {
-  measured mean, spread;
+  measured mean;    ///< over seeds
+  measured spread;  ///< too_few_rows of one seed
 };
 
 /// Probes of one site.
 struct probe_result {
-  status why = status::ok;  ///< constant_layer or non_finite: nothing else has a value
-  position non_finite;      ///< first NaN or infinity, if found()
-  std::ptrdiff_t classes = 0, tokens = 0, width = 0;
-  std::vector<probe_seed> seeds;
-  /// After the last epoch.
-  over_seeds train_loss, validation_loss, train_accuracy, validation_accuracy, mean_distance;
-  measured chance;  ///< share of the commonest class: what a constant guess attains
+  status why = status::ok;         ///< constant_layer or non_finite: nothing else has a value
+  position non_finite;             ///< first NaN or infinity, if found()
+  std::ptrdiff_t classes = 0;      ///< C
+  std::ptrdiff_t tokens = 0;       ///< n
+  std::ptrdiff_t width = 0;        ///< d
+  std::vector<probe_seed> seeds;   ///< each by itself
+  over_seeds train_loss;           ///< after the last epoch, as all of these
+  over_seeds validation_loss;      ///< in nats
+  over_seeds train_accuracy;       ///< in [0, 1]
+  over_seeds validation_accuracy;  ///< in [0, 1]
+  over_seeds mean_distance;        ///< mean |found − true| of validation tokens
+  measured chance;                 ///< share of the commonest class: what a constant guess attains
 };
 
 /// Probes of every site of a stack, all with the same splits.
 struct layer_probes {
-  std::vector<probe_result> layers;
-  std::vector<std::string> names;
-  measured chance;
+  std::vector<probe_result> layers;  ///< S
+  std::vector<std::string> names;    ///< S: of the sites
+  measured chance;                   ///< share of the commonest class
   std::ptrdiff_t best = -1;  ///< site of the highest mean accuracy, the first of equals; −1 if none
   measured drop;             ///< that accuracy less the last site's
 

@@ -22,34 +22,38 @@
 
 namespace rflow {
 
+/// How the optimum is looked for.
 struct optimum_options {
   double ridge = 1e-3;  ///< λ of λ/2 ‖W‖², biases left out; on standardised features if they are.
                         ///< scikit-learn's C is 1/(λ n)
-  double tolerance = 1e-6;  ///< on the norm of the gradient, all seeds together
-  int max_iterations = 2000;
+  double tolerance = 1e-6;    ///< on the norm of the gradient, all seeds together
+  int max_iterations = 2000;  ///< of L-BFGS
 };
 
 /// The optimum of one seed's training loss plus ridge, and what its tokens say there.
 struct seed_optimum {
-  measured objective;  ///< mean training loss + ridge
-  measured train_loss, validation_loss, train_accuracy, validation_accuracy;
-  std::vector<double> weight;  ///< classes × d, for features as given
-  std::vector<double> bias;    ///< classes
+  measured objective;            ///< mean training loss + ridge
+  measured train_loss;           ///< without the ridge
+  measured validation_loss;      ///< likewise
+  measured train_accuracy;       ///< in [0, 1]
+  measured validation_accuracy;  ///< in [0, 1]
+  std::vector<double> weight;    ///< classes × d, for features as given
+  std::vector<double> bias;      ///< classes
 };
 
 /// A probe beside its optimum.
 struct probe_optimum {
-  status why = status::ok;
-  std::vector<seed_optimum> seeds;
-  bool converged = false;
-  int evaluations = 0;       ///< of loss and gradient
-  double gradient_norm = 0;  ///< where it ended
-  over_seeds
-      objective_gap;    ///< loss + ridge of the probe less the optimum's: the distance, at least
-                        ///< 0 to the rounding of the probe's loss
+  status why = status::ok;          ///< why nothing has a value, or ok
+  std::vector<seed_optimum> seeds;  ///< each by itself
+  bool converged = false;           ///< to the tolerance
+  int evaluations = 0;              ///< of loss and gradient
+  double gradient_norm = 0;         ///< where it ended
+  /// Loss + ridge of the probe less the optimum's: the distance, at least 0 to the rounding of the
+  /// probe's loss.
+  over_seeds objective_gap;
   over_seeds loss_gap;  ///< the same without the ridge; below 0 where the ridge holds it back
-  over_seeds train_accuracy_gap,
-      validation_accuracy_gap;  ///< of the optimum less that of the probe
+  over_seeds train_accuracy_gap;       ///< the optimum's less the probe's
+  over_seeds validation_accuracy_gap;  ///< likewise
 };
 
 namespace detail {

@@ -63,7 +63,9 @@ class safetensors_file {
     for (auto const& [name, entry] : entries_) out.push_back(name);
     return out;
   }
+  /// Whether there is a tensor of that name.
   bool contains(std::string_view name) const { return entries_.find(name) != entries_.end(); }
+  /// Number of tensors.
   std::size_t size() const { return entries_.size(); }
 
   /// A tensor, of any type; valid as long as this object. Looks at the mapping where the file

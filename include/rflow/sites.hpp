@@ -21,10 +21,10 @@ namespace rflow {
 
 /// How sites are called in a file. "{}" stands for the number of the block, without leading zeros.
 struct site_pattern {
-  std::string embed = "embed";
-  std::string block = "block.{}";
-  std::string final_norm = "final_norm";
-  std::ptrdiff_t first_block = 1;  ///< 0 for files that count from 0
+  std::string embed = "embed";            ///< output of the embedding
+  std::string block = "block.{}";         ///< raw output of a block
+  std::string final_norm = "final_norm";  ///< output of the last norm
+  std::ptrdiff_t first_block = 1;         ///< 0 for files that count from 0
 };
 
 /// The sites of one model, in the order of the residual stream. All have the same type, rank 2,
@@ -33,8 +33,11 @@ struct site_set {
   std::vector<tensor> chain;         ///< embed, then the raw output of each block
   std::optional<tensor> final_norm;  ///< not part of the chain
 
+  /// What all are stored as.
   dtype type() const { return chain.front().type; }
+  /// n.
   std::ptrdiff_t tokens() const { return chain.front().shape[0]; }
+  /// d.
   std::ptrdiff_t width() const { return chain.front().shape[1]; }
 
   /// The names of the chain, as in the file.

@@ -38,14 +38,14 @@ constexpr std::string_view to_string(normalization by) {
 /// Change along a chain of S sites. Squares carry `factor`, lengths its root, so that
 /// poincare_bounds(path_energy, S) contains S · st2² under every normalisation.
 struct layer_variance {
-  measured st1;                     ///< √(path_energy / (S − 1)), layer-local
-  measured st2;                     ///< √(Σ_l ‖X_l − X̄‖² / S), layer-global
-  measured path_energy;             ///< Σ_l ‖X_{l+1} − X_l‖²
-  measured path_length;             ///< Σ_l ‖X_{l+1} − X_l‖
-  std::vector<measured> steps;      ///< S − 1: ‖X_{l+1} − X_l‖
-  std::vector<measured> curvature;  ///< S − 2: angle between consecutive steps, in [0, π]
-  normalization by = normalization::none;
-  measured factor;  ///< what squares were multiplied by
+  measured st1;                            ///< √(path_energy / (S − 1)), layer-local
+  measured st2;                            ///< √(Σ_l ‖X_l − X̄‖² / S), layer-global
+  measured path_energy;                    ///< Σ_l ‖X_{l+1} − X_l‖²
+  measured path_length;                    ///< Σ_l ‖X_{l+1} − X_l‖
+  std::vector<measured> steps;             ///< S − 1: ‖X_{l+1} − X_l‖
+  std::vector<measured> curvature;         ///< S − 2: angle between consecutive steps, in [0, π]
+  normalization by = normalization::none;  ///< what was asked for
+  measured factor;                         ///< what squares were multiplied by
 };
 
 namespace detail {

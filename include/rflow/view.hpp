@@ -167,7 +167,8 @@ struct measured {
 
 /// Where the first NaN or infinity of a site stands.
 struct position {
-  std::ptrdiff_t token = -1, feature = -1;  ///< row and column, from 0; −1 if there is none
+  std::ptrdiff_t token = -1;    ///< row, from 0; −1 if there is none
+  std::ptrdiff_t feature = -1;  ///< column
 
   /// Whether there is one.
   constexpr bool found() const { return token >= 0; }
@@ -196,9 +197,11 @@ template <class T, class Memory = host_memory>
 struct view {
   static_assert(scalar<T>, "rflow: activations are float, double, rflow::f16 or rflow::bf16");
 
-  T const* data = nullptr;                        ///< the first feature of the first token
-  std::ptrdiff_t rows = 0, cols = 0;              ///< n tokens, d features
-  std::ptrdiff_t row_stride = 0, col_stride = 1;  ///< from token to token, feature to feature
+  T const* data = nullptr;        ///< the first feature of the first token
+  std::ptrdiff_t rows = 0;        ///< n tokens
+  std::ptrdiff_t cols = 0;        ///< d features
+  std::ptrdiff_t row_stride = 0;  ///< from token to token, in elements
+  std::ptrdiff_t col_stride = 1;  ///< from feature to feature
 
   constexpr view() = default;
 
@@ -334,12 +337,16 @@ using default_backend_t = typename default_backend<Memory>::type;
 
 /// Extents of a three-dimensional array of activations.
 struct stack_shape {
-  std::ptrdiff_t sites, tokens, hidden;  ///< S, n, d
+  std::ptrdiff_t sites;   ///< S
+  std::ptrdiff_t tokens;  ///< n
+  std::ptrdiff_t hidden;  ///< d
 };
 
 /// Distances in elements between neighbours along each axis.
 struct stack_strides {
-  std::ptrdiff_t site, token, hidden;  ///< along S, n, d
+  std::ptrdiff_t site;    ///< along S
+  std::ptrdiff_t token;   ///< along n
+  std::ptrdiff_t hidden;  ///< along d
 };
 
 /// Order of the axes in memory, slowest first.
@@ -371,8 +378,8 @@ concept owning_temporary = !std::is_lvalue_reference_v<Range> && !activations<Ra
 template <class T, class Memory = host_memory>
 class layer_stack {
  public:
-  using scalar = T;
-  using memory = Memory;
+  using scalar = T;       ///< what activations are stored as
+  using memory = Memory;  ///< where they live
 
   /// @param layers  a range of views, Eigen matrices or other activations, all of element type T
   /// @param names   one name a site, or none
