@@ -56,16 +56,19 @@ TEST_CASE("probe_optimum: scikit-learn's LogisticRegression") {
   auto const reference = nlohmann::json::parse(file);
   for (auto const& of : reference.at("optimum")) {
     CAPTURE(of.at("ridge").get<double>());
-    auto const best =
-        rflow::optimum_of(x, y, o, found, {.ridge = of.at("ridge"), .tolerance = 1e-8});
+    // A gradient of 1e-6 is about what rounding of the loss lets a line search find, and leaves at
+    // most its square over twice the ridge in the objective, itself over the ridge in the weights.
+    double const ridge = of.at("ridge");
+    auto const best = rflow::optimum_of(x, y, o, found, {.ridge = ridge, .tolerance = 1e-6});
     CHECK(best.converged);
     auto const& seed = best.seeds[0];
-    CHECK(seed.objective == Approx(of.at("objective").get<double>()).epsilon(1e-9));
-    CHECK(seed.train_loss == Approx(of.at("mean_loss").get<double>()).epsilon(1e-6));
+    CHECK(seed.objective == Approx(of.at("objective").get<double>()).epsilon(1e-8));
+    CHECK(seed.train_loss == Approx(of.at("mean_loss").get<double>()).epsilon(1e-5));
     CHECK(seed.validation_accuracy == Approx(of.at("validation_accuracy").get<double>()));
     for (std::size_t c = 0; c < classes; ++c)
       for (std::size_t j = 0; j < d; ++j)
-        CHECK(std::abs(seed.weight[c * d + j] - of.at("weight")[c][j].get<double>()) < 1e-5);
+        CHECK(std::abs(seed.weight[c * d + j] - of.at("weight")[c][j].get<double>()) <
+              1e-5 + 1e-6 / ridge);
   }
 }
 
