@@ -1,0 +1,113 @@
+// SPDX-License-Identifier: Apache-2.0
+
+// St1 and St2 of a stack against the rate at which this machine reads memory, measured in the same
+// run, and against what a user would write by hand with Eigen. Each with its largest relative error
+// against the same in double.
+
+#include <cmath>
+#include <vector>
+
+#include <benchmark/benchmark.h>
+
+#include <Eigen/Core>
+
+#include <rflow/variance.hpp>
+
+#include "data.hpp"
+#include "floor.hpp"
+
+namespace {
+
+constexpr std::ptrdiff_t sites = 33, tokens = 2048, width = 2560;
+
+using matrix = Eigen::Matrix<float, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor>;
+
+struct roots {
+  double st1 = 0, st2 = 0;
+};
+
+/// Far from zero, as a residual stream is: what St2 loses when it is a difference of squares.
+template <class T>
+rflow::bench::tensor<T> const& activations() {
+  static auto const values = rflow::bench::activations<T>(sites * tokens * width, 8);
+  return values;
+}
+
+template <class T>
+roots in_double() {
+  T const* const x = activations<T>().data();
+  roots out;
+  for (std::ptrdiff_t i = 0; i < tokens * width; ++i) {
+    double mean = 0;
+    for (std::ptrdiff_t l = 0; l < sites; ++l) {
+      double const here = static_cast<double>(x[l * tokens * width + i]);
+      mean += here / sites;
+      if (l > 0)
+        out.st1 += std::pow(here - static_cast<double>(x[(l - 1) * tokens * width + i]), 2);
+    }
+    for (std::ptrdiff_t l = 0; l < sites; ++l)
+      out.st2 += std::pow(static_cast<double>(x[l * tokens * width + i]) - mean, 2);
+  }
+  return {std::sqrt(out.st1 / (sites - 1)), std::sqrt(out.st2 / sites)};
+}
+
+template <class T, class Work>
+void beside_the_floor(benchmark::State& state, Work&& work) {
+  double const bytes = static_cast<double>(sites * tokens * width) * static_cast<double>(sizeof(T));
+  static roots const exact = in_double<T>();
+  rflow::detail::team team(rflow::bench::threads());
+  double best = 1e30, floor = 0;
+  roots found;
+  for (auto _ : state) {
+    double const t0 = rflow::bench::seconds();
+    found = work();
+    double const elapsed = rflow::bench::seconds() - t0;
+    best = (std::min)(best, elapsed);
+    state.SetIterationTime(elapsed);
+    floor = (std::max)(floor, rflow::bench::read_bandwidth(team, 1));
+  }
+  state.counters["GB/s"] = bytes / best * 1e-9;
+  state.counters["of_floor"] = bytes / best / floor;
+  state.counters["error"] =
+      (std::max)(std::abs(found.st1 / exact.st1 - 1), std::abs(found.st2 / exact.st2 - 1));
+}
+
+template <class T>
+void variance(benchmark::State& state) {
+  rflow::layer_stack<T> const stack(activations<T>().data(), {sites, tokens, width});
+  rflow::on_cpu const on{.threads = rflow::bench::threads()};
+  beside_the_floor<T>(state, [&] {
+    auto const v = rflow::variance(stack, rflow::normalization::none, on);
+    return roots{v.st1, v.st2};
+  });
+}
+
+void by_hand(benchmark::State& state) {
+  auto const x = [](std::ptrdiff_t l) {
+    return Eigen::Map<matrix const>(activations<float>().data() + l * tokens * width, tokens,
+                                    width);
+  };
+  beside_the_floor<float>(state, [&] {
+    float st1 = 0, st2 = 0;
+    matrix mean = x(0);
+    for (std::ptrdiff_t l = 1; l < sites; ++l) {
+      st1 += (x(l) - x(l - 1)).squaredNorm();
+      mean += x(l);
+    }
+    mean /= static_cast<float>(sites);
+    for (std::ptrdiff_t l = 0; l < sites; ++l) st2 += (x(l) - mean).squaredNorm();
+    return roots{std::sqrt(st1 / (sites - 1)), std::sqrt(st2 / sites)};
+  });
+}
+
+void settings(benchmark::internal::Benchmark* b) {
+  b->UseManualTime()->Unit(benchmark::kMillisecond)->Iterations(9);
+}
+
+BENCHMARK(variance<float>)->Apply(settings);
+BENCHMARK(variance<rflow::bf16>)->Apply(settings);
+BENCHMARK(by_hand)->Apply(settings)->Iterations(3);
+
+}  // namespace
+
+BENCHMARK_MAIN();
