@@ -16,34 +16,18 @@
 
 #include <rflow/flow.hpp>
 
+#include "data.hpp"
 #include "floor.hpp"
 
 namespace {
 
 constexpr std::ptrdiff_t sites = 33, tokens = 2048, width = 2560;
 
-int threads() { return std::max(1, static_cast<int>(std::thread::hardware_concurrency())); }
+using rflow::bench::threads;
 
-/// Aligned to 64 bytes as the tensors of runtimes are.
 template <class T>
-using tensor = std::vector<T, Eigen::aligned_allocator<T>>;
-
-/// Cheap to draw, since only the size matters here.
-template <class T>
-tensor<T> const& activations() {
-  static tensor<T> const values = [] {
-    tensor<T> out(static_cast<std::size_t>(sites * tokens * width));
-    std::uint32_t bits = 1;
-    for (T& v : out) {
-      bits = bits * 1664525u + 1013904223u;
-      float const x = static_cast<float>(static_cast<std::int32_t>(bits)) * 0x1p-30f;
-      if constexpr (sizeof(T) == 2)
-        v = T::nearest(x);
-      else
-        v = static_cast<T>(x);
-    }
-    return out;
-  }();
+rflow::bench::tensor<T> const& activations() {
+  static auto const values = rflow::bench::activations<T>(sites * tokens * width);
   return values;
 }
 

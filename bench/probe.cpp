@@ -16,6 +16,7 @@
 
 #include <rflow/probe.hpp>
 
+#include "data.hpp"
 #include "floor.hpp"
 
 namespace {
@@ -24,24 +25,12 @@ struct shape {
   std::ptrdiff_t sites, tokens, width, classes, seeds;
 };
 
-int threads() { return (std::max)(1, static_cast<int>(std::thread::hardware_concurrency())); }
-
-std::uint32_t next_bits() {
-  static std::uint32_t bits = 1;
-  return bits = bits * 1664525u + 1013904223u;
-}
+using rflow::bench::next_bits;
+using rflow::bench::threads;
 
 template <class T>
-std::vector<T> activations(shape const& s) {
-  std::vector<T> out(static_cast<std::size_t>(s.sites * s.tokens * s.width));
-  for (T& v : out) {
-    float const x = static_cast<float>(static_cast<std::int32_t>(next_bits())) * 0x1p-30f;
-    if constexpr (sizeof(T) == 2)
-      v = T::nearest(x);
-    else
-      v = static_cast<T>(x);
-  }
-  return out;
+rflow::bench::tensor<T> activations(shape const& s) {
+  return rflow::bench::activations<T>(s.sites * s.tokens * s.width);
 }
 
 std::vector<int> labels(shape const& s) {
@@ -82,7 +71,7 @@ void beside_the_peak(benchmark::State& state, shape const& s, int epochs, Work&&
 template <class T, int Epochs>
 void probe(benchmark::State& state) {
   shape const s = shape_of(state);
-  std::vector<T> const values = activations<T>(s);
+  rflow::bench::tensor<T> const values = activations<T>(s);
   std::vector<int> const y = labels(s);
   rflow::layer_stack<T> const stack(values.data(), {s.sites, s.tokens, s.width});
   rflow::probe_options const options{.epochs = Epochs, .seeds = static_cast<int>(s.seeds)};
@@ -95,7 +84,7 @@ void probe(benchmark::State& state) {
 void by_hand(benchmark::State& state) {
   using matrix = Eigen::MatrixXf;
   shape const s = shape_of(state);
-  std::vector<float> const values = activations<float>(s);
+  rflow::bench::tensor<float> const values = activations<float>(s);
   std::vector<int> const y = labels(s);
   Eigen::Map<Eigen::Matrix<float, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor> const> const x(
       values.data(), s.tokens, s.width);
