@@ -18,6 +18,10 @@
 
 #include "floor.hpp"
 
+#ifndef RFLOW_BENCH_BACKEND  // blas.cpp names another
+#define RFLOW_BENCH_BACKEND rflow::on_cpu
+#endif
+
 namespace {
 
 struct shape {
@@ -69,7 +73,7 @@ void cka(benchmark::State& state) {
   shape const s{state.range(0), state.range(1), state.range(2)};
   std::vector<T> const values = activations<T>(s);
   rflow::layer_stack<T> const stack(values.data(), {s.sites, s.tokens, s.width});
-  rflow::on_cpu const on{.threads = threads(), .path = rflow::gram_path::gram};
+  RFLOW_BENCH_BACKEND const on{.threads = threads(), .path = rflow::gram_path::gram};
   beside_the_peak(state, s, [&] {
     benchmark::DoNotOptimize(rflow::cka_matrix(stack, Kernel{}, rflow::debiased{}, on));
   });

@@ -21,6 +21,7 @@ using rflow::biased;
 using rflow::debiased;
 using rflow::layer_stack;
 using rflow::linear;
+using rflow::rbf;
 using rflow::status;
 using rflow::view;
 
@@ -1148,6 +1149,194 @@ TEST_CASE("far from the origin, both ways to the Gram moments keep the same digi
   }
 }
 
+// ---- significance -------------------------------------------------------------------------------
+
+namespace {
+
+/// U(K) of the linear kernel.
+MatrixXd u_centred(MatrixXd x) {
+  x.rowwise() -= x.colwise().mean().eval();
+  MatrixXd u = x * x.transpose();
+  u.diagonal().setZero();
+  double const n = static_cast<double>(u.rows());
+  Eigen::VectorXd const rows = u.rowwise().sum() / (n - 2);
+  double const offset = u.sum() / (n - 1) / (n - 2);
+  u = (u.colwise() - rows).rowwise() - rows.transpose();
+  u.array() += offset;
+  u.diagonal().setZero();
+  return u;
+}
+
+/// ⟨U, P V Pᵀ⟩ / (‖U‖ ‖V‖).
+double paired(MatrixXd const& u, MatrixXd const& v, std::vector<int> const& order) {
+  double sum = 0;
+  for (Eigen::Index i = 0; i < u.rows(); ++i)
+    for (Eigen::Index j = 0; j < i; ++j)
+      sum +=
+          2 * u(i, j) * v(order[static_cast<std::size_t>(i)], order[static_cast<std::size_t>(j)]);
+  return sum / u.norm() / v.norm();
+}
+
+double skewness_by_formula(MatrixXd const& u, MatrixXd const& v) {
+  auto const cubes = [](MatrixXd const& m) {
+    return m.array().cube().sum() / std::pow(m.norm(), 3);
+  };
+  auto const triangles = [](MatrixXd const& m) {
+    return (m * m * m).trace() / std::pow(m.norm(), 3);
+  };
+  double const n = static_cast<double>(u.rows());
+  return rflow::detail::third_moment(n, cubes(u), triangles(u), cubes(v), triangles(v)) /
+         std::pow(2 / (n * (n - 3)), 1.5);
+}
+
+}  // namespace
+
+TEST_CASE("mean, variance and skewness over permutations are those of all permutations") {
+  for (int const n : {4, 5, 6, 7, 8}) {
+    CAPTURE(n);
+    std::mt19937 bits(static_cast<unsigned>(n));
+    layers const x = related_layers(bits, n, {2, 5});
+    MatrixXd const u = u_centred(x[0]), v = u_centred(x[1]);
+    std::vector<int> order(static_cast<std::size_t>(n));
+    std::iota(order.begin(), order.end(), 0);
+    double count = 0, first = 0, second = 0, third = 0;
+    do {
+      double const value = paired(u, v, order);
+      count += 1;
+      first += value;
+      second += value * value;
+      third += value * value * value;
+    } while (std::next_permutation(order.begin(), order.end()));
+    CHECK(std::abs(first / count) < 1e-12);
+    double const variance = 2.0 / (n * (n - 3));
+    CHECK(second / count == Approx(variance).epsilon(1e-11));
+    CHECK(std::abs(third / count / std::pow(variance, 1.5) - skewness_by_formula(u, v)) < 1e-10);
+  }
+}
+
+TEST_CASE("p-values are those of resampling") {
+  for (unsigned seed = 1; seed <= 4; ++seed) {
+    CAPTURE(seed);
+    std::mt19937 bits(seed);
+    Eigen::Index const n = 25 + 5 * seed;
+    // A weak relation, with a spectrum that makes the distribution skew.
+    MatrixXd const common = normal_matrix(bits, n, 1);
+    MatrixXd x = normal_matrix(bits, n, 4), y = normal_matrix(bits, n, 3);
+    x.col(0) = 2 * x.col(0) + 0.7 * common;
+    y.col(0) = 2 * y.col(0) + 0.7 * common;
+    layers const both{x, y};
+    rflow::cka_table const t =
+        cka_matrix(layer_stack(both), linear{}, debiased{}, tested{.significance = true});
+    MatrixXd const u = u_centred(x), v = u_centred(y);
+    std::vector<int> order(static_cast<std::size_t>(n));
+    std::iota(order.begin(), order.end(), 0);
+    double const observed = paired(u, v, order);
+    CHECK(std::abs(t(0, 1) - observed) < 1e-10);
+    CHECK(t.score(0, 1) ==
+          Approx(observed / std::sqrt(2.0 / static_cast<double>(n * (n - 3)))).epsilon(1e-9));
+    int const trials = 20'000;
+    int no_less = 0;
+    for (int trial = 0; trial < trials; ++trial) {
+      std::shuffle(order.begin(), order.end(), bits);
+      no_less += paired(u, v, order) >= observed;
+    }
+    double const p = static_cast<double>(no_less) / trials;
+    CHECK(std::abs(t.p_value(0, 1) - p) < 0.015 + 0.1 * p);
+    CHECK(t.p_value(0, 0) < 1e-6);
+    CHECK(t.p_value(0, 1).value == t.p_value(1, 0).value);
+  }
+}
+
+TEST_CASE("of unrelated layers, a share of p-values lies below that share") {
+  int below[3] = {};
+  double const shares[3] = {0.05, 0.25, 0.75};
+  int const trials = 400;
+  for (unsigned seed = 1; seed <= trials; ++seed) {
+    std::mt19937 bits(seed);
+    layers const x{normal_matrix(bits, 40, 3), normal_matrix(bits, 40, 6)};
+    rflow::cka_table const t =
+        cka_matrix(layer_stack(x), linear{}, biased{}, tested{.threads = 1, .significance = true});
+    for (int k = 0; k < 3; ++k) below[k] += t.p_value(0, 1) < shares[k];
+  }
+  for (int k = 0; k < 3; ++k) {
+    CAPTURE(k);
+    double const error = std::sqrt(shares[k] * (1 - shares[k]) / trials);
+    CHECK(std::abs(below[k] / static_cast<double>(trials) - shares[k]) < 4 * error);
+  }
+}
+
+TEST_CASE("significance: paths, kernels, types, threads and bad sites") {
+  std::mt19937 bits(151);
+  layers x = related_layers(bits, 90, {4, 30, 7, 5});
+  auto const table = [&](auto const& kernel, rflow::gram_path path, int threads) {
+    return cka_matrix(layer_stack(x), kernel, debiased{},
+                      tested{.threads = threads, .path = path, .significance = true});
+  };
+  auto const tiles = table(linear{}, rflow::gram_path::gram, 1);
+  auto const features = table(linear{}, rflow::gram_path::feature, 1);
+  auto const more = table(linear{}, rflow::gram_path::gram, 3);
+  auto const own =
+      table([](double xy, double, double) { return 5 * xy + 2; }, rflow::gram_path::gram, 2);
+  for (std::ptrdiff_t i = 0; i < 4; ++i)
+    for (std::ptrdiff_t j = 0; j < 4; ++j) {
+      CHECK(tiles.p_value(i, j) == Approx(features.p_value(i, j)).epsilon(1e-6));
+      CHECK(tiles.p_value(i, j) == Approx(own.p_value(i, j)).epsilon(1e-6));
+      CHECK(same_bits(tiles.p_value(i, j).value, more.p_value(i, j).value));
+    }
+  std::vector<MatrixXf> narrow;
+  for (MatrixXd const& m : x) narrow.push_back(m.cast<float>());
+  auto const in_float = cka_matrix(layer_stack(narrow), linear{}, debiased{},
+                                   tested{.path = rflow::gram_path::gram, .significance = true});
+  CHECK(in_float.p_value(0, 1) == Approx(tiles.p_value(0, 1)).epsilon(1e-3));
+  CHECK(table(rbf{}, rflow::gram_path::automatic, 2).p_value(0, 1) < 0.05);
+
+  CHECK(cka_matrix(layer_stack(x)).p_value(0, 1).why == status::not_requested);
+  CHECK(cka_matrix(layer_stack(x)).score(0, 1).why == status::not_requested);
+  x[2](3, 3) = std::numeric_limits<double>::quiet_NaN();
+  x[3].setConstant(4);
+  auto const bad = table(linear{}, rflow::gram_path::automatic, 2);
+  CHECK(bad.p_value(0, 2).why == status::non_finite);
+  CHECK(bad.score(3, 0).why == status::constant_layer);
+  CHECK(same_bits(bad.score(0, 1).value, bad.score(1, 0).value));
+  CHECK(bad.p_value(0, 1).ok());
+  layers const three = rows_between(x, 10, 3);
+  CHECK(cka_matrix(layer_stack(three), linear{}, biased{}, tested{.significance = true})
+            .p_value(0, 1)
+            .why == status::not_requested);
+  CHECK_THROWS_AS(
+      cka_matrix(
+          layer_stack(x), linear{}, debiased{},
+          tested{.memory_bound = 60'000, .path = rflow::gram_path::feature, .significance = true}),
+      std::invalid_argument);
+}
+
+TEST_CASE("tails of Pearson III distributions") {
+  using rflow::detail::pearson_tail;
+  CHECK(pearson_tail(1.6448536269514722, 0) == Approx(0.05).epsilon(1e-12));
+  CHECK(pearson_tail(0, 2) == Approx(std::exp(-1.0)).epsilon(1e-13));  // an exponential one
+  CHECK(pearson_tail(5, 2) == Approx(std::exp(-6.0)).epsilon(1e-12));
+  CHECK(pearson_tail(-1, 2) == 1);
+  CHECK(pearson_tail(0, -2) == Approx(1 - std::exp(-1.0)).epsilon(1e-13));
+  CHECK(pearson_tail(1, -2) == 0);
+  for (double const z : {-3.0, -0.5, 0.0, 1.0, 4.0})
+    CHECK(pearson_tail(z, 0.0101) == Approx(pearson_tail(z, 0.0099)).epsilon(1e-2));
+}
+
+TEST_CASE("the path is the cheaper one, or the one asked for, and the table says which") {
+  using rflow::gram_path;
+  std::mt19937 bits(157);
+  layers const few = related_layers(bits, 40, {60, 70}), many = related_layers(bits, 900, {6, 7});
+  auto const path = [](layers const& x, auto const& kernel, gram_path asked) {
+    return cka_matrix(layer_stack(x), kernel, debiased{}, tested{.path = asked}).path();
+  };
+  CHECK(path(few, linear{}, gram_path::automatic) == gram_path::gram);
+  CHECK(path(many, linear{}, gram_path::automatic) == gram_path::feature);
+  for (layers const* x : {&few, &many})
+    for (gram_path const asked : {gram_path::gram, gram_path::feature})
+      CHECK(path(*x, linear{}, asked) == asked);
+  CHECK(path(many, rbf{}, gram_path::automatic) == gram_path::gram);
+}
+
 TEST_CASE("what a table does not know is not requested") {
   fixture const f;
   layers const both = f.stack();
@@ -1163,8 +1352,6 @@ TEST_CASE("what a table does not know is not requested") {
 // ---- RBF ----------------------------------------------------------------------------------------
 
 namespace {
-
-using rflow::rbf;
 
 double median_sigma(MatrixXd const& x, double fraction, bool all_pairs = true) {
   return fraction * std::sqrt(reference::median_distance(rows_of(x), all_pairs));

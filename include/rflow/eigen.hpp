@@ -1252,6 +1252,7 @@ struct on_cpu {
   int threads = 0;                                    ///< 0: as many as the machine has
   std::size_t memory_bound = std::size_t{256} << 20;  ///< bytes of scratch for Gram tiles
   gram_path path = gram_path::automatic;              ///< how linear Gram moments come about
+  bool significance = false;  ///< also what cka_table::p_value needs: n² (d + n) operations a site
 
   /// Host memory only.
   template <class Memory>
@@ -1278,7 +1279,7 @@ struct on_cpu {
   template <class Kernel, class... T>
   gram_moments gram(Kernel const& kernel, layer_stack<T> const&... stacks) const {
     detail::gram_options const options{
-        {thread_count()}, memory_bound, static_cast<detail::gram_path>(path)};
+        {thread_count()}, memory_bound, static_cast<detail::gram_path>(path), significance};
     return detail::host_gram<detail::packed_product>("rflow::on_cpu::gram", kernel, options,
                                                      stacks...);
   }

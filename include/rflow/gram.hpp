@@ -85,6 +85,7 @@ struct gram_options {
   crew workers{};
   std::size_t memory_bound = std::size_t{256} << 20;  ///< bytes beyond input and result
   gram_path path = gram_path::automatic;
+  bool significance = false;  ///< third moments, too
 };
 
 /// Multiply-adds of the two paths.
@@ -1276,6 +1277,7 @@ class feature_engine {
 
   gram_moments operator()() {
     gram_moments m(static_cast<integer>(sites_.size()), tokens_);
+    m.path = rflow::gram_path::feature;
     buffer_ = aligned_array<C>(side_ * round_up(side_, N));
     for (int k = 0; k < 2; ++k) {
       rows_[k] = {aligned_array<C>(side_ * depth_), side_};
@@ -1421,6 +1423,113 @@ class feature_engine {
   panel<C> rows_[2], cols_[2];
 };
 
+// ---- one matrix at a time -----------------------------------------------------------------------
+
+/// All inner products of m rows of `depth` values, below the diagonal, in one thread: collect(i, j, g)
+/// sees each micro tile once. Beside it, m²/2 values of memory.
+template <class Product, class C, class Fetch, class Collect>
+void inner_products(Fetch const& fetch, integer m, integer depth, Collect const& collect) {
+  constexpr integer R = Product::template rows<C>, step = 128;
+  tile const t = tiling<Product, C>::plan(0, m, 0, m, true, [](block const&) { return 0; });
+  panel<C> rows{aligned_array<C>(round_up(m, R) * step), round_up(m, R)};
+  panel<C> cols{aligned_array<C>(round_up(m, R) * step), round_up(m, R)};
+  aligned_array<C> products(t.area);
+  for (integer k = 0; k < depth; k += step) {
+    depth_range const range{k, (std::min)(step, depth - k), step};
+    for (integer s = 0; s < ceil_div(m, R); ++s)
+      pack_strip<Product, C>(fetch, s * R, (std::min)(R, m - s * R), s, range, false, &rows, &cols);
+    for (block const& b : t.blocks)
+      multiply_block<Product>(t, b, rows, cols, range, k == 0, k + step >= depth, products.data(),
+                              collect);
+  }
+}
+
+struct third_moments {
+  double cubes, triangles;  // Σ U_ij³ and tr U³, over ‖U‖³
+};
+
+/// Of the U-centred kernel matrix of one site, which is formed whole.
+template <class Product, class C, class Bound>
+third_moments find_third_moments(prepared_site<C> const& site, Bound const& kernel) {
+  using namespace Eigen::internal;
+  using P = packet_t<C>;
+  constexpr integer R = Product::template rows<C>, N = Product::template cols<C>, W = lanes_v<C>;
+  integer const n = static_cast<integer>(site.norms.size());
+  aligned_array<C> u(n * n, C(0)), token(round_up(n, R) + R + N, C(0));
+  for (integer i = 0; i < n; ++i) token[i] = kernel.token(site.norms.data()[i]);
+  std::vector<double> shift(static_cast<std::size_t>(n));
+  double total = 0;
+  auto const form = [&](integer i0, integer j0, C const* g) {
+    alignas(128) C column[R];
+    for (integer j = j0; j < (std::min)(j0 + N, n); ++j, g += R) {
+      for (integer r = 0; r < R; r += W)
+        pstore(column + r, kernel(P(pload<P>(g + r)), P(ploadu<P>(token.data() + i0 + r)),
+                                  P(pset1<P>(token[j]))));
+      for (integer i = (std::max)(i0, j + 1); i < (std::min)(i0 + R, n); ++i) {
+        u[i * n + j] = column[i - i0];
+        shift.data()[i] += static_cast<double>(column[i - i0]);
+        shift.data()[j] += static_cast<double>(column[i - i0]);
+      }
+    }
+  };
+  inner_products<Product, C>([&](auto... where) { site.fetch(where...); }, n, site.source.cols,
+                             form);
+  double const count = static_cast<double>(n);
+  for (double& s : shift) {
+    total += s;
+    s /= count - 2;
+  }
+  double const offset = total / ((count - 1) * (count - 2));
+  double squares = 0, cubes = 0, triangles = 0;
+  for (integer i = 0; i < n; ++i)
+    for (integer j = 0; j < i; ++j) {
+      double const x =
+          static_cast<double>(u[i * n + j]) - shift.data()[i] - shift.data()[j] + offset;
+      squares += 2 * x * x;
+      cubes += 2 * x * x * x;
+      u[i * n + j] = u[j * n + i] = static_cast<C>(x);
+    }
+  auto const rows_of_u = [&](integer row, integer rows, integer col, integer cols, C* to,
+                             integer ld) {
+    for (integer i = 0; i < rows; ++i)
+      std::copy_n(u.data() + (row + i) * n + col, cols, to + i * ld);
+  };
+  inner_products<Product, C>(rows_of_u, n, n, [&](integer i0, integer j0, C const* g) {
+    for (integer j = j0; j < (std::min)(j0 + N, n); ++j, g += R)
+      for (integer i = (std::max)(i0, j + 1); i < (std::min)(i0 + R, n); ++i)
+        triangles += 2 * static_cast<double>(u[i * n + j]) * static_cast<double>(g[i - i0]);
+  });
+  double const norm = std::sqrt(squares);
+  return {cubes / norm / norm / norm, triangles / norm / norm / norm};
+}
+
+/// Adds third moments, if asked for. Sites run side by side, as many as memory holds.
+/// @throws std::invalid_argument if the bound does not hold one kernel matrix and a half
+template <class Product, class C, class Kernel>
+gram_moments with_third_moments(team& threads, std::vector<prepared_site<C>> const& sites,
+                                Kernel const& kernel, gram_options const& options, gram_moments m) {
+  if (!options.significance || m.tokens < 4) return m;
+  double const n = static_cast<double>(m.tokens), bound = static_cast<double>(options.memory_bound);
+  double const bytes = sizeof(C) * n * (1.5 * n + 2 * 128 + Product::template rows<C>);
+  if (bytes > bound)
+    throw std::invalid_argument("rflow: a memory bound of " + std::to_string(options.memory_bound) +
+                                " bytes is below the " + std::to_string(std::llround(bytes)) +
+                                " bytes that significance takes for " + std::to_string(m.tokens) +
+                                " tokens");
+  integer const at_once = static_cast<integer>((std::min)(bound / bytes, 1e6));
+  m.cubes.resize(sites.size());
+  m.triangles.resize(sites.size());
+  for (integer first = 0; first < m.sites; first += at_once)
+    threads.run((std::min)(at_once, m.sites - first), [&](integer i) {
+      auto const p = static_cast<std::size_t>(first + i);
+      third_moments const t =
+          find_third_moments<Product>(sites[p], kernel.template bind<C>(first + i, sites[p]));
+      m.cubes[p] = t.cubes;
+      m.triangles[p] = t.triangles;
+    });
+  return m;
+}
+
 // ---- the bandwidth ------------------------------------------------------------------------------
 
 /// The median of the squared distances between a site's tokens, scaled: exact for up to 512 tokens,
@@ -1433,11 +1542,7 @@ double median_distance(prepared_site<C> const& site, integer tokens, rbf::median
   auto const fetch = [&](integer r, integer rows, integer col, integer cols, C* to, integer ld) {
     for (integer i = 0; i < rows; ++i) site.fetch(row(r + i), 1, col, cols, to + i * ld, ld);
   };
-  constexpr integer R = Product::template rows<C>, depth = 128;
-  tile const t = tiling<Product, C>::plan(0, m, 0, m, true, [](block const&) { return 0; });
-  panel<C> rows{aligned_array<C>(round_up(m, R) * depth), round_up(m, R)};
-  panel<C> cols{aligned_array<C>(round_up(m, R) * depth), round_up(m, R)};
-  aligned_array<C> products(t.area);
+  constexpr integer R = Product::template rows<C>;
   std::vector<C> distances;
   distances.reserve(static_cast<std::size_t>(m * (m - 1) / 2));
 
@@ -1452,14 +1557,7 @@ double median_distance(prepared_site<C> const& site, integer tokens, rbf::median
         distances.push_back(distance > rounding * norms ? static_cast<C>(distance) : C(0));
       }
   };
-  for (integer k = 0; k < d; k += depth) {
-    depth_range const range{k, (std::min)(depth, d - k), depth};
-    for (integer s = 0; s < ceil_div(m, R); ++s)
-      pack_strip<Product, C>(fetch, s * R, (std::min)(R, m - s * R), s, range, false, &rows, &cols);
-    for (block const& b : t.blocks)
-      multiply_block<Product>(t, b, rows, cols, range, k == 0, k + depth >= d, products.data(),
-                              collect);
-  }
+  inner_products<Product, C>(fetch, m, d, collect);
 
   // All pairs: m zeros of the diagonal, then every distance twice.
   bool const all = convention == rbf::median::all_pairs;
@@ -1647,8 +1745,12 @@ gram_moments gram(std::vector<panel_source<C>> const& sources, integer tokens, K
   auto const sites = prepare_all(threads, sources, tokens);
   if constexpr (std::is_same_v<Kernel, linear_kernel>)
     if (by_features(sources, tokens, options.path))
-      return feature_engine<Product, C>(threads, sites, tokens, options.memory_bound)();
-  return gram_engine<Product, C>(threads, sites, tokens, options.memory_bound)(kernel);
+      return with_third_moments<Product>(
+          threads, sites, kernel, options,
+          feature_engine<Product, C>(threads, sites, tokens, options.memory_bound)());
+  return with_third_moments<Product>(
+      threads, sites, kernel, options,
+      gram_engine<Product, C>(threads, sites, tokens, options.memory_bound)(kernel));
 }
 
 /// The same for an RBF kernel: with the σ given, or from the medians of this data.
@@ -1667,7 +1769,9 @@ gram_moments gram_rbf(std::vector<panel_source<C>> const& sources, integer token
       k.sigma.data()[p] = kernel.fraction * std::sqrt(median) / site.some_scale();
     });
   }
-  gram_moments m = gram_engine<Product, C>(threads, sites, tokens, options.memory_bound)(k);
+  gram_moments m = with_third_moments<Product>(
+      threads, sites, k, options,
+      gram_engine<Product, C>(threads, sites, tokens, options.memory_bound)(k));
   for (std::size_t p = 0; p < sites.size(); ++p)
     if (!(k.sigma[p] > 0) && m.why[p] == status::ok) m.why[p] = status::zero_bandwidth;
   m.sigma = std::move(k.sigma);

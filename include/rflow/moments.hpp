@@ -202,7 +202,10 @@ struct gram_moments {
       exponent;        ///< S: G^p · 2^exponent is in units of the data. 0, but for data whose
                        ///< fourth powers would leave the range of double
   double epsilon = 0;  ///< unit roundoff of the products
-  std::vector<double> sigma;         ///< S, for kernels with a bandwidth
+  std::vector<double> sigma;      ///< S, for kernels with a bandwidth
+  std::vector<double> cubes;      ///< S: Σ U_ij³ / ‖U‖³, U = U(G^p); empty unless asked for
+  std::vector<double> triangles;  ///< S: tr U³ / ‖U‖³; the same
+  gram_path path = gram_path::gram;  ///< how they came about
   std::vector<status> why;           ///< S: ok, constant_layer, zero_bandwidth or non_finite
   std::vector<position> non_finite;  ///< S: first NaN or infinity
 

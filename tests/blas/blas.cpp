@@ -21,7 +21,7 @@ void (*const set_blas_threads)(int) =
 }  // namespace
 
 TEST_CASE("more tokens than one product takes: on_cpu's table, and the same bits for any threads") {
-  for (std::size_t const tokens : {1024, 1500, 2100}) {
+  for (std::size_t const tokens : {std::size_t{1024}, std::size_t{1500}, std::size_t{2100}}) {
     CAPTURE(tokens);
     backends::sample<float> const s(17, 3, tokens, 70);
     rflow::on_cpu const cpu{.path = rflow::gram_path::gram};
