@@ -35,19 +35,17 @@ rflow::bench::tensor<T> const& activations() {
 
 template <class T>
 roots in_double() {
-  T const* const x = activations<T>().data();
+  auto const& x = activations<T>();
+  std::size_t const layer = static_cast<std::size_t>(tokens * width);
+  std::vector<double> mean(layer);
   roots out;
-  for (std::ptrdiff_t i = 0; i < tokens * width; ++i) {
-    double mean = 0;
-    for (std::ptrdiff_t l = 0; l < sites; ++l) {
-      double const here = static_cast<double>(x[l * tokens * width + i]);
-      mean += here / sites;
-      if (l > 0)
-        out.st1 += std::pow(here - static_cast<double>(x[(l - 1) * tokens * width + i]), 2);
-    }
-    for (std::ptrdiff_t l = 0; l < sites; ++l)
-      out.st2 += std::pow(static_cast<double>(x[l * tokens * width + i]) - mean, 2);
+  for (std::size_t i = 0; i < x.size(); ++i) {
+    double const here = static_cast<double>(x[i]);
+    mean[i % layer] += here / sites;
+    if (i >= layer) out.st1 += std::pow(here - static_cast<double>(x[i - layer]), 2);
   }
+  for (std::size_t i = 0; i < x.size(); ++i)
+    out.st2 += std::pow(static_cast<double>(x[i]) - mean[i % layer], 2);
   return {std::sqrt(out.st1 / (sites - 1)), std::sqrt(out.st2 / sites)};
 }
 
