@@ -43,12 +43,16 @@ cka_grid part_of(rflow::cka_table const& table, std::ptrdiff_t row, std::ptrdiff
 cka_result part_of(std::string const& kernel, rflow::cka_table const& debiased,
                    rflow::cka_table const& biased, std::ptrdiff_t row, std::ptrdiff_t rows,
                    std::ptrdiff_t col, std::ptrdiff_t cols, std::ptrdiff_t skip_first) {
-  cka_result out{kernel,
-                 part_of(debiased, row, rows, col, cols),
-                 part_of(biased, row, rows, col, cols),
-                 {},
-                 {},
-                 {}};
+  cka_result out;
+  out.kernel = kernel;
+  out.debiased = part_of(debiased, row, rows, col, cols);
+  out.biased = part_of(biased, row, rows, col, cols);
+  for (std::ptrdiff_t i = row; i < row + rows; ++i)
+    for (std::ptrdiff_t j = col; j < col + cols; ++j)
+      if (debiased.p_value(i, j).why != status::not_requested) {
+        out.score.push_back(debiased.score(i, j));
+        out.p_value.push_back(debiased.p_value(i, j));
+      }
   for (std::ptrdiff_t i = row; i < row + rows; ++i) {
     out.sigma.push_back(debiased.sigma(i));
     out.top_share.push_back(debiased.top_token_share(i));
@@ -261,7 +265,7 @@ void add_warnings(model_result& m, rflow::flow_report const& final_norm,
 }
 
 result measure(std::vector<capture> const& captures, options const& asked, progress const& tell) {
-  rflow::on_cpu const on{.threads = asked.threads};
+  rflow::on_cpu const on{.threads = asked.threads, .significance = asked.significance};
   result out;
   bool together = false;
   if (captures.size() == 2) {

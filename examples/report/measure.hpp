@@ -39,6 +39,7 @@ struct cka_result {
   std::vector<rflow::measured> sigma;      // per row
   std::vector<rflow::measured> top_share;  // per row: share of the top token in the kernel matrix
   std::vector<std::ptrdiff_t> top_token;   // per row: that token, counted in the file; -1 if none
+  std::vector<rflow::measured> score = {}, p_value = {};  // row-major; empty unless asked for
 
   cka_grid const& grid(estimator e) const { return e == estimator::debiased ? debiased : biased; }
 };

@@ -115,6 +115,9 @@ std::optional<options> parse(int argc, char const* const* argv) {
                "Two captures: fail unless they saw the same tokens (default: compare their layers "
                "if they did)")
       ->group("Metrics");
+  app.add_flag("--significance", o.significance,
+               "CKA: p-values over shuffled tokens, without resampling (twice the time or more)")
+      ->group("Metrics");
   app.add_option("--labels", o.labels,
                  "One class a token, from 0 on: a .npy of integers, or a text file with one a line "
                  "(or with a column called label). Adds softmax probes of every layer")

@@ -27,6 +27,7 @@ struct options {
   bool linear = true, rbf = true;
   double rbf_fraction = 1;
   bool cross_cka = false;
+  bool significance = false;
 
   bool shards = false;             // inputs are shards of one model, any number of them
   std::ptrdiff_t cka_batch = 256;  // tokens of a batch of minibatch CKA

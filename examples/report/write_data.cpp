@@ -50,6 +50,16 @@ json grid(cka_grid const& g) {
           {"chance", std::move(chance)}};
 }
 
+/// One value a cell, in rows; null where there is none.
+json table(std::vector<measured> const& values, std::ptrdiff_t cols) {
+  json out = json::array();
+  for (std::size_t k = 0; k < values.size(); ++k) {
+    if (k % static_cast<std::size_t>(cols) == 0) out.push_back(json::array());
+    out.back().push_back(value_of(values[k]));
+  }
+  return out;
+}
+
 json cka(cka_result const& c, options const& asked, std::vector<std::string> const& rows,
          std::vector<std::string> const& cols) {
   json out;
@@ -64,6 +74,9 @@ json cka(cka_result const& c, options const& asked, std::vector<std::string> con
   for (std::ptrdiff_t const token : c.top_token) tokens.push_back(token < 0 ? json() : json(token));
   share["token"] = std::move(tokens);
   out["top_token_share"] = std::move(share);
+  if (!c.p_value.empty())
+    out["significance"] = {{"score", table(c.score, c.debiased.cols)},
+                           {"p_value", table(c.p_value, c.debiased.cols)}};
   return out;
 }
 

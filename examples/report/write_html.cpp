@@ -313,6 +313,11 @@ std::string cka_figure(cka_result const& c, model_result const& a, model_result 
     entry["sigma"] = json::array();
     for (measured const s : c.sigma) entry["sigma"].push_back(rounded(s));
   }
+  if (!c.p_value.empty()) {
+    entry["p"] = json::array();
+    for (measured const p : c.p_value)
+      entry["p"].push_back(p.ok() ? json(number(p.value, 3)) : json());
+  }
   data[key] = std::move(entry);
 
   axis const rows{c.debiased.rows, row_gap,

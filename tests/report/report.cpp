@@ -370,7 +370,7 @@ TEST_CASE("a report is complete, opens without a network, and says where it is")
   CHECK(page.find("gnuplot_svg") == std::string::npos);
 
   json const m = metrics(report);
-  CHECK(m.at("schema_version") == "2.0");
+  CHECK(m.at("schema_version") == "2.1");
   CHECK(m.at("comparison").is_null());
   // The attention sink is pointed out.
   CHECK(m.at("models").at(0).at("warnings").dump().find("--skip-first 1") != std::string::npos);
@@ -395,6 +395,35 @@ TEST_CASE("the same bytes for every number of threads") {
     CHECK(read(entry.path()) == read(work.path / "2" / entry.path().filename()));
     CHECK(read(entry.path()) == read(work.path / "3" / entry.path().filename()));
   }
+}
+
+TEST_CASE("p-values of CKA, for those who ask") {
+  folder const work;
+  sites x(3, 40, 6);
+  x.write(work / "x.safetensors");
+  REQUIRE(run(work, {"x.safetensors", "-o", "without", "--no-plots"}).status == 0);
+  REQUIRE(run(work, {"x.safetensors", "-o", "with", "--no-plots", "--significance"}).status == 0);
+  json const without = json::parse(read(work / "without/metrics.json"));
+  json const with = json::parse(read(work / "with/metrics.json"));
+  for (json const& cka : without["models"][0]["cka"]) CHECK_FALSE(cka.contains("significance"));
+  REQUIRE(with["models"][0]["cka"].size() == 2);
+  for (json const& cka : with["models"][0]["cka"]) {
+    auto const& s = cka["significance"];
+    std::size_t const sites = cka["rows"].size();
+    REQUIRE(s["p_value"].size() == sites);
+    for (std::size_t i = 0; i < sites; ++i)
+      for (std::size_t j = 0; j < sites; ++j) {
+        CHECK(s["p_value"][i][j].get<double>() >= 0);
+        CHECK(s["p_value"][i][j].get<double>() <= 1);
+        // In standard deviations: over the root of 2 / (n (n − 3)).
+        CHECK(s["score"][i][j].get<double>() ==
+              doctest::Approx(cka["debiased"]["values"][i][j].get<double>() *
+                              std::sqrt(40.0 * 37 / 2)));
+      }
+    CHECK(s["p_value"][0][0].get<double>() < 1e-3);
+  }
+  CHECK(read(work / "with/report.html").find("\"p\":[") != std::string::npos);
+  CHECK(read(work / "without/report.html").find("\"p\":[") == std::string::npos);
 }
 
 TEST_CASE("two models side by side") {
