@@ -62,13 +62,13 @@ class drawn_weights : public weight_source {
   }
 
   void read(parameter const& p, integer first, integer count, float* to) const override {
-    bool const matrix = p.shape.size() > 1;
-    integer const cols = matrix ? p.size() / p.shape[0] : p.shape[0];
-    integer const rows = matrix ? count / cols : 1, width = matrix ? cols : count;
-    if (matrix && (first % cols != 0 || count % cols != 0))
+    bool const is_matrix = p.shape.size() > 1;
+    integer const cols = is_matrix ? p.size() / p.shape[0] : p.shape[0];
+    integer const rows = is_matrix ? count / cols : 1, width = is_matrix ? cols : count;
+    if (is_matrix && (first % cols != 0 || count % cols != 0))
       throw std::logic_error("models::drawn_weights: whole rows expected");
-    rflow::random_origin const from{how_.seed, places_.at(p.name), matrix ? first / cols : 0,
-                                    matrix ? 0 : first};
+    rflow::random_origin const from{how_.seed, places_.at(p.name), is_matrix ? first / cols : 0,
+                                    is_matrix ? 0 : first};
     auto const draw = [&](rflow::initializer const& law) {
       rflow::draw(law, from, to, rows, width, width, 1, 1);
     };

@@ -19,28 +19,6 @@ namespace {
 
 using namespace report;
 
-/// Writes the report and says where it is.
-void publish_report(options const& asked, result const& measured) {
-  figures const plots = asked.plots ? plot(measured, asked) : figures{};
-
-  std::map<std::string, std::string> texts = csv_files(measured);
-  texts["metrics.json"] = metrics_json(measured, asked);
-  std::map<std::string, array> const arrays = npy_files(measured, asked);
-  std::vector<std::string> names;
-  for (auto const& [name, text] : texts) names.push_back(name);
-  for (auto const& [name, values] : arrays) names.push_back(name);
-  texts["report.html"] = report_html(measured, asked, plots, names);
-
-  publish(asked.output, asked.force, asked.files_read(),
-          [&](std::filesystem::path const& folder) { write_files(folder, texts, arrays); });
-
-  if (!asked.quiet) {
-    std::string const page = (std::filesystem::path(asked.output) / "report.html").string();
-    std::string const text = summary(measured, asked) + "report: " + one_line(page) + "\n";
-    std::fwrite(text.data(), 1, text.size(), stdout);
-  }
-}
-
 int run(options const& asked, workers& all) {
   if (all.size() > 1 && !asked.shards)
     throw std::invalid_argument("several ranks share shards only: --shards");

@@ -9,12 +9,14 @@ inline constexpr char const* page_style = R"css(
 :root {
   color-scheme: light dark;
   --bg: #f6f6f3; --card: #ffffff; --ink: #1d232b; --soft: #5c6673; --line: #dfe3e8; --faint: #f1f3f5;
-  --a: #2364aa; --b: #c4561a; --note: #8a5a00; --note-bg: #fdf6e3; --hole: #c9ced6;
+  --a: #2364aa; --b: #c4561a; --c: #2e8b57; --d: #8e4fa8; --e: #b8860b; --f: #b03060;
+  --note: #8a5a00; --note-bg: #fdf6e3; --hole: #c9ced6;
 }
 @media (prefers-color-scheme: dark) {
   :root {
     --bg: #121519; --card: #1a1e24; --ink: #e5e9ee; --soft: #9ba6b3; --line: #303740; --faint: #20252c;
-    --a: #6fabe8; --b: #f09a63; --note: #e3b25b; --note-bg: #262116; --hole: #454d58;
+    --a: #6fabe8; --b: #f09a63; --c: #6fcf97; --d: #c79be0; --e: #e6c35c; --f: #ee8fb0;
+    --note: #e3b25b; --note-bg: #262116; --hole: #454d58;
   }
 }
 * { box-sizing: border-box; }
@@ -65,7 +67,8 @@ td.what { color: var(--soft); font-size: 13.5px; min-width: 220px; }
 .facts td { overflow-wrap: anywhere; }
 .none { color: var(--note); font-weight: 400; font-style: italic; }
 .swatch { display: inline-block; width: 11px; height: 11px; border-radius: 3px; margin-right: 6px; vertical-align: -1px; }
-.swatch.a { background: var(--a); } .swatch.b { background: var(--b); }
+.swatch.a { background: var(--a); } .swatch.b { background: var(--b); } .swatch.c { background: var(--c); }
+.swatch.d { background: var(--d); } .swatch.e { background: var(--e); } .swatch.f { background: var(--f); }
 .notes { border-color: var(--note); background: var(--note-bg); }
 .notes h2 { font-size: 16px; color: var(--note); }
 .notes ul { margin: 4px 0 0; padding-left: 20px; }

@@ -1,222 +1,20 @@
 // SPDX-License-Identifier: Apache-2.0
-// Curves and the token heat map, drawn by gnuplot's SVG terminal. gnuplot gets numbers only: names
-// never enter a script. It reads the script from, and writes to, files without a name.
-
-#include <fcntl.h>
-#include <spawn.h>
-#include <sys/wait.h>
-#include <unistd.h>
+// Curves and the token heat map of a report.
 
 #include <algorithm>
-#include <cerrno>
 #include <cmath>
 #include <cstdio>
-#include <cstring>
-#include <memory>
 #include <optional>
-#include <stdexcept>
 
+#include "figure.hpp"
 #include "palette.hpp"
 #include "text.hpp"
 #include "write.hpp"
-
-extern char** environ;
 
 namespace report {
 namespace {
 
 using rflow::measured;
-
-// ---- running gnuplot ----------------------------------------------------------------------------
-
-struct close_file {
-  void operator()(std::FILE* f) const { std::fclose(f); }
-};
-using scratch = std::unique_ptr<std::FILE, close_file>;
-
-scratch make_scratch() {
-  scratch file(std::tmpfile());
-  if (!file) throw std::runtime_error(std::string("no temporary file: ") + std::strerror(errno));
-  return file;
-}
-
-std::string contents(std::FILE* file) {
-  std::string out;
-  std::rewind(file);
-  char block[1 << 16];
-  while (std::size_t const n = std::fread(block, 1, sizeof block, file)) out.append(block, n);
-  return out;
-}
-
-/// What gnuplot writes on its standard output, given a script.
-std::string run_gnuplot(std::string const& script) {
-  scratch const in = make_scratch(), out = make_scratch(), err = make_scratch();
-  if (std::fwrite(script.data(), 1, script.size(), in.get()) != script.size() ||
-      std::fflush(in.get()) != 0 || std::fseek(in.get(), 0, SEEK_SET) != 0)
-    throw std::runtime_error(std::string("gnuplot's script: ") + std::strerror(errno));
-
-  posix_spawn_file_actions_t actions;
-  ::posix_spawn_file_actions_init(&actions);
-  ::posix_spawn_file_actions_adddup2(&actions, ::fileno(in.get()), STDIN_FILENO);
-  ::posix_spawn_file_actions_adddup2(&actions, ::fileno(out.get()), STDOUT_FILENO);
-  ::posix_spawn_file_actions_adddup2(&actions, ::fileno(err.get()), STDERR_FILENO);
-  char program[] = "gnuplot", defaults[] = "-d", from_stdin[] = "-";
-  char* const arguments[] = {program, defaults, from_stdin, nullptr};
-  ::pid_t child = 0;
-  int const error = ::posix_spawnp(&child, program, &actions, nullptr, arguments, environ);
-  ::posix_spawn_file_actions_destroy(&actions);
-  if (error == ENOENT)
-    throw std::runtime_error(
-        "gnuplot is not on the PATH: install it (Debian: gnuplot-nox), or use --no-plots");
-  if (error != 0) throw std::runtime_error(std::string("gnuplot: ") + std::strerror(error));
-  int state = 0;
-  while (::waitpid(child, &state, 0) < 0)
-    if (errno != EINTR) throw std::runtime_error(std::string("gnuplot: ") + std::strerror(errno));
-
-  std::string svg = contents(out.get());
-  if (!WIFEXITED(state) || WEXITSTATUS(state) != 0 || svg.find("</svg>") == std::string::npos) {
-    std::string why = contents(err.get());
-    if (auto const start = why.find_first_not_of(" \n"); start != std::string::npos)
-      why.erase(0, start);
-    std::string const how = WIFSIGNALED(state) ? "signal " + std::to_string(WTERMSIG(state))
-                                               : "status " + std::to_string(WEXITSTATUS(state));
-    throw std::runtime_error("gnuplot failed with " + how +
-                             (why.empty() ? "" : ": " + one_line(why.substr(0, 300))));
-  }
-  return svg;
-}
-
-// ---- gnuplot's SVG as a part of a page ----------------------------------------------------------
-
-// Colours by role. In scripts they are near-blacks that stand for the page's variables.
-struct role {
-  char const* script;
-  char const* page;
-};
-constexpr role ink{"#010101", "var(--ink)"}, text_ink{"#020202", "var(--soft)"},
-    grid_ink{"#030303", "var(--line)"}, hole_ink{"#060606", "var(--hole)"};
-constexpr role model_ink[2] = {{"#040404", "var(--a)"}, {"#050505", "var(--b)"}};
-
-void replace_all(std::string& text, std::string_view from, std::string_view to) {
-  for (std::size_t at = 0; (at = text.find(from, at)) != std::string::npos; at += to.size())
-    text.replace(at, from.size(), to);
-}
-
-std::string between(std::string const& text, std::string_view before, std::string_view after) {
-  auto const begin = text.find(before);
-  if (begin == std::string::npos) return "";
-  auto const end = text.find(after, begin + before.size());
-  return end == std::string::npos ? ""
-                                  : text.substr(begin + before.size(), end - begin - before.size());
-}
-
-/// gnuplot's SVG with the page's colours and fonts, without ids, and with the texts of points: point k
-/// carries the label "k", whose text is hover[k].
-std::string inline_svg(std::string const& svg, std::string const& label,
-                       std::vector<std::string> const& hover) {
-  std::string out;
-  std::vector<std::string> lines;
-  for (std::size_t at = 0; at < svg.size();) {
-    std::size_t const end = std::min(svg.find('\n', at), svg.size());
-    lines.push_back(svg.substr(at, end - at));
-    at = end + 1;
-  }
-  bool inside = false, in_defs = false;
-  for (std::size_t i = 0; i < lines.size(); ++i) {
-    std::string& line = lines[i];
-    if (line.starts_with("<g id=\"gnuplot_canvas\"")) {
-      inside = true;
-      line = "<g>";
-    }
-    if (line.find("<defs>") != std::string::npos) in_defs = true;
-    bool const skip = !inside || in_defs;
-    if (line.find("</defs>") != std::string::npos) in_defs = false;
-    if (skip || line.empty() || line.starts_with("<rect x=\"0\" y=\"0\"")) continue;
-    if (line.starts_with("<g fill=") && i + 1 < lines.size() && lines[i + 1] == "</g>") {
-      ++i;  // an empty group
-      continue;
-    }
-    if (line.find("id=\"gnuplot_plot_") != std::string::npos) line = "<g>";
-    if (line.find("showHypertext") != std::string::npos) {
-      std::string const key = between(line, "evt,'", "')");
-      line = "<g class=\"point\"><title>" + hover.at(std::stoul(key)) + "</title>";
-    }
-    out += line + "\n";
-  }
-  auto const paint = [&](role const& r) {
-    int const level = r.script[2] - '0';
-    char spaced[40], tight[40];
-    std::snprintf(spaced, sizeof spaced, "rgb(%3d, %3d, %3d)", level, level, level);
-    std::snprintf(tight, sizeof tight, "rgb(%d,%d,%d)", level, level, level);
-    replace_all(out, spaced, r.page);
-    replace_all(out, tight, r.page);
-  };
-  for (role const& r : {ink, text_ink, grid_ink, hole_ink, model_ink[0], model_ink[1]}) paint(r);
-  replace_all(out, " color='var(", " fill='var(");  // of points
-  replace_all(out, " font-family=\"sans\"", "");
-  replace_all(out, " stroke-linecap=\"butt\" stroke-linejoin=\"miter\"", "");
-  replace_all(out, "color=\"black\" stroke=\"currentColor\"", "stroke=\"var(--ink)\"");
-  replace_all(out, "color=\"gray\" stroke=\"currentColor\"", "stroke=\"var(--line)\"");
-  return "<svg class=\"plot\" role=\"img\" aria-label=\"" + label + "\" viewBox=\"" +
-         between(svg, "viewBox=\"", "\"") + "\">\n" + out;  // the closing tag is gnuplot's
-}
-
-// ---- scripts ------------------------------------------------------------------------------------
-
-constexpr int half_width = 500;
-
-/// One figure under construction: settings, data, what to plot, texts of its points.
-class figure {
- public:
-  figure(std::string label, int width, int height) : label_(std::move(label)) {
-    script_ = "set terminal svg noenhanced font 'sans,13' size " + std::to_string(width) + "," +
-              std::to_string(height) + "\n" +
-              "set encoding utf8\nunset key\nunset colorbox\nset border 3 lc rgb '" + ink.script +
-              "'\nset tics nomirror scale 0.5 textcolor rgb '" + text_ink.script +
-              "'\nset grid ytics lt 1 lw 1 lc rgb '" + grid_ink.script + "'\n";
-  }
-
-  void set(std::string const& line) { script_ += "set " + line + "\n"; }
-  void axis_label(char axis, std::string const& text) {  // text is ours, never the user's
-    set(std::string(1, axis) + "label '" + text + "' textcolor rgb '" + text_ink.script + "'");
-  }
-  std::string point(std::string text) {
-    hover_.push_back(std::move(text));
-    return std::to_string(hover_.size() - 1);
-  }
-  /// A block of data, whose name is returned.
-  std::string data(std::string const& rows) {
-    std::string const name = "$d" + std::to_string(++blocks_);
-    script_ += name + " << end_of_data\n" + rows + "end_of_data\n";
-    return name;
-  }
-  void draw(std::string const& what) { plots_.push_back(what); }
-
-  /// A curve with points that show their text.
-  void curve(std::string const& rows, role const& colour, char const* point_type = "7") {
-    std::string const name = data(rows);
-    draw(name + " using 1:2 with lines lw 2 lc rgb '" + colour.script + "'");
-    draw(name + " using 1:2:3 with labels hypertext point pt " + point_type + " ps 0.65 lc rgb '" +
-         colour.script + "'");
-  }
-
-  std::string render() const {
-    std::string all = script_ + "plot ";
-    for (std::size_t i = 0; i < plots_.size(); ++i) all += (i == 0 ? "" : ", \\\n  ") + plots_[i];
-    return inline_svg(run_gnuplot(all + "\n"), label_, hover_);
-  }
-
- private:
-  std::string label_, script_;
-  std::vector<std::string> plots_, hover_;
-  int blocks_ = 0;
-};
-
-std::string digits(double x) {
-  char text[32];
-  std::snprintf(text, sizeof text, "%.9g", x);
-  return text;
-}
 
 /// "1, 2, 5, 10": round numbers inside an interval of positive numbers, about eight at most.
 std::string logarithmic_ticks(double low, double high) {
@@ -333,7 +131,7 @@ std::string draw(token_map const& map, std::ptrdiff_t n, std::ptrdiff_t skip_fir
 
 figures plot(result const& r, options const& asked) {
   figures out;
-  auto const colour = [](std::size_t k) -> role const& { return model_ink[k]; };
+  auto const colour = [](std::size_t k) -> role const& { return series_ink[k]; };
 
   {
     figure f("Inter-token cosine by normalised layer index", half_width, 300);

@@ -85,10 +85,10 @@ void make_folder(fs::path const& folder, fs::path const& target) {
 }  // namespace
 
 bool is_report_file(std::string_view name) {
-  constexpr std::string_view names[] = {"report.html",    "metrics.json",  "sites.csv",
-                                        "blocks.csv",     "cka.npy",       "cka-1.npy",
-                                        "cka-2.npy",      "cka-cross.npy", "adjacent.npy",
-                                        "adjacent-1.npy", "adjacent-2.npy"};
+  constexpr std::string_view names[] = {
+      "report.html",    "metrics.json", "sites.csv",     "blocks.csv",   "cka.npy",
+      "cka-1.npy",      "cka-2.npy",    "cka-cross.npy", "adjacent.npy", "adjacent-1.npy",
+      "adjacent-2.npy", "study.json",   "runs.csv",      "table.csv"};
   return std::find(std::begin(names), std::end(names), name) != std::end(names);
 }
 

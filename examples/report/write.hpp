@@ -6,6 +6,7 @@
 
 #include <filesystem>
 #include <map>
+#include <nlohmann/json_fwd.hpp>
 #include <string>
 #include <vector>
 
@@ -19,6 +20,12 @@ namespace report {
 inline constexpr char const* schema_version = "2.1";
 
 std::string version_text();
+
+/// Indented, but with arrays of plain values on one line.
+std::string json_text(nlohmann::ordered_json const& x);
+
+/// Quoted for a CSV file.
+std::string csv_text(std::string const& text);
 
 std::string metrics_json(result const& r, options const& asked);
 
@@ -44,10 +51,17 @@ using figures = std::map<std::string, std::string>;
 /// @throws std::runtime_error if gnuplot is missing or fails
 figures plot(result const& r, options const& asked);
 
+/// A page in the report's style: `main` inside, `scripts` after it. The title is HTML.
+std::string html_page(std::string const& title, std::string const& program, std::string const& main,
+                      std::string const& scripts = "");
+
 std::string report_html(result const& r, options const& asked, figures const& plots,
                         std::vector<std::string> const& files);
 
 /// What is printed at the end.
 std::string summary(result const& r, options const& asked);
+
+/// Makes all of the files, puts them into asked.output and says where they are.
+void publish_report(options const& asked, result const& measured);
 
 }  // namespace report

@@ -216,6 +216,9 @@ json model(model_result const& m, options const& asked) {
   return out;
 }
 
+/// All digits; empty where there is no value.
+std::string csv_number(measured x) { return x.ok() ? json(x.value).dump() : ""; }
+
 /// Indented, but with arrays of plain values on one line.
 void print(json const& x, std::size_t indent, std::string& out) {
   auto const plain = [](json const& v) { return !v.is_structured() || v.empty(); };
@@ -238,16 +241,19 @@ void print(json const& x, std::size_t indent, std::string& out) {
   out += x.is_array() ? ']' : '}';
 }
 
+}  // namespace
+
+std::string json_text(json const& x) {
+  std::string out;
+  print(x, 0, out);
+  return out + "\n";
+}
+
 std::string csv_text(std::string const& text) {
   std::string out = "\"";
   for (char const c : report::utf8(text)) out += c == '"' ? std::string("\"\"") : std::string(1, c);
   return out + "\"";
 }
-
-/// All digits; empty where there is no value.
-std::string csv_number(measured x) { return x.ok() ? json(x.value).dump() : ""; }
-
-}  // namespace
 
 std::string version_text() {
   return std::to_string(rflow::version.major) + "." + std::to_string(rflow::version.minor) + "." +
@@ -294,9 +300,7 @@ std::string metrics_json(result const& r, options const& asked) {
                          {"st2_order", order},
                          {"cka", tables}};
   }
-  std::string text;
-  print(out, 0, text);
-  return text + "\n";
+  return json_text(out);
 }
 
 std::map<std::string, std::string> csv_files(result const& r) {

@@ -566,6 +566,22 @@ std::string facts(result const& r, options const& asked, std::vector<std::string
 
 }  // namespace
 
+std::string html_page(std::string const& title, std::string const& program, std::string const& main,
+                      std::string const& scripts) {
+  return "<!doctype html>\n<html lang=\"en\">\n<head>\n<meta charset=\"utf-8\">\n"
+         "<meta name=\"viewport\" content=\"width=device-width, initial-scale=1\">\n"
+         "<meta name=\"generator\" content=\"" +
+         program + " " + version_text() + "\">\n<title>" + title + "</title>\n<style>" +
+         page_style +
+         "</style>\n</head>\n<body>\n"
+         // What gnuplot's points refer to; once for all figures.
+         "<svg width=\"0\" height=\"0\" style=\"position:absolute\" aria-hidden=\"true\"><defs>"
+         "<circle id=\"gpPt6\" r=\"1\"/><rect id=\"gpPt4\" x=\"-1\" y=\"-1\" width=\"2\" "
+         "height=\"2\"/><path id=\"gpPt12\" d=\"M0-1.3 1.3 0 0 1.3-1.3 "
+         "0z\"/></defs></svg>\n<main>\n" +
+         main + "</main>\n" + scripts + "</body>\n</html>\n";
+}
+
 std::string report_html(result const& r, options const& asked, figures const& plots,
                         std::vector<std::string> const& files) {
   std::string title;
@@ -575,24 +591,14 @@ std::string report_html(result const& r, options const& asked, figures const& pl
   std::string numbers = data.dump();
   for (std::size_t at = 0; (at = numbers.find('<', at)) != std::string::npos;)
     numbers.replace(at, 1, "\\u003c");
-  return "<!doctype html>\n<html lang=\"en\">\n<head>\n<meta charset=\"utf-8\">\n"
-         "<meta name=\"viewport\" content=\"width=device-width, initial-scale=1\">\n"
-         "<meta name=\"generator\" content=\"rflow_report " +
-         version_text() + "\">\n<title>Representation flow: " + title + "</title>\n<style>" +
-         page_style +
-         "</style>\n</head>\n<body>\n"
-         // What gnuplot's points refer to; once for all figures.
-         "<svg width=\"0\" height=\"0\" style=\"position:absolute\" aria-hidden=\"true\"><defs>"
-         "<circle id=\"gpPt6\" r=\"1\"/><rect id=\"gpPt4\" x=\"-1\" y=\"-1\" width=\"2\" "
-         "height=\"2\"/><path id=\"gpPt12\" d=\"M0-1.3 1.3 0 0 1.3-1.3 "
-         "0z\"/></defs></svg>\n<main>\n" +
-         header(r) + warnings(r) + summary_table(r, asked) + token_section(r, plots) + cka +
-         path_section(asked, plots) + probe_section(r, asked, plots) + facts(r, asked, files) +
-         "<footer>Made by rflow_report. What each figure means and where it comes from stands in "
-         "docs/report.md of rflow.</footer>\n"
-         "</main>\n<div id=\"tip\" role=\"status\"></div>\n<script type=\"application/json\" "
-         "id=\"cka-data\">" +
-         numbers + "</script>\n<script>" + page_script + "</script>\n</body>\n</html>\n";
+  return html_page(
+      "Representation flow: " + title, "rflow_report",
+      header(r) + warnings(r) + summary_table(r, asked) + token_section(r, plots) + cka +
+          path_section(asked, plots) + probe_section(r, asked, plots) + facts(r, asked, files) +
+          "<footer>Made by rflow_report. What each figure means and where it comes from stands in "
+          "docs/report.md of rflow.</footer>\n",
+      "<div id=\"tip\" role=\"status\"></div>\n<script type=\"application/json\" id=\"cka-data\">" +
+          numbers + "</script>\n<script>" + page_script + "</script>\n");
 }
 
 }  // namespace report

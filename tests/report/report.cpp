@@ -8,10 +8,6 @@
 #include <rflow/npy.hpp>
 #include <rflow/safetensors.hpp>
 
-#include <fcntl.h>
-#include <sys/wait.h>
-#include <unistd.h>
-
 #include <algorithm>
 #include <cmath>
 #include <cstdlib>
@@ -23,6 +19,8 @@
 #include <string>
 #include <vector>
 
+#include "../program.hpp"
+
 namespace {
 
 namespace fs = std::filesystem;
@@ -32,84 +30,17 @@ std::string const source = RFLOW_SOURCE_DIR;
 std::string const capture = source + "/examples/data/smollm2-135m.safetensors";
 std::string const encoder = source + "/examples/data/all-minilm-l6-v2.safetensors";
 
-std::string read(fs::path const& path) {
-  std::ifstream in(path, std::ios::binary);
-  REQUIRE_MESSAGE(in.good(), path.string());
-  return {std::istreambuf_iterator<char>(in), {}};
+using program::folder;
+using program::outcome;
+using program::read;
+
+outcome run(folder const& where, std::vector<std::string> const& arguments,
+            char const* path = nullptr) {
+  return program::run(RFLOW_REPORT, where, arguments, path);
 }
-
-/// An empty folder, gone at the end.
-struct folder {
-  fs::path path;
-
-  folder() {
-    std::string name = (fs::temp_directory_path() / "rflow-report-XXXXXX").string();
-    REQUIRE(::mkdtemp(name.data()) != nullptr);
-    path = name;
-  }
-  ~folder() {
-    std::error_code ignored;
-    fs::permissions(path, fs::perms::owner_all, ignored);
-    fs::remove_all(path, ignored);
-  }
-  folder(folder const&) = delete;
-  folder& operator=(folder const&) = delete;
-
-  std::string operator/(std::string const& name) const { return (path / name).string(); }
-  std::vector<std::string> names() const {
-    std::vector<std::string> out;
-    for (auto const& entry : fs::directory_iterator(path)) out.push_back(entry.path().filename());
-    std::sort(out.begin(), out.end());
-    return out;
-  }
-};
-
-struct outcome {
-  int status;
-  std::string out, err;
-};
-
-/// Runs the program in a folder, without a shell.
-outcome run(folder const& where, std::vector<std::string> arguments, char const* path = nullptr) {
-  folder const results;
-  arguments.insert(arguments.begin(), RFLOW_REPORT);
-  std::vector<char*> argv;
-  for (std::string& argument : arguments) argv.push_back(argument.data());
-  argv.push_back(nullptr);
-  std::string const out = results / "out", err = results / "err";
-  ::pid_t const child = ::fork();
-  REQUIRE(child >= 0);
-  if (child == 0) {
-    int const to_out = ::open(out.c_str(), O_WRONLY | O_CREAT, 0600);
-    int const to_err = ::open(err.c_str(), O_WRONLY | O_CREAT, 0600);
-    if (::dup2(to_out, 1) < 0 || ::dup2(to_err, 2) < 0 || ::chdir(where.path.c_str()) != 0 ||
-        (path != nullptr && ::setenv("PATH", path, 1) != 0))
-      ::_exit(126);
-    ::execv(argv[0], argv.data());
-    ::_exit(127);
-  }
-  int state = 0;
-  REQUIRE(::waitpid(child, &state, 0) == child);
-  REQUIRE(WIFEXITED(state));
-  return {WEXITSTATUS(state), read(out), read(err)};
-}
-
-/// One line on stderr that begins with the program's name and holds each text; nothing left behind.
 void check_refused(folder const& where, std::vector<std::string> const& arguments,
                    std::vector<std::string> const& texts, char const* path = nullptr) {
-  std::vector<std::string> const before = where.names();
-  outcome const o = run(where, arguments, path);
-  CAPTURE(o.err);
-  CHECK(o.status == 1);
-  CHECK(o.out.empty());
-  CHECK(o.err.starts_with("rflow_report: "));
-  CHECK(std::count(o.err.begin(), o.err.end(), '\n') == 1);
-  CHECK(o.err.find("rflow::") == std::string::npos);
-  for (std::string const& text : texts) {
-    CAPTURE(text);
-    CHECK(o.err.find(text) != std::string::npos);
-  }
-  CHECK(where.names() == before);
+  program::check_refused(RFLOW_REPORT, where, arguments, texts, path);
 }
 
 // ---- captures to try ----------------------------------------------------------------------------
