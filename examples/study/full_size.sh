@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
-# The random-initialisation study of the five models at full size: a few hours on two cores.
+# The random-initialisation study of the five models at full size: some 20 minutes a seed on two cores.
 #
 #     examples/study/full_size.sh PROGRAM OUT_DIR [SEEDS]
 #
