@@ -275,7 +275,6 @@ class cka_table {
   /// (an index among the tokens that count; -1 if there is none). Near 1, one token decides the
   /// whole row of the table.
   measured top_token_share(std::ptrdiff_t row) const { return at(top_share_, row); }
-  /// Which token that is.
   /// That token; −1 if there is none.
   std::ptrdiff_t top_token(std::ptrdiff_t row) const {
     return top_token_.empty() ? -1 : top_token_[static_cast<std::size_t>(row)];
