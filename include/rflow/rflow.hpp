@@ -8,6 +8,7 @@
 #include <rflow/cosine.hpp>
 #include <rflow/flow.hpp>
 #include <rflow/init.hpp>
+#include <rflow/jackknife.hpp>
 #include <rflow/monitor.hpp>
 #include <rflow/poincare.hpp>
 #include <rflow/probe.hpp>
