@@ -613,17 +613,17 @@ class chain_stream {
     aligned_array<T> rows[2] = {aligned_array<T>(tokens * padded_),
                                 aligned_array<T>(tokens * padded_)};
     aligned_array<C> mean(tokens * padded_);
-    std::vector<slot> slots(count(tokens));
+    std::vector<slot> fresh(count(tokens));
     for (std::ptrdiff_t i = 0; i < live; ++i) {
       std::ptrdiff_t const from = (first + i) % capacity();
       for (int k = 0; k < 2; ++k)
         std::copy_n(rows_[k].data() + from * padded_, padded_, rows[k].data() + i * padded_);
       std::copy_n(mean_.data() + from * padded_, padded_, mean.data() + i * padded_);
-      slots[count(i)] = slots_[count(from)];
+      fresh[count(i)] = slots_[count(from)];
     }
     for (int k = 0; k < 2; ++k) rows_[k] = std::move(rows[k]);
     mean_ = std::move(mean);
-    slots_ = std::move(slots);
+    slots_ = std::move(fresh);
   }
 
   /// Whether the token in a slot counts; to be said before its first row comes.
@@ -980,12 +980,12 @@ class batch_stream {
   /// open sequence, are kept.
   void resize(std::ptrdiff_t tokens, std::ptrdiff_t first = 0, std::ptrdiff_t live = 0) {
     if (batch_ == 0) return;
-    std::ptrdiff_t const slots = ceil_div(tokens, batch_) + 1;
-    aligned_array<C> kernels(slots * sites_ * stride());
-    std::vector<typename engine::summary> summaries(count(slots * sites_));
-    std::vector<std::ptrdiff_t> sizes(count(slots));
+    std::ptrdiff_t const places = ceil_div(tokens, batch_) + 1;
+    aligned_array<C> kernels(places * sites_ * stride());
+    std::vector<typename engine::summary> summaries(count(places * sites_));
+    std::vector<std::ptrdiff_t> sizes(count(places));
     for (std::ptrdiff_t b = first / batch_; live > 0 && b <= (first + live - 1) / batch_; ++b) {
-      std::ptrdiff_t const from = b % slots_, to = b % slots;
+      std::ptrdiff_t const from = b % slots_, to = b % places;
       std::copy_n(kernel(from, 0), sites_ * stride(), kernels.data() + to * sites_ * stride());
       std::copy_n(summaries_.begin() + from * sites_, sites_, summaries.begin() + to * sites_);
       sizes[count(to)] = sizes_[count(from)];
@@ -993,7 +993,7 @@ class batch_stream {
     kernels_ = std::move(kernels);
     summaries_ = std::move(summaries);
     sizes_ = std::move(sizes);
-    slots_ = slots;
+    slots_ = places;
   }
 
   /// Takes rows row … row + tokens of x, of tokens `token` … of the open sequence. keep(i) says

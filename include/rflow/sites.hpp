@@ -75,7 +75,7 @@ namespace detail {
 inline std::string some_of(std::vector<std::string> const& names) {
   constexpr std::size_t most = 4;
   std::string text;
-  for (std::size_t i = 0; i < std::min(most, names.size()); ++i)
+  for (std::size_t i = 0; i < (std::min)(most, names.size()); ++i)
     text += (i == 0 ? "" : ", ") + printable(names[i]);
   if (names.empty()) return "nothing is there";
   if (names.size() > most) text += " and " + std::to_string(names.size() - most) + " more";
