@@ -511,7 +511,7 @@ struct odd_tiles {
 }  // namespace
 
 TEST_CASE("probe: the same from register tiles of another height, over many blocks") {
-  for (std::size_t const width : {1, 15, 26, 49, 120}) {
+  for (std::size_t const width : {1u, 15u, 26u, 49u, 120u}) {
     CAPTURE(width);
     clusters data(15, 30 + 3 * width, width, 3);
     auto const values = data.packed<double>();

@@ -424,6 +424,9 @@ double power_of_two(int e) {
   return std::ldexp(1., std::clamp(e, -limit, limit));
 }
 
+/// x times a power of two, in this order even with -ffast-math: x may be the largest of numbers.
+inline double scaled(double x, double power) { return std::ldexp(x, std::ilogb(power)); }
+
 template <class C>
 prepared_site<C> prepare(team& threads, panel_source<C> const& source, integer tokens) {
   prepared_site<C> site;
@@ -487,7 +490,7 @@ prepared_site<C> prepare(team& threads, panel_source<C> const& source, integer t
 
   // What the rounding of the means alone may leave is a constant site, not a signal.
   double const rounding = (64 + static_cast<double>(tokens) / 128) *
-                          std::numeric_limits<double>::epsilon() * largest * scale;
+                          std::numeric_limits<double>::epsilon() * scaled(largest, scale);
   double const norm = *std::max_element(site.norms.begin(), site.norms.end());
   if (norm <= rounding * rounding * static_cast<double>(d)) {
     std::fill(site.norms.begin(), site.norms.end(), 0.);
@@ -1689,7 +1692,7 @@ class batch_engine {
     });
     add_norms(x_.data(), n, ld_, ld_, norms_.data());
     double const rounding = (64 + static_cast<double>(n) / 128) *
-                            std::numeric_limits<double>::epsilon() * largest * scale;
+                            std::numeric_limits<double>::epsilon() * scaled(largest, scale);
     double const norm = *std::max_element(norms_.begin(), norms_.end());
     if (norm <= rounding * rounding * static_cast<double>(width_))
       return {0, 0, status::constant_layer};
