@@ -863,8 +863,8 @@ struct rbf_entry {
   double diagonal(double) const { return 1 - static_cast<double>(centre); }
   RFLOW_HD C operator()(C k, C ti, C tj) const {
     using std::exp;
-    C const exponent = k * rate - (ti + tj);
-    return exp(exponent < 0 ? exponent : C(0)) - centre;
+    C const power = k * rate - (ti + tj);
+    return exp(power < 0 ? power : C(0)) - centre;
   }
 };
 
