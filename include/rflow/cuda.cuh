@@ -158,6 +158,37 @@ class owned {
   Handle handle_ = nullptr;
 };
 
+struct unpin {
+  void operator()(std::byte* p) const { static_cast<void>(cudaFreeHost(p)); }
+};
+
+/// What brings one stack from host memory: two pinned buffers, and events that say who may use them.
+/// Stacks of one call do not share it: their buffers are of different sizes and in flight at once.
+class staging {
+ public:
+  cudaEvent_t event(int which) {
+    return events_[which].get([](cudaEvent_t* e) {
+      check(cudaEventCreateWithFlags(e, cudaEventDisableTiming), "cudaEventCreateWithFlags");
+    });
+  }
+  std::byte* pinned(int which, std::size_t bytes) {
+    if (bytes_[which] < bytes) {
+      pinned_[which].reset();
+      bytes_[which] = 0;
+      void* p = nullptr;
+      check(cudaMallocHost(&p, bytes), "cudaMallocHost of " + std::to_string(bytes) + " bytes");
+      pinned_[which].reset(static_cast<std::byte*>(p));
+      bytes_[which] = bytes;
+    }
+    return pinned_[which].get();
+  }
+
+ private:
+  owned<cudaEvent_t, cudaEventDestroy> events_[5];
+  std::unique_ptr<std::byte, unpin> pinned_[2];
+  std::size_t bytes_[2] = {};
+};
+
 /// What calls with the same on_cuda share: streams, events, a pool of memory, a cuBLAS handle and
 /// pinned buffers. All are made when first wanted.
 class cuda_context {
@@ -166,10 +197,10 @@ class cuda_context {
 
   cudaStream_t stream() { return make_stream(stream_); }
   cudaStream_t copies() { return make_stream(copies_); }
-  cudaEvent_t event(int which) {
-    return events_[which].get([](cudaEvent_t* e) {
-      check(cudaEventCreateWithFlags(e, cudaEventDisableTiming), "cudaEventCreateWithFlags");
-    });
+  /// For the which-th stack in host memory of a call.
+  detail::staging& staging(std::size_t which) {
+    while (stagings_.size() <= which) stagings_.push_back(std::make_unique<detail::staging>());
+    return *stagings_[which];
   }
   cublasHandle_t blas() {
     return blas_.get([](cublasHandle_t* h) { check(cublasCreate(h), "cublasCreate"); });
@@ -206,22 +237,7 @@ class cuda_context {
     });
   }
 
-  std::byte* pinned(int which, std::size_t bytes) {
-    if (pinned_bytes_[which] < bytes) {
-      pinned_[which].reset();
-      pinned_bytes_[which] = 0;
-      void* p = nullptr;
-      check(cudaMallocHost(&p, bytes), "cudaMallocHost of " + std::to_string(bytes) + " bytes");
-      pinned_[which].reset(static_cast<std::byte*>(p));
-      pinned_bytes_[which] = bytes;
-    }
-    return pinned_[which].get();
-  }
-
  private:
-  struct unpin {
-    void operator()(std::byte* p) const { static_cast<void>(cudaFreeHost(p)); }
-  };
   using owned_stream = owned<cudaStream_t, cudaStreamDestroy>;
 
   static cudaStream_t make_stream(owned_stream& s) {
@@ -236,10 +252,8 @@ class cuda_context {
   owned<cudaMemPool_t, cudaMemPoolDestroy> pool_;
   owned<void*, free_now> workspace_;
   owned_stream stream_, copies_;
-  owned<cudaEvent_t, cudaEventDestroy> events_[5];
+  std::vector<std::unique_ptr<detail::staging>> stagings_;
   owned<cublasHandle_t, cublasDestroy> blas_;
-  std::unique_ptr<std::byte, unpin> pinned_[2];
-  std::size_t pinned_bytes_[2] = {};
 };
 
 // ---- host memory --------------------------------------------------------------------------------
@@ -249,15 +263,15 @@ class cuda_context {
 template <class T>
 class __attribute__((visibility("hidden"))) staged_source {
   using integer = std::ptrdiff_t;
-  static constexpr int used = 0, ready = 2, settled = 4;  // events of the context; two, two, one
+  static constexpr int used = 0, ready = 2, settled = 4;  // events; two, two, one
 
  public:
   using scalar = T;
 
   /// @param bytes  of a buffer, if a row of every site fits; at most 32 MiB
-  staged_source(cuda_context& context, cudaStream_t stream, layer_stack<T> const& stack,
+  staged_source(staging& own, cudaStream_t copies, cudaStream_t stream, layer_stack<T> const& stack,
                 passes::arena& memory, std::size_t bytes)
-      : context_(context), stream_(stream), stack_(stack) {
+      : own_(own), copies_(copies), stream_(stream), stack_(stack) {
     integer widest = 0;
     for (integer l = 0; l < sites(); ++l) {
       total_ += cols(l);
@@ -274,7 +288,7 @@ class __attribute__((visibility("hidden"))) staged_source {
   ~staged_source() {
     // Else the stream of the call has waited for every copy.
     if (device_[0] != nullptr && std::uncaught_exceptions() > exceptions_)
-      static_cast<void>(cudaStreamSynchronize(context_.copies()));
+      static_cast<void>(cudaStreamSynchronize(copies_));
   }
 
   template <class Device>
@@ -282,12 +296,11 @@ class __attribute__((visibility("hidden"))) staged_source {
     for (int k = 0; k < 2; ++k) {
       device_[k] = memory[buffers_[k]];
       table_[k] = memory[tables_[k]];
-      pinned_[k] = reinterpret_cast<T*>(context_.pinned(k, passes::size_of(buffer_) * sizeof(T)));
+      pinned_[k] = reinterpret_cast<T*>(own_.pinned(k, passes::size_of(buffer_) * sizeof(T)));
     }
     // The copies' stream may not write before the memory is there.
-    check(cudaEventRecord(context_.event(settled), stream_), "cudaEventRecord");
-    check(cudaStreamWaitEvent(context_.copies(), context_.event(settled), 0),
-          "cudaStreamWaitEvent");
+    check(cudaEventRecord(own_.event(settled), stream_), "cudaEventRecord");
+    check(cudaStreamWaitEvent(copies_, own_.event(settled), 0), "cudaStreamWaitEvent");
   }
 
   integer sites() const { return stack_.sites(); }
@@ -325,7 +338,7 @@ class __attribute__((visibility("hidden"))) staged_source {
   void release() {
     for (; taken_ > 0; --taken_) {
       int const k = (next_ + 2 - taken_) % 2;
-      check(cudaEventRecord(context_.event(used + k), stream_), "cudaEventRecord");
+      check(cudaEventRecord(own_.event(used + k), stream_), "cudaEventRecord");
     }
   }
 
@@ -339,7 +352,7 @@ class __attribute__((visibility("hidden"))) staged_source {
     int const k = next_;
     next_ = 1 - next_;
     ++taken_;
-    check(cudaEventSynchronize(context_.event(used + k)), "cudaEventSynchronize");
+    check(cudaEventSynchronize(own_.event(used + k)), "cudaEventSynchronize");
     return k;
   }
 
@@ -357,10 +370,10 @@ class __attribute__((visibility("hidden"))) staged_source {
 
   void send(int k, integer count) {
     check(cudaMemcpyAsync(device_[k], pinned_[k], passes::size_of(count) * sizeof(T),
-                          cudaMemcpyHostToDevice, context_.copies()),
+                          cudaMemcpyHostToDevice, copies_),
           "cudaMemcpyAsync");
-    check(cudaEventRecord(context_.event(ready + k), context_.copies()), "cudaEventRecord");
-    check(cudaStreamWaitEvent(stream_, context_.event(ready + k), 0), "cudaStreamWaitEvent");
+    check(cudaEventRecord(own_.event(ready + k), copies_), "cudaEventRecord");
+    check(cudaStreamWaitEvent(stream_, own_.event(ready + k), 0), "cudaStreamWaitEvent");
   }
 
   template <class Token>
@@ -371,8 +384,8 @@ class __attribute__((visibility("hidden"))) staged_source {
     return dense(device_[k], cols(site));
   }
 
-  cuda_context& context_;
-  cudaStream_t stream_;
+  staging& own_;
+  cudaStream_t copies_, stream_;
   layer_stack<T> const& stack_;
   integer total_ = 0, buffer_ = 0;
   passes::arena::place<T> buffers_[2];
@@ -461,7 +474,8 @@ class __attribute__((visibility("hidden"))) cuda_device {
   template <class T>
   staged_source<T> source(layer_stack<T, host_memory> const& stack, passes::arena& places,
                           std::size_t memory_bound) {
-    return {context_, stream_, stack, places, memory_bound / 8};
+    return {
+        context_.staging(staged_++), context_.copies(), stream_, stack, places, memory_bound / 8};
   }
 
   /// out(i, j) = Σ_k rows(i, k) cols(j, k). Panels are row-major, which BLAS calls transposed.
@@ -530,6 +544,7 @@ class __attribute__((visibility("hidden"))) cuda_device {
   cuda_context& context_;
   cudaStream_t stream_;
   bool tf32_;
+  std::size_t staged_ = 0;  // stacks in host memory so far
 };
 
 }  // namespace detail

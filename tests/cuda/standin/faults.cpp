@@ -51,6 +51,7 @@ TEST_CASE("each call that fails is an exception, and nothing leaks") {
   fail_each_call([&] { device::staged{}.flow(stack); });
   fail_each_call([&] { device::staged{}.gram(rflow::linear{}, stack); });
   fail_each_call([&] { device::staged{}.gram(rflow::rbf{}, stack); });
+  fail_each_call([&] { device::staged{}.gram(rflow::linear{}, stack, stack); });
   fail_each_call([&] { device::resident{}.flow(stack); });
   fail_each_call([&] { device::resident{}.gram(rflow::linear{}, stack); });
 }

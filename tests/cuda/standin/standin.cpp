@@ -6,12 +6,12 @@
 #include "standin.hpp"
 
 #include <setjmp.h>
+#include <sys/mman.h>
 #include <ucontext.h>
 
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
-#include <cstdlib>
 #include <cstring>
 #include <map>
 #include <vector>
@@ -116,8 +116,18 @@ bool within(std::map<std::byte*, std::size_t> const& blocks, void const* p, std:
 }
 bool on_device(void const* p, std::size_t bytes) { return within(device_blocks, p, bytes); }
 
+// A block ends where no memory is, and stays without memory after its life: whoever writes past the
+// end or too late is stopped there.
+constexpr std::size_t page = 4096, alignment = 256;
+std::size_t pages_of(std::size_t bytes) { return (bytes + page - 1) / page * page; }
+
 cudaError_t allocate(std::map<std::byte*, std::size_t>& blocks, void** p, std::size_t bytes) {
-  auto* const data = static_cast<std::byte*>(std::aligned_alloc(256, (bytes + 255) / 256 * 256));
+  void* const memory = mmap(nullptr, pages_of(bytes) + page, PROT_READ | PROT_WRITE,
+                            MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (memory == MAP_FAILED) return cudaErrorMemoryAllocation;
+  auto* const end = static_cast<std::byte*>(memory) + pages_of(bytes);
+  mprotect(end, page, PROT_NONE);
+  auto* const data = end - (bytes + alignment - 1) / alignment * alignment;
   std::memset(data, 0xff, bytes);
   blocks[data] = bytes;
   *p = data;
@@ -125,8 +135,13 @@ cudaError_t allocate(std::map<std::byte*, std::size_t>& blocks, void** p, std::s
 }
 cudaError_t release(std::map<std::byte*, std::size_t>& blocks, void* p) {
   if (p == nullptr) return cudaSuccess;
-  if (blocks.erase(static_cast<std::byte*>(p)) == 0) return cudaErrorInvalidValue;
-  std::free(p);
+  auto const block = blocks.find(static_cast<std::byte*>(p));
+  if (block == blocks.end()) return cudaErrorInvalidValue;
+  std::size_t const used = (block->second + alignment - 1) / alignment * alignment;
+  std::byte* const begin = block->first + used - pages_of(block->second);
+  mmap(begin, pages_of(block->second), PROT_NONE,
+       MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED | MAP_NORESERVE, -1, 0);
+  blocks.erase(block);
   return cudaSuccess;
 }
 
