@@ -313,14 +313,19 @@ void load_zeros(void const*, integer, integer rows, integer, integer cols, C* to
   for (integer i = 0; i < rows; ++i) std::fill_n(to + i * ld, cols, C(0));
 }
 
-/// Adds four rows, `ld` apart, to sums in double. Fixed trip counts, so that it vectorises.
+/// Adds four rows, `ld` apart, times 2^exponent to sums in double. Fixed trip counts, so that it
+/// vectorises. An exponent is for doubles whose sum is too large: applied by a function call, which
+/// -ffast-math cannot put behind the sum.
 template <class C>
-void add_rows(C const* x, integer ld, integer count, double pre, double* sums) {
+void add_rows(C const* x, integer ld, integer count, int exponent, double* sums) {
   constexpr integer step = 8;
   for (integer k = 0; k < count; k += step) {
     double wide[4][step];
     for (integer r = 0; r < 4; ++r)
-      for (integer m = 0; m < step; ++m) wide[r][m] = pre * static_cast<double>(x[r * ld + k + m]);
+      for (integer m = 0; m < step; ++m) wide[r][m] = static_cast<double>(x[r * ld + k + m]);
+    if (exponent != 0)
+      for (auto& row : wide)
+        for (double& value : row) value = std::ldexp(value, exponent);
     for (integer m = 0; m < step; ++m)
       sums[k + m] += (wide[0][m] + wide[1][m]) + (wide[2][m] + wide[3][m]);
   }
@@ -334,10 +339,11 @@ P largest_of(C const* x, integer count, P largest) {
   return largest;
 }
 
-/// sums = the column sums of x·pre over a slice of rows; returns the largest |x|. There is room for
+/// sums = the column sums of x · 2^exponent over a slice of rows; returns the largest |x|. There is room for
 /// a few sums more than columns.
 template <class C>
-double add_columns(panel_source<C> const& x, integer row, integer rows, double pre, double* sums) {
+double add_columns(panel_source<C> const& x, integer row, integer rows, int exponent,
+                   double* sums) {
   constexpr integer chunk = 1024, step = 16;
   alignas(128) C raw[4 * chunk];
   auto largest = Eigen::internal::pset1<packet_t<C>>(C(0));
@@ -350,7 +356,7 @@ double add_columns(panel_source<C> const& x, integer row, integer rows, double p
       x(i, count, k, cols, raw, chunk);
       for (integer r = 0; r < 4; ++r)
         std::fill(raw + r * chunk + cols, raw + r * chunk + padded, C(0));
-      add_rows(raw, chunk, padded, pre, sums + k);
+      add_rows(raw, chunk, padded, exponent, sums + k);
       for (integer r = 0; r < 4; ++r) largest = largest_of(raw + r * chunk, padded, largest);
     }
   }
@@ -394,16 +400,16 @@ position find_non_finite(panel_source<C> const& x, integer tokens) {
   return {};
 }
 
-/// Column means of x·pre (false if one is not finite) and the largest |x|.
+/// Column means of x · 2^exponent (false if one is not finite) and the largest |x|.
 template <class C>
-bool find_means(team& threads, panel_source<C> const& x, integer tokens, double pre,
+bool find_means(team& threads, panel_source<C> const& x, integer tokens, int exponent,
                 std::vector<double>& means, double& largest) {
   integer const slice = (std::max<integer>)(16, round_up(ceil_div(tokens, 32), 4));
   integer const slices = ceil_div(tokens, slice), d = x.cols, ld = round_up(d, 16);
   aligned_array<double> sums(slices * ld), most(slices);
   threads.run(slices, [&](integer s) {
     integer const row = s * slice;
-    most[s] = add_columns(x, row, (std::min)(slice, tokens - row), pre, sums.data() + s * ld);
+    most[s] = add_columns(x, row, (std::min)(slice, tokens - row), exponent, sums.data() + s * ld);
   });
   means.assign(static_cast<std::size_t>(d), 0.);
   for (integer s = 0; s < slices; ++s)
@@ -443,15 +449,16 @@ prepared_site<C> prepare(team& threads, panel_source<C> const& source, integer t
   };
 
   std::vector<double> means;
-  double largest = 0, pre = 1;
-  if (!find_means(threads, source, tokens, pre, means, largest)) {
+  double largest = 0;
+  int down = 0;
+  if (!find_means(threads, source, tokens, down, means, largest)) {
     site.non_finite = find_non_finite(source, tokens);
     if (site.non_finite.found()) {
       drop();
       return site;
     }
-    pre = std::ldexp(1., -64);  // finite doubles whose sum is not
-    find_means(threads, source, tokens, pre, means, largest);
+    down = -64;  // finite doubles whose sum is not
+    find_means(threads, source, tokens, down, means, largest);
   }
 
   // A first scale, by which the centred values are at most 2 or so: their norms are safe in C.
@@ -461,7 +468,7 @@ prepared_site<C> prepare(team& threads, panel_source<C> const& source, integer t
   }
   double scale = power_of_two<C>(-std::ilogb(largest) - 1);
   for (integer k = 0; k < d; ++k) {
-    double const mean = means.data()[k] / pre * scale;
+    double const mean = std::ldexp(means.data()[k], std::ilogb(scale) - down);
     site.minus_high[k] = static_cast<C>(-mean);
     site.minus_low[k] = static_cast<C>(-mean - static_cast<double>(site.minus_high[k]));
   }
@@ -473,7 +480,7 @@ prepared_site<C> prepare(team& threads, panel_source<C> const& source, integer t
       static_cast<prepared_site<C> const*>(self)->fetch(row, rows, col, cols, to, ld);
     };
     double ignored;
-    find_means(threads, panel_source<C>{&site, centred, d}, tokens, 1, means, ignored);
+    find_means(threads, panel_source<C>{&site, centred, d}, tokens, 0, means, ignored);
     for (integer k = 0; k < d; ++k) site.minus_low[k] -= means.data()[k];
   }
   constexpr integer group = 16, rows_at_once = 4, chunk = 1024;
@@ -1651,14 +1658,15 @@ class batch_engine {
   }
 
  private:
-  /// Column means of the rows at hand times pre; false if one is not finite.
-  bool find_means(integer n, double pre) {
+  /// Column means of the rows at hand, summed times 2^exponent; false if a sum is not finite.
+  bool find_means(integer n, int exponent) {
     std::fill(means_.begin(), means_.end(), 0.);
-    for (integer i = 0; i < n; i += 4) add_rows(x_.data() + i * ld_, ld_, ld_, pre, means_.data());
+    for (integer i = 0; i < n; i += 4)
+      add_rows(x_.data() + i * ld_, ld_, ld_, exponent, means_.data());
     bool finite = true;
     for (double& mean : means_) {
       finite = finite && is_finite(mean);
-      mean /= static_cast<double>(n) * pre;
+      mean = std::ldexp(mean / static_cast<double>(n), -exponent);
     }
     return finite;
   }
@@ -1670,10 +1678,10 @@ class batch_engine {
     source(0, n, 0, width_, x_.data(), ld_);
     for (integer i = 0; i < round_up(n, 4); ++i)
       std::fill(x_.data() + i * ld_ + (i < n ? width_ : 0), x_.data() + (i + 1) * ld_, C(0));
-    if (!find_means(n, 1)) {
+    if (!find_means(n, 0)) {
       for (integer i = 0; i < n * ld_; ++i)
         if (!is_finite(x_[i])) return {0, 0, status::non_finite};
-      find_means(n, std::ldexp(1., -64));  // finite doubles whose sum is not
+      find_means(n, -64);  // finite doubles whose sum is not
     }
     double const largest =
         static_cast<double>(predux_max(largest_of(x_.data(), n * ld_, pset1<P>(C(0)))));
