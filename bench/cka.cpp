@@ -6,8 +6,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstdint>
-#include <thread>
 #include <vector>
 
 #include <benchmark/benchmark.h>
@@ -16,6 +14,7 @@
 
 #include <rflow/cka.hpp>
 
+#include "data.hpp"
 #include "floor.hpp"
 
 #ifndef RFLOW_BENCH_BACKEND  // blas.cpp names another
@@ -28,21 +27,11 @@ struct shape {
   std::ptrdiff_t sites, tokens, width;
 };
 
-int threads() { return (std::max)(1, static_cast<int>(std::thread::hardware_concurrency())); }
+using rflow::bench::threads;
 
 template <class T>
-std::vector<T> activations(shape const& s) {
-  std::vector<T> out(static_cast<std::size_t>(s.sites * s.tokens * s.width));
-  std::uint32_t bits = 1;
-  for (T& v : out) {
-    bits = bits * 1664525u + 1013904223u;
-    float const x = static_cast<float>(static_cast<std::int32_t>(bits)) * 0x1p-30f;
-    if constexpr (sizeof(T) == 2)
-      v = T::nearest(x);
-    else
-      v = static_cast<T>(x);
-  }
-  return out;
+auto activations(shape const& s) {
+  return rflow::bench::activations<T>(s.sites * s.tokens * s.width);
 }
 
 /// The median time over the iterations, beside the peak taken around each of them.
@@ -71,7 +60,7 @@ void beside_the_peak(benchmark::State& state, shape const& s, Work&& work) {
 template <class T, class Kernel>
 void cka(benchmark::State& state) {
   shape const s{state.range(0), state.range(1), state.range(2)};
-  std::vector<T> const values = activations<T>(s);
+  auto const values = activations<T>(s);
   rflow::layer_stack<T> const stack(values.data(), {s.sites, s.tokens, s.width});
   RFLOW_BENCH_BACKEND const on{.threads = threads(), .path = rflow::gram_path::gram};
   beside_the_peak(state, s, [&] {
@@ -82,7 +71,7 @@ void cka(benchmark::State& state) {
 void by_hand(benchmark::State& state) {
   using matrix = Eigen::Matrix<float, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor>;
   shape const s{state.range(0), state.range(1), state.range(2)};
-  std::vector<float> const values = activations<float>(s);
+  auto const values = activations<float>(s);
   beside_the_peak(state, s, [&] {
     std::vector<matrix> grams;
     for (std::ptrdiff_t l = 0; l < s.sites; ++l) {

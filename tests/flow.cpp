@@ -214,45 +214,6 @@ TEST_CASE("the same bits for any number of threads") {
   }
 }
 
-TEST_CASE("moments of parts merge to the moments of the whole") {
-  for (unsigned seed = 1; seed <= 10; ++seed) {
-    CAPTURE(seed);
-    std::mt19937 bits(seed);
-    reference::stack x = reference::random_stack(bits, 4, 50, 23);
-    std::vector<double> const values = reference::pack<double>(x);
-    auto const stack = reference::stack_of(values, x);
-    auto const cut = static_cast<std::ptrdiff_t>(1 + bits() % 48);
-    std::vector<int> first(50), second(50);
-    for (std::size_t i = 0; i < 50; ++i) {
-      first[i] = static_cast<std::ptrdiff_t>(i) < cut;
-      second[i] = !first[i];
-    }
-    rflow::on_cpu const on;
-    rflow::flow_moments whole = on.flow(stack.sequences({0, cut, 50}));
-    rflow::flow_moments a = on.flow(stack.tokens(first)), b = on.flow(stack.tokens(second));
-    rflow::flow_moments ab = a, ba = b;
-    ab.merge(b);
-    ba.merge(a);
-    for (rflow::flow_moments const& merged : {ab, ba}) {
-      rflow::flow_report const m = rflow::report_of(merged), w = rflow::report_of(whole);
-      CHECK(m.tokens == 50);
-      CHECK(m.variance.st1 == Approx(w.variance.st1).epsilon(1e-13));
-      CHECK(m.variance.st2 == Approx(w.variance.st2).epsilon(1e-13));
-      for (std::size_t l = 0; l < 4; ++l) {
-        CHECK(m.inter_token[l] == Approx(w.inter_token[l]).epsilon(1e-12));
-        CHECK(m.per_sequence[l].stddev() == Approx(w.per_sequence[l].stddev()).epsilon(1e-12));
-      }
-      for (std::size_t l = 0; l < 3; ++l) {
-        CHECK(m.adjacent[l].mean == Approx(w.adjacent[l].mean).epsilon(1e-13));
-        CHECK(m.adjacent[l].stddev == Approx(w.adjacent[l].stddev).epsilon(1e-12));
-      }
-    }
-  }
-  CHECK_THROWS_WITH_AS(rflow::flow_moments(2, 3).merge(rflow::flow_moments(3, 3)),
-                       "rflow::flow_moments::merge: 2 sites x 3 and 3 sites x 3",
-                       std::invalid_argument);
-}
-
 TEST_CASE_TEMPLATE("zero rows are left out and counted", T, float, double) {
   std::mt19937 bits(3);
   reference::stack x = reference::random_stack(bits, 3, 20, 33);

@@ -47,7 +47,7 @@ struct Tensor {
     return strides_;
   }
   void const* data() const {
-    if (remote) throw std::runtime_error("not implemented");
+    if (remote) throw std::runtime_error("a remote tensor");
     return null ? nullptr : reinterpret_cast<char const*>(data_->data()) + offset;
   }
 };
@@ -122,7 +122,7 @@ TEST_CASE("what cannot be viewed is refused by name and value") {
           rflow::from_openvino<float>(empty);
         }) == "rflow::from_openvino: the tensor is empty");
   refused([](Tensor& t) { t.remote = true; },
-          "the tensor has no data for the host: not implemented");
+          "the tensor has no data for the host: a remote tensor");
   refused([](Tensor& t) { t.type_.name = "bf16"; }, "element type is bf16, f32 expected");
   refused([](Tensor& t) { t.type_.name = "u4"; }, "element type is u4, f32 expected");
   refused([](Tensor&) {}, "an array of 1 axes", {4});

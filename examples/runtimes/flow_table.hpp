@@ -19,7 +19,7 @@ namespace runtimes {
 
 inline void print(rflow::flow_report const& r) {
   std::printf("%td sites, %td tokens, width %td\n", r.sites, r.tokens, r.width);
-  std::printf("%6s %12s %18s %18s\n", "site", "mean norm", "between tokens", "to the next site");
+  std::printf("%6s %12s %18s %18s\n", "site", "rms norm", "between tokens", "to the next site");
   for (std::size_t l = 0; l < r.rms_norm.size(); ++l) {
     std::printf("%6zu %12.4f %18.6f", l, r.rms_norm[l].value, r.inter_token[l].value);
     if (l < r.adjacent.size())

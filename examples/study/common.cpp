@@ -2,10 +2,14 @@
 #include <rflow/npy.hpp>
 
 #include <algorithm>
+#include <cstdio>
 #include <filesystem>
 #include <stdexcept>
 #include <thread>
 
+#include "../report/publish.hpp"
+#include "../report/text.hpp"
+#include "../report/write.hpp"
 #include "study.hpp"
 
 namespace study {
@@ -50,6 +54,15 @@ std::vector<std::int64_t> read_ids(std::string const& path) {
     throw std::invalid_argument(path + ": one axis of token ids expected, found " +
                                 file.array().description());
   return file.array().integers();
+}
+
+void publish(setting const& asked, std::vector<std::string> const& inputs,
+             std::map<std::string, std::string> const& texts) {
+  report::publish(asked.output, asked.force, inputs,
+                  [&](fs::path const& folder) { report::write_files(folder, texts, {}); });
+  if (!asked.quiet)
+    std::printf("report: %s\n",
+                report::one_line((fs::path(asked.output) / "report.html").string()).c_str());
 }
 
 int thread_count(int asked) {

@@ -333,13 +333,7 @@ int probe(probe_options const& asked) {
   std::map<std::string, std::string> const texts{{"study.json", report::json_text(data)},
                                                  {"table.csv", table(all)},
                                                  {"report.html", page(all, asked)}};
-  report::publish(asked.output, asked.force, inputs, [&](std::filesystem::path const& folder) {
-    report::write_files(folder, texts, {});
-  });
-  if (!asked.quiet)
-    std::printf(
-        "report: %s\n",
-        report::one_line((std::filesystem::path(asked.output) / "report.html").string()).c_str());
+  publish(asked, inputs, texts);
   return 0;
 }
 

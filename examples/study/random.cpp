@@ -473,13 +473,7 @@ int random(random_options const& asked) {
   std::vector<std::string> names;
   for (auto const& [name, text] : texts) names.push_back(name);
   texts["report.html"] = page(runs, asked, m, names);
-  report::publish(asked.output, asked.force, inputs, [&](std::filesystem::path const& folder) {
-    report::write_files(folder, texts, {});
-  });
-  if (!asked.quiet)
-    std::printf(
-        "report: %s\n",
-        report::one_line((std::filesystem::path(asked.output) / "report.html").string()).c_str());
+  publish(asked, inputs, texts);
   return 0;
 }
 

@@ -7,6 +7,7 @@
 #include <models/drawn.hpp>
 
 #include <cstdint>
+#include <map>
 #include <string>
 #include <vector>
 
@@ -81,6 +82,11 @@ models::scheme find_scheme(std::string const& name);
 
 /// Token ids of a .npy file of one axis.
 std::vector<std::int64_t> read_ids(std::string const& path);
+
+/// Writes texts by file name into the asked folder, all or none, and says where the report is.
+/// @throws what report::publish throws
+void publish(setting const& asked, std::vector<std::string> const& inputs,
+             std::map<std::string, std::string> const& texts);
 
 /// Threads to use: those asked for, or what the machine has.
 int thread_count(int asked);

@@ -30,7 +30,7 @@
 #include <thrust/system/cuda/execution_policy.h>
 
 #include <rflow/moments.hpp>
-#include <rflow/passes.hpp>
+#include <rflow/passes.cuh>
 #include <rflow/view.hpp>
 
 namespace rflow {

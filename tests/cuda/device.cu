@@ -12,7 +12,7 @@
 #include <rflow/cosine.hpp>
 #include <rflow/cuda.cuh>
 #include <rflow/dlpack.hpp>
-#include <rflow/passes.hpp>
+#include <rflow/passes.cuh>
 
 namespace device {
 namespace {

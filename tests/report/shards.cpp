@@ -26,39 +26,15 @@
 #include <thread>
 #include <vector>
 
+#include "../program.hpp"
+
 namespace {
 
 namespace fs = std::filesystem;
 using nlohmann::json;
 
-std::string read(fs::path const& path) {
-  std::ifstream in(path, std::ios::binary);
-  REQUIRE_MESSAGE(in.good(), path.string());
-  return {std::istreambuf_iterator<char>(in), {}};
-}
-
-struct folder {
-  fs::path path;
-  folder() {
-    std::string name = (fs::temp_directory_path() / "rflow-shards-XXXXXX").string();
-    REQUIRE(::mkdtemp(name.data()) != nullptr);
-    path = name;
-  }
-  ~folder() {
-    std::error_code ignored;
-    fs::remove_all(path, ignored);
-  }
-  folder(folder const&) = delete;
-  folder& operator=(folder const&) = delete;
-  std::string operator/(std::string const& name) const { return (path / name).string(); }
-  std::vector<std::string> names() const {
-    std::vector<std::string> out;
-    for (auto const& entry : fs::directory_iterator(path))
-      out.push_back(entry.path().filename().string());
-    std::sort(out.begin(), out.end());
-    return out;
-  }
-};
+using program::folder;
+using program::read;
 
 ::pid_t start(folder const& where, std::vector<std::string> arguments, std::string const& err) {
   std::vector<char*> argv;

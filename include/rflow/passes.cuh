@@ -26,23 +26,18 @@
 #include <utility>
 #include <vector>
 
+#include <cuda_runtime.h>
+
 #include <rflow/moments.hpp>
 #include <rflow/view.hpp>
-
-// Functors shared by g++ and nvcc need the annotation; it is gone again at the end of the file.
-#ifdef __CUDACC__
-#define RFLOW_HD __host__ __device__
-#else
-#define RFLOW_HD
-#endif
 
 namespace rflow::detail::passes {
 
 using integer = std::ptrdiff_t;
 
-RFLOW_HD constexpr integer ceil_div(integer a, integer b) { return (a + b - 1) / b; }
-RFLOW_HD constexpr integer round_up(integer a, integer b) { return ceil_div(a, b) * b; }
-RFLOW_HD constexpr integer smaller(integer a, integer b) { return a < b ? a : b; }
+__host__ __device__ constexpr integer ceil_div(integer a, integer b) { return (a + b - 1) / b; }
+__host__ __device__ constexpr integer round_up(integer a, integer b) { return ceil_div(a, b) * b; }
+__host__ __device__ constexpr integer smaller(integer a, integer b) { return a < b ? a : b; }
 
 // Functions of the standard library are not for device code; their values are.
 inline constexpr double missing = std::numeric_limits<double>::quiet_NaN();
@@ -90,7 +85,7 @@ struct token_rows {
   integer row_stride = 0, col_stride = 1, cols = 0;
   integer const* selected = nullptr;
 
-  RFLOW_HD T const* row(integer i) const {
+  __host__ __device__ T const* row(integer i) const {
     return data + (selected != nullptr ? selected[i] : i) * row_stride;
   }
   token_rows from(integer first) const {
@@ -179,7 +174,8 @@ class direct_source {
 /// Widens up to Count · Group::size features of a row: a lane's k-th is from + k · size + lane. What
 /// there is not is zero, and is looked at too, so that all stay in registers.
 template <class C, int Count, class Group, class T>
-RFLOW_HD void load(token_rows<T> const& x, T const* row, integer from, Group g, C (&to)[Count]) {
+__host__ __device__ void load(token_rows<T> const& x, T const* row, integer from, Group g,
+                              C (&to)[Count]) {
   integer const left = x.cols - from - g.lane();
   integer const here = smaller(Count, left > 0 ? ceil_div(left, Group::size) : 0);
   T const* const at = row + (from + g.lane()) * x.col_stride;
@@ -191,7 +187,7 @@ RFLOW_HD void load(token_rows<T> const& x, T const* row, integer from, Group g, 
 
 /// Squares of C neither overflow nor lose their last bits in this range.
 template <class C>
-RFLOW_HD bool in_range(double square) {
+__host__ __device__ bool in_range(double square) {
   if constexpr (std::same_as<C, float>)
     return square > 1e-18 && square < 1e30;
   else
@@ -204,7 +200,9 @@ struct token_table {
   double *square, *step2, *turn, *spread, *cosine, *norm;
   integer* bad;  // first feature that is NaN or infinite, −1 if there is none
 
-  RFLOW_HD integer at(integer site, integer token) const { return site * tokens + token; }
+  __host__ __device__ integer at(integer site, integer token) const {
+    return site * tokens + token;
+  }
 };
 
 /// Sums of a lane over its features.
@@ -224,7 +222,7 @@ struct walk_chain {
   token_table out;
 
   template <class Group>
-  RFLOW_HD void operator()(integer t, Group g) const {
+  __host__ __device__ void operator()(integer t, Group g) const {
     for (integer l = g.lane(); l < out.sites; l += Group::size) out.bad[out.at(l, t)] = -1;
     g.sync();
     walk<C, false>(t, g, 1);
@@ -244,7 +242,7 @@ struct walk_chain {
 
  private:
   template <class A, bool Careful, class Group>
-  RFLOW_HD void walk(integer t, Group g, double scale) const {
+  __host__ __device__ void walk(integer t, Group g, double scale) const {
     constexpr integer block = Group::size * Group::held;
     integer const width = x.sites[0].cols;
     for (integer from = 0; from < width; from += block) {
@@ -283,8 +281,9 @@ struct walk_chain {
   }
 
   template <class A, int Held>
-  RFLOW_HD static void add_features(A const (&here)[Held], A weight, A (&mean)[Held],
-                                    A (&before)[Held], A (&step)[Held], chain_sums<A>& s) {
+  __host__ __device__ static void add_features(A const (&here)[Held], A weight, A (&mean)[Held],
+                                               A (&before)[Held], A (&step)[Held],
+                                               chain_sums<A>& s) {
     for (int k = 0; k < Held; ++k) {
       A const v = here[k], move = v - before[k], away = v - mean[k];
       s.square += v * v;
@@ -298,8 +297,8 @@ struct walk_chain {
     }
   }
 
-  RFLOW_HD void store(integer at, double square, double cosine, double step2, double turn,
-                      double spread) const {
+  __host__ __device__ void store(integer at, double square, double cosine, double step2,
+                                 double turn, double spread) const {
     out.square[at] = square;
     out.cosine[at] = cosine;
     out.step2[at] = step2;
@@ -309,7 +308,7 @@ struct walk_chain {
 
   /// Finds sites that are not finite, and a power of two that brings the largest value to about 1.
   template <class Group>
-  RFLOW_HD double inspect(integer t, Group g) const {
+  __host__ __device__ double inspect(integer t, Group g) const {
     using std::abs, std::ilogb, std::ldexp;
     double largest = 0;
     for (integer l = 0; l < out.sites; ++l) {
@@ -337,7 +336,7 @@ struct walk_chain {
   }
 
   template <class Group>
-  RFLOW_HD void finish(integer t, Group g, double scale) const {
+  __host__ __device__ void finish(integer t, Group g, double scale) const {
     using std::sqrt;
     for (integer l = g.lane(); l < out.sites; l += Group::size) {
       integer const at = out.at(l, t);
@@ -374,7 +373,7 @@ struct add_units {
   double* counts;      // ends × S
 
   template <class Group>
-  RFLOW_HD void operator()(integer item, Group g) const {
+  __host__ __device__ void operator()(integer item, Group g) const {
     integer const width = x.sites[0].cols, chunks = ceil_div(width, integer{Group::size});
     integer const l = item / chunks, chunk = item % chunks;
     integer const j = chunk * Group::size + g.lane();
@@ -401,7 +400,8 @@ struct add_units {
   /// Adds feature j of tokens begin … end − 1, in C over four of them; returns how many rows are not
   /// zero. `Ahead` tokens are read before the first is used.
   template <int Ahead>
-  RFLOW_HD double add(integer l, integer begin, integer end, integer j, double& sum) const {
+  __host__ __device__ double add(integer l, integer begin, integer end, integer j,
+                                 double& sum) const {
     token_rows<T> const& site = x.sites[l];
     C part = 0;
     int pending = 0;
@@ -431,7 +431,7 @@ struct add_units {
     return count;
   }
 
-  RFLOW_HD C value(token_rows<T> const& site, integer t, integer j) const {
+  __host__ __device__ C value(token_rows<T> const& site, integer t, integer j) const {
     return j < site.cols ? static_cast<C>(site.row(x.first + t)[j * site.col_stride]) : C(0);
   }
 };
@@ -442,7 +442,7 @@ struct fold_norms {
   integer chunks;
   double* out;
 
-  RFLOW_HD void operator()(integer i) const {
+  __host__ __device__ void operator()(integer i) const {
     double sum = 0;
     for (integer c = 0; c < chunks; ++c) sum += parts[i * chunks + c];
     out[i] = sum;
@@ -463,7 +463,7 @@ struct sum_tokens {
   slice_sums* out;
 
   template <class Group>
-  RFLOW_HD void operator()(integer item, Group g) const {
+  __host__ __device__ void operator()(integer item, Group g) const {
     integer const l = item % table.sites, first = item / table.sites * slice;
     integer const last = smaller(table.tokens, first + slice);
     slice_sums s{};
@@ -685,7 +685,7 @@ struct sum_columns {
   double* largest;  // slices × chunks: largest finite |x|
 
   template <class Group>
-  RFLOW_HD void operator()(integer item, Group g) const {
+  __host__ __device__ void operator()(integer item, Group g) const {
     integer const chunks = ceil_div(x.cols, integer{Group::size});
     integer const s = item / chunks, j = item % chunks * Group::size + g.lane();
     integer const last = smaller(tokens, (s + 1) * slice);
@@ -722,7 +722,7 @@ struct fold_columns {
   column_facts* facts;  // chunks
 
   template <class Group>
-  RFLOW_HD void operator()(integer chunk, Group g) const {
+  __host__ __device__ void operator()(integer chunk, Group g) const {
     double bad = 0, most = facts[chunk].largest;
     integer const j = chunk * Group::size + g.lane();
     if (j < cols) {
@@ -746,7 +746,7 @@ struct find_bad {
   integer* out;
 
   template <class Group>
-  RFLOW_HD void operator()(integer t, Group g) const {
+  __host__ __device__ void operator()(integer t, Group g) const {
     T const* const row = x.row(t);
     double first = 0;  // counted from the end
     for (integer j = g.lane(); j < x.cols && first == 0; j += Group::size)
@@ -764,7 +764,9 @@ struct centring {
   C scale;
   C const *minus_high, *minus_low;
 
-  RFLOW_HD C operator()(C x, integer j) const { return (x * scale + minus_high[j]) + minus_low[j]; }
+  __host__ __device__ C operator()(C x, integer j) const {
+    return (x * scale + minus_high[j]) + minus_low[j];
+  }
 };
 
 template <class C>
@@ -773,7 +775,7 @@ struct set_means {
   double factor;  // from a column's sum to its scaled mean
   C *minus_high, *minus_low;
 
-  RFLOW_HD void operator()(integer j) const {
+  __host__ __device__ void operator()(integer j) const {
     double const mean = total[j] * factor;
     C const high = static_cast<C>(-mean);
     minus_high[j] = high;
@@ -789,7 +791,7 @@ struct centred_norms {
   double* out;
 
   template <class Group>
-  RFLOW_HD void operator()(integer t, Group g) const {
+  __host__ __device__ void operator()(integer t, Group g) const {
     constexpr integer block = Group::size * Group::held;
     double sum = 0;
     for (integer from = 0; from < x.cols; from += block) {
@@ -817,7 +819,7 @@ struct fill_panel {
   C* out;
 
   template <class Group>
-  RFLOW_HD void operator()(integer t, Group g) const {
+  __host__ __device__ void operator()(integer t, Group g) const {
     C* const to = out + t * depth;
     integer const here = t < tokens ? smaller(depth, x.cols - first) : 0;
     T const* const row = x.row(t < tokens ? t : 0) + first * x.col_stride;
@@ -849,7 +851,7 @@ struct linear_entry {
 
   double token(double a) const { return slope * a + offset; }
   double diagonal(double a) const { return a - 2 * token(a); }
-  RFLOW_HD C operator()(C k, C ti, C tj) const { return k - (ti + tj); }
+  __host__ __device__ C operator()(C k, C ti, C tj) const { return k - (ti + tj); }
 };
 
 /// exp(−‖x_i − x_j‖² / 2σ²) − c, with c near the mean so that little cancels later.
@@ -861,7 +863,7 @@ struct rbf_entry {
 
   double token(double a) const { return a * static_cast<double>(rate) / 2; }
   double diagonal(double) const { return 1 - static_cast<double>(centre); }
-  RFLOW_HD C operator()(C k, C ti, C tj) const {
+  __host__ __device__ C operator()(C k, C ti, C tj) const {
     using std::exp;
     C const power = k * rate - (ti + tj);
     return exp(power < 0 ? power : C(0)) - centre;
@@ -875,7 +877,7 @@ struct rbf_entry {
 struct tile {
   integer row, rows, col, cols, side;
 
-  RFLOW_HD bool diagonal() const { return row == col; }
+  __host__ __device__ bool diagonal() const { return row == col; }
 };
 
 inline constexpr integer tile_columns = 64;  // columns of one item of finish_tile
@@ -891,7 +893,7 @@ struct finish_tile {
   double *row_parts, *col_parts;  // column blocks × side; strips × side: squares, then plain sums
 
   template <class Group>
-  RFLOW_HD void operator()(integer item, Group group) const {
+  __host__ __device__ void operator()(integer item, Group group) const {
     integer const strips = ceil_div(at.side, integer{Group::size});
     integer const blocks = ceil_div(at.side, tile_columns);
     integer const s = item % strips, b = item / strips;
@@ -927,14 +929,14 @@ struct fold_tile {
   double const *row_parts, *col_parts;
   double *squares, *row_sums;  // of all tokens
 
-  RFLOW_HD void operator()(integer k) const {
+  __host__ __device__ void operator()(integer k) const {
     add(k, at.rows, at.row, blocks, row_parts);
     add(k, at.cols, at.col, strips, col_parts);
   }
 
  private:
-  RFLOW_HD void add(integer k, integer count, integer first, integer parts,
-                    double const* from) const {
+  __host__ __device__ void add(integer k, integer count, integer first, integer parts,
+                               double const* from) const {
     if (k >= count) return;
     double square = 0, sum = 0;
     for (integer p = 0; p < parts; ++p) {
@@ -953,7 +955,7 @@ struct fold_pairs {
   integer count, pairs;
   double* out;
 
-  RFLOW_HD void operator()(integer k) const {
+  __host__ __device__ void operator()(integer k) const {
     double sum = 0;
     for (integer s = 0; s < count; ++s) sum += static_cast<double>(slices[s * pairs + k]);
     out[k] += sum;
@@ -1480,5 +1482,3 @@ gram_moments gram(char const* where, Device& on, std::size_t memory_bound, Kerne
 }
 
 }  // namespace rflow::detail::passes
-
-#undef RFLOW_HD
