@@ -237,17 +237,18 @@ class cka_table {
 
   /// How surprising a cell is if the tokens of one side had been shuffled: the debiased numerator in
   /// standard deviations of that (its mean is 0, its variance 2/(n(n−3)) of the product of the self
-  /// terms, exactly), and the probability of no less, from those and the exact third moment by a
-  /// Pearson III (shifted gamma) distribution. The same for either estimator. not_requested unless
-  /// the backend was told to (`on_cpu{.significance = true}`).
-  ///
-  /// Tokens of one text are not exchangeable: neighbours resemble each other, and then the p-value
-  /// is too small. Compare it with other cells rather than with 0.05.
-  ///
-  /// @see Kazi-Aoual, Hitier, Sabatier, Lebreton, Computational Statistics & Data Analysis 20, 1995
+  /// terms, exactly). The same for either estimator. not_requested unless the backend was told to
+  /// (`on_cpu{.significance = true}`).
   measured score(std::ptrdiff_t i, std::ptrdiff_t j) const {
     return score_.empty() ? measured(rflow::status::not_requested) : score_[cell(i, j)];
   }
+  /// The probability of a score no less than this one under such shuffles, from its mean, variance
+  /// and exact third moment by a Pearson III (shifted gamma) distribution. not_requested as score.
+  ///
+  /// Tokens of one text are not exchangeable: neighbours resemble each other, and then this is too
+  /// small. Compare it with other cells rather than with 0.05.
+  ///
+  /// @see Kazi-Aoual, Hitier, Sabatier, Lebreton, Computational Statistics & Data Analysis 20, 1995
   measured p_value(std::ptrdiff_t i, std::ptrdiff_t j) const {
     return p_value_.empty() ? measured(rflow::status::not_requested) : p_value_[cell(i, j)];
   }
