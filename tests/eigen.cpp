@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <rflow/eigen.hpp>
 
+#include <array>
 #include <bit>
 #include <cstring>
 #include <random>
@@ -58,6 +59,34 @@ std::vector<unsigned char> bytes_of(std::vector<T> const& values) {
   std::vector<unsigned char> out(values.size() * sizeof(T));
   std::memcpy(out.data(), values.data(), out.size());
   return out;
+}
+
+/// Products of pairs, relative to those with themselves, and tables.
+void check_same_moments(rflow::gram_moments const& a, rflow::gram_moments const& b, double within) {
+  REQUIRE(a.sites == b.sites);
+  REQUIRE(a.tokens == b.tokens);
+  CHECK(a.shares == a.shares_of);
+  CHECK(a.path == b.path);
+  CHECK(a.sigma == b.sigma);
+  for (std::ptrdiff_t p = 0; p < a.sites; ++p) {
+    auto const s = static_cast<std::size_t>(p);
+    CHECK(a.why[s] == b.why[s]);
+    CHECK(a.trace[s] == Approx(b.trace[s]).epsilon(within));
+    for (std::ptrdiff_t q = 0; q < a.sites; ++q)
+      CHECK(std::abs(a.product(p, q) - b.product(p, q)) <=
+            within * std::sqrt(b.product(p, p) * b.product(q, q)));
+  }
+  auto const check_sums = [&](std::vector<double> const& x, std::vector<double> const& y) {
+    REQUIRE(x.size() == y.size());
+    double largest = 0;
+    for (double const value : y) largest = std::max(largest, std::abs(value));
+    for (std::size_t i = 0; i < x.size(); ++i) CHECK(std::abs(x[i] - y[i]) <= within * largest);
+  };
+  check_sums(a.row_sums, b.row_sums);
+  check_sums(a.squares, b.squares);
+  check_sums(a.cubes, b.cubes);
+  check_sums(a.triangles, b.triangles);
+  CHECK(a.diagonal == b.diagonal);
 }
 
 }  // namespace
@@ -243,4 +272,160 @@ TEST_CASE("layouts of Eigen give the same figures") {
   CHECK(rflow::cka(big.block(3, 5, 23, 41), y) == Approx(rflow::cka(x, y)).epsilon(1e-13));
   CHECK(rflow::inter_token_cosine(big.block(3, 5, 23, 41)) ==
         Approx(rflow::inter_token_cosine(x)).epsilon(1e-13));
+}
+
+TEST_CASE_TEMPLATE("shares of the products add to the whole, whatever is cut", T, float, double,
+                   bf16) {
+  double const within = std::same_as<T, double> ? 1e-12 : 1e-6;
+  for (unsigned seed = 1; seed <= 12; ++seed) {
+    CAPTURE(seed);
+    std::mt19937 bits(seed);
+    std::size_t const sites = 1 + bits() % 4, tokens = 2 + bits() % 700, width = 1 + bits() % 60;
+    CAPTURE(sites);
+    CAPTURE(tokens);
+    CAPTURE(width);
+    reference::stack x = reference::random_stack(bits, sites, tokens, width);
+    std::vector<T> const values = reference::pack<T>(x);
+    auto const stack = reference::stack_of(values, x);
+    int const shares = 1 + static_cast<int>(bits() % 5);
+    CAPTURE(shares);
+    auto const check = [&](auto const& kernel, rflow::on_cpu on) {
+      on.threads = 1 + static_cast<int>(bits() % 3);
+      rflow::gram_moments const whole = on.gram(kernel, stack);
+      on.share = {shares - 1, shares};
+      rflow::gram_moments sum = on.gram(kernel, stack);
+      for (on.share.index = 0; on.share.index + 1 < shares; ++on.share.index) {
+        CHECK(sum.shares == 1 + on.share.index);
+        CHECK_THROWS_AS(rflow::cka_matrix(sum), std::invalid_argument);
+        sum.merge(on.gram(kernel, stack));
+      }
+      check_same_moments(sum, whole, within);
+      if (shares > 1) CHECK_THROWS_AS(sum.merge(on.gram(kernel, stack)), std::invalid_argument);
+    };
+    std::size_t const small = std::size_t{1} << 21;  // several tiles
+    check(rflow::linear{}, {.path = rflow::gram_path::gram});
+    check(rflow::linear{}, {.memory_bound = small, .path = rflow::gram_path::gram});
+    check(rflow::linear{}, {.memory_bound = small, .path = rflow::gram_path::feature});
+    check(rflow::rbf{}, {.memory_bound = small});
+    check([](double k, double, double) { return k * k; }, {});
+    if (tokens <= 300) check(rflow::rbf{}, {.significance = true});
+  }
+}
+
+TEST_CASE("every share of a large table has about the same work") {
+  // By the blocks of a tile: none twice, none missing, none empty.
+  using engine = rflow::detail::tiling<rflow::detail::packed_product, float>;
+  rflow::detail::tile const whole =
+      engine::plan(0, 4096, 0, 4096, true, [](rflow::detail::block const&) { return 3; });
+  for (int const shares : {2, 3, 7}) {
+    std::ptrdiff_t area = 0, sums = 0;
+    std::size_t blocks = 0;
+    for (int k = 0; k < shares; ++k) {
+      rflow::detail::tile const part = whole.part({k, shares});
+      CHECK(std::abs(static_cast<double>(part.area) * shares / static_cast<double>(whole.area) -
+                     1) < 0.1);
+      area += part.area;
+      sums += part.sums;
+      blocks += part.blocks.size();
+    }
+    CHECK(area == whole.area);
+    CHECK(sums == whole.sums);
+    CHECK(blocks == whole.blocks.size());
+  }
+}
+
+TEST_CASE("shares that are none, and shares of other work") {
+  row_major const x = row_major::Random(30, 5), y = row_major::Random(31, 5);
+  std::vector<row_major> const one{x}, other{y};
+  rflow::layer_stack const stack(one);
+  for (rflow::work_share const share :
+       {rflow::work_share{2, 2}, rflow::work_share{-1, 2}, rflow::work_share{0, 0}})
+    CHECK_THROWS_AS((rflow::on_cpu{.share = share}.gram(rflow::linear{}, stack)),
+                    std::invalid_argument);
+  auto const half = [&](rflow::on_cpu on, auto const& kernel, auto const& of) {
+    on.share = {0, 2};
+    return on.gram(kernel, of);
+  };
+  rflow::gram_moments const first = half({.path = rflow::gram_path::gram}, rflow::linear{}, stack);
+  for (rflow::gram_moments const& wrong :
+       {half({}, rflow::linear{}, rflow::layer_stack(other)), half({}, rflow::rbf{}, stack),
+        half({.path = rflow::gram_path::feature}, rflow::linear{}, stack),
+        half({.path = rflow::gram_path::gram, .significance = true}, rflow::linear{}, stack),
+        rflow::on_cpu{}.gram(rflow::linear{}, stack)}) {
+    rflow::gram_moments sum = first;
+    CHECK_THROWS_AS(sum.merge(wrong), std::invalid_argument);
+    CHECK(sum.products == first.products);  // as it was
+  }
+  CHECK_THROWS_WITH_AS(rflow::cka_matrix(first),
+                       "rflow::cka_table: moments of 1 of 2 shares of the work: merge the others "
+                       "first",
+                       std::invalid_argument);
+  rflow::cka_accumulator<> sums;
+  CHECK_THROWS_AS(sums.add(first), std::invalid_argument);
+}
+
+TEST_CASE_TEMPLATE("tokens in several stacks are as tokens in one", T, float, double, f16) {
+  for (unsigned seed = 1; seed <= 12; ++seed) {
+    CAPTURE(seed);
+    std::mt19937 bits(seed);
+    std::size_t const sites = 1 + bits() % 4, tokens = 4 + bits() % 200, width = 1 + bits() % 40;
+    reference::stack x = reference::random_stack(bits, sites, tokens, width);
+    std::vector<T> const values = reference::pack<T>(x);
+    auto const whole = reference::stack_of(values, x);
+    auto const n = static_cast<std::ptrdiff_t>(tokens);
+    std::vector<rflow::layer_stack<T>> parts;
+    bool const masked = bits() % 2 == 1;
+    std::vector<bool> all_kept;
+    for (std::ptrdiff_t at = 0; at < n;) {  // now and then an empty one
+      std::ptrdiff_t const count = std::min<std::ptrdiff_t>(n - at, bits() % 70);
+      std::vector<rflow::view<T>> views;
+      for (std::ptrdiff_t l = 0; l < whole.sites(); ++l)
+        views.push_back({whole[l].data + at * whole[l].row_stride, count, whole[l].cols,
+                         whole[l].row_stride, whole[l].col_stride});
+      rflow::layer_stack<T> part(views);
+      std::vector<bool> kept;
+      for (std::ptrdiff_t i = 0; i < count; ++i) kept.push_back(!masked || bits() % 4 > 0);
+      all_kept.insert(all_kept.end(), kept.begin(), kept.end());
+      parts.push_back(masked ? part.tokens(kept) : part);
+      at += count;
+    }
+    auto const expected = masked ? whole.tokens(all_kept) : whole;
+    for (rflow::on_cpu const& on : {rflow::on_cpu{.path = rflow::gram_path::gram},
+                                    rflow::on_cpu{.path = rflow::gram_path::feature}}) {
+      rflow::gram_moments const a = on.gram(rflow::linear{}, parts);
+      rflow::gram_moments const b = on.gram(rflow::linear{}, expected);
+      CHECK(a.products == b.products);  // the same bits
+      CHECK(a.diagonal == b.diagonal);
+    }
+    CHECK(rflow::on_cpu{}.gram(rflow::rbf{}, parts).products ==
+          rflow::on_cpu{}.gram(rflow::rbf{}, expected).products);
+    rflow::cka_table const t = rflow::cka_matrix(parts), u = rflow::cka_matrix(expected);
+    CHECK(t.status(0, sites - 1) == u.status(0, sites - 1));
+    rflow::gram_moments const two = rflow::on_cpu{}.gram(rflow::linear{}, parts, parts);
+    CHECK(two.sites == 2 * whole.sites());
+  }
+}
+
+TEST_CASE("several stacks: a NaN is where it is stored, and what differs is an error") {
+  row_major a = row_major::Random(6, 3), b = row_major::Random(5, 3),
+            wide = row_major::Random(5, 4);
+  b(3, 1) = std::numeric_limits<float>::quiet_NaN();
+  std::vector<row_major> const first{a}, second{b}, other_width{wide}, more{a, a};
+  using stacks = std::vector<rflow::layer_stack<float>>;
+  rflow::layer_stack<float> const whole(first);
+  stacks const both{whole.tokens(std::array{true, false, true, true, true, true}),
+                    rflow::layer_stack(second)};
+  rflow::cka_table const t = rflow::cka_matrix(both);
+  CHECK(t.status(0, 0) == rflow::status::non_finite);
+  CHECK(t.non_finite(0).token == 6 + 3);
+  CHECK(t.non_finite(0).feature == 1);
+  CHECK_THROWS_WITH_AS(rflow::cka_matrix(stacks{}), "rflow::on_cpu::gram: no stacks",
+                       std::invalid_argument);
+  CHECK_THROWS_WITH_AS(rflow::cka_matrix(stacks{whole, rflow::layer_stack(other_width)}),
+                       "rflow::on_cpu::gram: site 0 of one model has 3 features in one stack, 4 in "
+                       "another",
+                       std::invalid_argument);
+  CHECK_THROWS_WITH_AS(rflow::cka_matrix(stacks{whole, rflow::layer_stack(more)}),
+                       "rflow::on_cpu::gram: stacks of one model have 1 and 2 sites",
+                       std::invalid_argument);
 }

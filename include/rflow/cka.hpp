@@ -153,6 +153,13 @@ inline double pearson_tail(double z, double skewness) {
                       : incomplete_gamma(shape, shape - root * z, true);
 }
 
+/// Sums that lack shares are no moments yet.
+inline void require_whole(char const* where, gram_moments const& m) {
+  if (m.shares != m.shares_of)
+    reject(where, "moments of " + std::to_string(m.shares) + " of " + std::to_string(m.shares_of) +
+                      " shares of the work: merge the others first");
+}
+
 /// Whether a site has a CKA at all, and with what self term.
 template <class Estimator>
 measured self_term(gram_moments const& m, std::ptrdiff_t p) {
@@ -187,6 +194,7 @@ class cka_table {
   /// @param  m      moments of all sites
   /// @param  split  0: every site against every site. Else the first `split` sites are rows, the
   ///                others columns
+  /// @throws std::invalid_argument if shares of the work are missing
   template <class Estimator>
   cka_table(gram_moments const& m, Estimator, std::ptrdiff_t split = 0)
       : rows_(split > 0 ? split : m.sites),
@@ -195,6 +203,7 @@ class cka_table {
         tokens_(m.tokens),
         values_(static_cast<std::size_t>(rows_ * cols_)),
         chance_(values_.size()) {
+    detail::require_whole("rflow::cka_table", m);
     std::vector<measured> self;
     for (std::ptrdiff_t p = 0; p < m.sites; ++p) self.push_back(detail::self_term<Estimator>(m, p));
     for (std::ptrdiff_t i = 0; i < rows_; ++i)
@@ -362,6 +371,18 @@ cka_table cka_matrix(layer_stack<T, Memory> const& stack, Kernel const& kernel =
   return cka_table(on.gram(kernel, stack), by);
 }
 
+/// The same for tokens in several stacks, one after the other: files too large for one. All tokens
+/// are paired with all others, over stacks as well.
+///
+/// @throws std::invalid_argument if the stacks differ in sites or widths
+template <class T, class Memory, class Kernel = linear, estimator Estimator = debiased,
+          class On = default_backend_t<Memory>>
+cka_table cka_matrix(std::vector<layer_stack<T, Memory>> const& stacks, Kernel const& kernel = {},
+                     Estimator by = {}, On const& on = {}) {
+  static_assert(backend_for<On, Memory>, "rflow: this backend cannot read where the stacks live");
+  return cka_table(on.gram(kernel, stacks), by);
+}
+
 /// CKA of every site of one model with every site of another, over the same tokens in the same
 /// order. Depth, width and element type may differ.
 ///
@@ -490,7 +511,10 @@ class cka_accumulator {
   }
 
   /// Adds the moments of one batch.
+  /// @throws std::invalid_argument if the number of sites differs from earlier batches, or shares of
+  ///         the work are missing
   void add(gram_moments const& m) {
+    detail::require_whole("rflow::cka_accumulator", m);
     require_sites(m.sites);
     if (m.tokens < debiased::minimum_tokens) {
       ++sums_.left_out;

@@ -15,11 +15,13 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <functional>
 #include <limits>
 #include <memory>
 #include <optional>
+#include <span>
+#include <string>
 #include <thread>
-#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -1164,28 +1166,104 @@ flow_moments host_flow(char const* where, crew of, layer_stack<T> const& stack,
   return widened();
 }
 
-/// The Gram moments of the sites of several stacks, with the product of a backend.
+/// One model, in one stack or in several that hold its tokens one after the other.
+template <class T>
+std::span<layer_stack<T> const> parts_of(layer_stack<T> const& stack) {
+  return {&stack, 1};
+}
+template <class T>
+std::span<layer_stack<T> const> parts_of(std::vector<layer_stack<T>> const& stacks) {
+  return stacks;
+}
+
+/// Sites of stacks, as the engine reads them.
+template <class C>
+class host_sites {
+ public:
+  explicit host_sites(char const* where) : where_(where) {}
+
+  template <class T>
+  void add(std::span<layer_stack<T> const> parts) {
+    if (parts.empty()) reject(where_, "no stacks");
+    std::vector<std::ptrdiff_t> ends;
+    for (layer_stack<T> const& part : parts) {
+      require_same_sites(parts.front(), part);
+      ends.push_back((ends.empty() ? 0 : ends.back()) + part.size());
+    }
+    if (!sources.empty() && ends.back() != tokens)
+      reject(where_, "the stacks have " + std::to_string(tokens) + " and " +
+                         std::to_string(ends.back()) + " tokens");
+    tokens = ends.back();
+    for (std::ptrdiff_t l = 0; l < parts.front().sites(); ++l) {
+      joined_rows<T> site{{}, ends};
+      for (layer_stack<T> const& part : parts)
+        site.parts.push_back({part[l], part.masked() ? part.selection().data() : nullptr});
+      if (parts.size() == 1)
+        keep(site.parts.front());
+      else
+        keep(std::move(site));
+    }
+    auto const stored = [parts, ends](std::ptrdiff_t token) {
+      std::ptrdiff_t before = 0;
+      auto const part = static_cast<std::size_t>(std::upper_bound(ends.begin(), ends.end(), token) -
+                                                 ends.begin());
+      for (std::size_t k = 0; k < part; ++k) before += parts[k].all_tokens();
+      return before + parts[part].token(token - (part == 0 ? 0 : ends[part - 1]));
+    };
+    stored_.resize(sources.size(), stored);
+  }
+
+  /// Where a token that counts is stored, of all tokens of its stacks.
+  std::ptrdiff_t stored_token(std::size_t site, std::ptrdiff_t token) const {
+    return stored_[site](token);
+  }
+
+  std::vector<panel_source<C>> sources;
+  std::ptrdiff_t tokens = 0;
+
+ private:
+  template <class T>
+  void require_same_sites(layer_stack<T> const& first, layer_stack<T> const& part) const {
+    if (part.sites() != first.sites())
+      reject(where_, "stacks of one model have " + std::to_string(first.sites()) + " and " +
+                         std::to_string(part.sites()) + " sites");
+    for (std::ptrdiff_t l = 0; l < first.sites(); ++l)
+      if (part[l].cols != first[l].cols)
+        reject(where_, "site " + std::to_string(l) + " of one model has " +
+                           std::to_string(first[l].cols) + " features in one stack, " +
+                           std::to_string(part[l].cols) + " in another");
+  }
+
+  template <class Site>
+  void keep(Site site) {
+    auto owned = std::make_shared<Site const>(std::move(site));
+    sources.push_back(source_of<C>(*owned));
+    rows_.push_back(std::move(owned));
+  }
+
+  char const* where_;
+  std::vector<std::shared_ptr<void const>> rows_;
+  std::vector<std::function<std::ptrdiff_t(std::ptrdiff_t)>> stored_;  // one a site
+};
+
+/// The Gram moments of the sites of several models, with the product of a backend. Each is a
+/// layer_stack or a vector of them (see parts_of).
 template <class Product, class Kernel, class... T>
 gram_moments host_gram(char const* where, Kernel const& kernel, gram_options const& options,
-                       layer_stack<T> const&... stacks) {
+                       std::span<layer_stack<T> const>... models) {
   using C = std::conditional_t<(std::same_as<T, double> || ...), double, float>;
-  std::ptrdiff_t const tokens = std::get<0>(std::tie(stacks...)).size();
-  std::vector<std::shared_ptr<void const>> rows;
-  std::vector<panel_source<C>> sources;
-  std::vector<std::ptrdiff_t const*> selected;  // a site: its stack's rows, null if all count
-  auto const add = [&]<class U>(layer_stack<U> const& stack) {
-    if (stack.size() != tokens)
-      reject(where, "the stacks have " + std::to_string(tokens) + " and " +
-                        std::to_string(stack.size()) + " tokens");
-    for (std::ptrdiff_t l = 0; l < stack.sites(); ++l) {
-      selected.push_back(stack.masked() ? stack.selection().data() : nullptr);
-      auto site = std::make_shared<site_rows<U> const>(site_rows<U>{stack[l], selected.back()});
-      sources.push_back(source_of<C>(*site));
-      rows.push_back(std::move(site));
-    }
+  work_share const share = options.share;
+  if (share.of < 1 || share.index < 0 || share.index >= share.of)
+    reject(where, "share " + std::to_string(share.index) + " of " + std::to_string(share.of));
+  host_sites<C> sites(where);
+  (sites.add(models), ...);
+  auto const& sources = sites.sources;
+  std::ptrdiff_t const tokens = sites.tokens;
+  auto const shared = [&](gram_moments m) {
+    m.shares_of = share.of;
+    return m;
   };
-  (add(stacks), ...);
-  if (tokens == 0) return gram_moments(static_cast<std::ptrdiff_t>(sources.size()), 0);
+  if (tokens == 0) return shared(gram_moments(static_cast<std::ptrdiff_t>(sources.size()), 0));
 
   gram_moments m;
   if constexpr (std::same_as<Kernel, linear>) {
@@ -1201,17 +1279,14 @@ gram_moments host_gram(char const* where, Kernel const& kernel, gram_options con
                   "k(inner product, squared norm, squared norm) -> double");
     m = gram<C, function_kernel<Kernel>, Product>(sources, tokens, {kernel}, options);
   }
-  if (std::same_as<Kernel, linear> &&
-      tokens < 3)  // too few to U-centre: G = K, whose rows sum to 0
-    for (std::size_t i = 0; i < m.diagonal.size(); ++i) m.row_sums[i] = -m.diagonal[i];
-  for (std::size_t p = 0; p < selected.size(); ++p)
-    if (position& at = m.non_finite[p]; at.found() && selected[p] != nullptr)
-      at.token = selected[p][at.token];
+  if (std::same_as<Kernel, linear> && tokens < 3 && share.index == 0)
+    for (std::size_t i = 0; i < m.diagonal.size(); ++i)  // too few to U-centre: G = K, whose rows
+      m.row_sums[i] = -m.diagonal[i];                    // sum to 0
+  for (std::size_t p = 0; p < sources.size(); ++p)
+    if (position& at = m.non_finite[p]; at.found()) at.token = sites.stored_token(p, at.token);
   m.epsilon = static_cast<double>(std::numeric_limits<C>::epsilon()) / 2;
-  for (std::ptrdiff_t p = 0; p < m.sites; ++p)
-    m.trace[static_cast<std::size_t>(p)] =
-        std::same_as<Kernel, rbf> ? static_cast<double>(tokens) : std::abs(m.centred_trace(p));
-  return m;
+  m.find_trace();
+  return shared(std::move(m));
 }
 
 template <class C, class T, class Visit>
@@ -1253,6 +1328,7 @@ struct on_cpu {
   std::size_t memory_bound = std::size_t{256} << 20;  ///< bytes of scratch for Gram tiles
   gram_path path = gram_path::automatic;              ///< how linear Gram moments come about
   bool significance = false;  ///< also what cka_table::p_value needs: n² (d + n) operations a site
+  work_share share = {};      ///< gram() does this part of the products; see gram_moments::merge
 
   /// Host memory only.
   template <class Memory>
@@ -1274,14 +1350,18 @@ struct on_cpu {
   }
 
   /// @note  S n² d multiply-adds, or (Σd)² n / 2 when those are fewer and the kernel is linear
-  /// @throws std::invalid_argument if the stacks differ in tokens, or the memory bound is too small
-  ///         for one tile (the text says what is needed)
+  /// @throws std::invalid_argument if the stacks differ in tokens, the memory bound is too small
+  ///         for one tile (the text says what is needed), or share is none
   template <class Kernel, class... T>
   gram_moments gram(Kernel const& kernel, layer_stack<T> const&... stacks) const {
-    detail::gram_options const options{
-        {thread_count()}, memory_bound, static_cast<detail::gram_path>(path), significance};
-    return detail::host_gram<detail::packed_product>("rflow::on_cpu::gram", kernel, options,
-                                                     stacks...);
+    return gram_of(kernel, detail::parts_of(stacks)...);
+  }
+
+  /// The same for models whose tokens are in several stacks, one after the other: files too large
+  /// for one. Stacks of one model have the same sites.
+  template <class Kernel, class... T>
+  gram_moments gram(Kernel const& kernel, std::vector<layer_stack<T>> const&... models) const {
+    return gram_of(kernel, detail::parts_of(models)...);
   }
 
   /// Softmax regressions of every site; see softmax_backend_for. Sites run side by side where one
@@ -1293,6 +1373,14 @@ struct on_cpu {
   void softmax(layer_stack<T> const& stack, softmax_problem const& problem,
                Visit const& visit) const {
     detail::host_softmax("rflow::on_cpu::softmax", {thread_count()}, stack, problem, visit);
+  }
+
+ private:
+  template <class Kernel, class... T>
+  gram_moments gram_of(Kernel const& kernel, std::span<layer_stack<T> const>... models) const {
+    detail::gram_options const options{{thread_count()}, memory_bound, path, significance, share};
+    return detail::host_gram<detail::packed_product>("rflow::on_cpu::gram", kernel, options,
+                                                     models...);
   }
 };
 

@@ -79,13 +79,12 @@ class aligned_array {
 
 // ---- what a caller may choose -------------------------------------------------------------------
 
-using rflow::gram_path;
-
 struct gram_options {
   crew workers{};
   std::size_t memory_bound = std::size_t{256} << 20;  ///< bytes beyond input and result
   gram_path path = gram_path::automatic;
   bool significance = false;  ///< third moments, too
+  work_share share{};
 };
 
 /// Multiply-adds of the two paths.
@@ -771,6 +770,25 @@ struct tile {
   integer area = 0, sums = 0;
 
   bool diagonal() const { return row == col; }
+
+  /// A share of its blocks, neighbours, of about the same area as any other.
+  tile part(work_share share) const {
+    tile mine{row, rows, col, cols, lower};
+    for (std::size_t k = 0; k < blocks.size(); ++k) {
+      block b = blocks[k];
+      bool const last = k + 1 == blocks.size();
+      integer const end = last ? area : blocks[k + 1].first;
+      if ((b.first + end) * share.of / (2 * area) != share.index) continue;
+      integer const extent = end - b.first;
+      integer const of_sums = (last ? sums : blocks[k + 1].sums) - b.sums;
+      b.first = mine.area;
+      b.sums = mine.sums;
+      mine.area += extent;
+      mine.sums += of_sums;
+      mine.blocks.push_back(b);
+    }
+    return mine;
+  }
 };
 
 template <class Product, class C>
@@ -816,28 +834,51 @@ struct tiling {
 
 /// Packing of a tile's panels as tasks: a few strips in a row, first of rows, then of columns (on
 /// the diagonal the same strips serve both). Few enough tasks that a thread's prefetches pay off.
+/// Strips that no block of the tile needs are left out.
 template <class Product, class C>
-struct packing {
+class packing {
   static constexpr integer R = Product::template rows<C>, group = Product::block_strips * R;
 
-  tile const& t;
-  integer end;  // rows that exist
-  bool shared;  // with other threads
+ public:
+  /// @param end     rows that exist
+  /// @param shared  with other threads
+  packing(tile const& t, integer end, bool shared) : t_(t), end_(end), shared_(shared) {
+    auto const needed = [&](integer block::*first, integer block::*count, integer from) {
+      return std::any_of(t.blocks.begin(), t.blocks.end(), [&](block const& b) {
+        return b.*first < from + group && from < b.*first + b.*count;
+      });
+    };
+    for (integer at = 0; at < t.rows; at += group)
+      if (needed(&block::row, &block::rows, t.row + at) ||
+          (t.diagonal() && needed(&block::col, &block::cols, t.row + at)))
+        tasks_.push_back({true, at});
+    for (integer at = 0; at < t.cols && !t.diagonal(); at += group)
+      if (needed(&block::col, &block::cols, t.col + at)) tasks_.push_back({false, at});
+  }
 
-  integer row_tasks() const { return ceil_div(t.rows, group); }
-  integer tasks() const { return row_tasks() + (t.diagonal() ? 0 : ceil_div(t.cols, group)); }
+  integer tasks() const { return static_cast<integer>(tasks_.size()); }
 
   template <class Fetch>
   void operator()(integer task, Fetch const& fetch, depth_range const& k, panel<C>& rows,
                   panel<C>& cols) const {
-    bool const of_rows = task < row_tasks();
-    integer const origin = of_rows ? t.row : t.col, count = of_rows ? t.rows : t.cols;
-    integer const from = (of_rows ? task : task - row_tasks()) * group;
+    auto const [of_rows, from] = tasks_[static_cast<std::size_t>(task)];
+    integer const origin = of_rows ? t_.row : t_.col, count = of_rows ? t_.rows : t_.cols;
     for (integer at = from; at < (std::min)(count, from + group); at += R)
-      pack_strip<Product, C>(fetch, origin + at, (std::min)(R, end - origin - at), at / R, k,
-                             shared, of_rows ? &rows : nullptr,
-                             !of_rows || t.diagonal() ? &cols : nullptr);
+      pack_strip<Product, C>(fetch, origin + at, (std::min)(R, end_ - origin - at), at / R, k,
+                             shared_, of_rows ? &rows : nullptr,
+                             !of_rows || t_.diagonal() ? &cols : nullptr);
   }
+
+ private:
+  struct strips {
+    bool of_rows;
+    integer from;
+  };
+
+  tile const& t_;
+  integer end_;
+  bool shared_;
+  std::vector<strips> tasks_;
 };
 
 /// All micro tiles of a block over the depths of one step; `finish` sees each at the last depth.
@@ -1030,11 +1071,12 @@ class gram_engine {
 
  public:
   gram_engine(team& threads, std::vector<prepared_site<C>> const& sites, integer tokens,
-              std::size_t memory_bound)
+              std::size_t memory_bound, work_share share = {})
       : threads_(threads),
         tokens_(tokens),
         site_count_(static_cast<integer>(sites.size())),
         sites_(sites),
+        share_(share),
         sizes_(choose_sizes(static_cast<double>(memory_bound))) {}
 
   gram_sizes const& sizes() const { return sizes_; }
@@ -1061,7 +1103,9 @@ class gram_engine {
     for (integer row = 0; row < tokens_; row += side)
       for (integer col = 0; col <= row; col += side) {
         tile const t = plan<bound::row_sums>(row, (std::min)(side, tokens_ - row), col,
-                                             (std::min)(side, tokens_ - col));
+                                             (std::min)(side, tokens_ - col))
+                           .part(share_);
+        if (t.blocks.empty()) continue;
         fill(t, kernels, token);
         reduce<bound::row_sums>(t, m);
       }
@@ -1247,6 +1291,7 @@ class gram_engine {
   team& threads_;
   integer tokens_, site_count_;
   std::vector<prepared_site<C>> const& sites_;
+  work_share share_;
   gram_sizes sizes_;
   integer stride_ = 0, sums_stride_ = 0;
   aligned_array<C> buffer_;
@@ -1267,8 +1312,8 @@ class feature_engine {
 
  public:
   feature_engine(team& threads, std::vector<prepared_site<C>> const& sites, integer tokens,
-                 std::size_t memory_bound)
-      : threads_(threads), sites_(sites), tokens_(tokens) {
+                 std::size_t memory_bound, work_share share = {})
+      : threads_(threads), sites_(sites), tokens_(tokens), share_(share) {
     starts_.push_back(0);
     for (integer p = 0; p < static_cast<integer>(sites.size()); ++p) {
       integer const d = sites[static_cast<std::size_t>(p)].source.cols;
@@ -1299,17 +1344,18 @@ class feature_engine {
                              (std::min)(side_, features() - col), true,
                              [&](block const& b) {
                                return sites_of(b.row, b.rows).count * sites_of(b.col, b.cols).count;
-                             }),
+                             })
+                     .part(share_),
                  m);
     std::vector<int> exponents;
     for (integer p = 0; p < m.sites; ++p) {
       auto const& a = norms(p);
-      for (integer q = 0; q <= p; ++q)
-        for (integer i = 0; i < tokens_; ++i)
-          m.products.data()[p * m.sites + q] -= a.data()[i] * norms(q).data()[i];
-      for (integer i = 0; i < tokens_; ++i) {
-        m.row_sums.data()[p * tokens_ + i] = -a.data()[i];
-        m.diagonal.data()[p * tokens_ + i] = a.data()[i];
+      std::copy(a.begin(), a.end(), m.diagonal.begin() + p * tokens_);
+      if (share_.index == 0) {  // what the tiles have too much, once
+        for (integer q = 0; q <= p; ++q)
+          for (integer i = 0; i < tokens_; ++i)
+            m.products.data()[p * m.sites + q] -= a.data()[i] * norms(q).data()[i];
+        for (integer i = 0; i < tokens_; ++i) m.row_sums.data()[p * tokens_ + i] = -a.data()[i];
       }
       exponents.push_back(sites_[static_cast<std::size_t>(p)].exponent());
     }
@@ -1363,6 +1409,7 @@ class feature_engine {
   }
 
   void add_tile(tile const& t, gram_moments& m) {
+    if (t.blocks.empty()) return;
     integer const blocks = static_cast<integer>(t.blocks.size());
     integer const steps = ceil_div(tokens_, depth_);
     aligned_array<double> sums(t.sums, 0.);
@@ -1428,6 +1475,7 @@ class feature_engine {
   team& threads_;
   std::vector<prepared_site<C>> const& sites_;
   integer tokens_, depth_ = 0, side_ = 0;
+  work_share share_;
   std::vector<integer> starts_, owner_;  // first feature of each site; site of each feature
   aligned_array<C> buffer_;
   panel<C> rows_[2], cols_[2];
@@ -1532,6 +1580,7 @@ gram_moments with_third_moments(team& threads, std::vector<prepared_site<C>> con
   for (integer first = 0; first < m.sites; first += at_once)
     threads.run((std::min)(at_once, m.sites - first), [&](integer i) {
       auto const p = static_cast<std::size_t>(first + i);
+      if ((first + i) % options.share.of != options.share.index) return;
       third_moments const t =
           find_third_moments<Product>(sites[p], kernel.template bind<C>(first + i, sites[p]));
       m.cubes[p] = t.cubes;
@@ -1725,6 +1774,33 @@ class batch_engine {
   std::vector<double> means_, norms_;
 };
 
+// ---- tokens in several places -------------------------------------------------------------------
+
+/// The rows of one site in several stacks, one after the other.
+template <class T>
+struct joined_rows {
+  std::vector<site_rows<T>> parts;
+  std::vector<integer> ends;  // tokens up to the end of each part
+};
+
+/// The panel_source of such a site; `site` must outlive it.
+template <class C, class T>
+panel_source<C> source_of(joined_rows<T> const& site) {
+  auto const load = [](void const* self, integer row, integer rows, integer col, integer cols,
+                       C* to, integer ld) {
+    auto const& s = *static_cast<joined_rows<T> const*>(self);
+    auto const first = std::upper_bound(s.ends.begin(), s.ends.end(), row);
+    for (auto k = static_cast<std::size_t>(first - s.ends.begin()); rows > 0; ++k) {
+      integer const begin = k == 0 ? 0 : s.ends[k - 1], here = (std::min)(rows, s.ends[k] - row);
+      source_of<C>(s.parts[k])(row - begin, here, col, cols, to, ld);
+      row += here;
+      rows -= here;
+      to += here * ld;
+    }
+  };
+  return {&site, load, site.parts.front().x.cols};
+}
+
 // ---- what backends call -------------------------------------------------------------------------
 
 template <class C>
@@ -1758,10 +1834,11 @@ gram_moments gram(std::vector<panel_source<C>> const& sources, integer tokens, K
     if (by_features(sources, tokens, options.path))
       return with_third_moments<Product>(
           threads, sites, kernel, options,
-          feature_engine<Product, C>(threads, sites, tokens, options.memory_bound)());
+          feature_engine<Product, C>(threads, sites, tokens, options.memory_bound,
+                                     options.share)());
   return with_third_moments<Product>(
       threads, sites, kernel, options,
-      gram_engine<Product, C>(threads, sites, tokens, options.memory_bound)(kernel));
+      gram_engine<Product, C>(threads, sites, tokens, options.memory_bound, options.share)(kernel));
 }
 
 /// The same for an RBF kernel: with the σ given, or from the medians of this data.
@@ -1782,7 +1859,7 @@ gram_moments gram_rbf(std::vector<panel_source<C>> const& sources, integer token
   }
   gram_moments m = with_third_moments<Product>(
       threads, sites, k, options,
-      gram_engine<Product, C>(threads, sites, tokens, options.memory_bound)(k));
+      gram_engine<Product, C>(threads, sites, tokens, options.memory_bound, options.share)(k));
   for (std::size_t p = 0; p < sites.size(); ++p)
     if (!(k.sigma[p] > 0) && m.why[p] == status::ok) m.why[p] = status::zero_bandwidth;
   m.sigma = std::move(k.sigma);

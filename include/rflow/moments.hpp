@@ -184,12 +184,19 @@ enum class gram_path {
   feature,    ///< d × d cross-covariances; no squares per token
 };
 
+/// One of several parts of the same work: the `index`-th (from 0) of `of`.
+struct work_share {
+  int index = 0;  ///< which part
+  int of = 1;     ///< how many there are
+};
+
 /// Sums over pairs of tokens of the kernel matrices G^0 … G^{S−1} of S sites over the same n tokens.
 ///
 /// G^p is the kernel matrix of site p up to a matrix u_i + u_j, which centring removes: backends
 /// subtract what makes the sums exact (row means for linear, a constant for RBF).
 ///
-/// More tiles of the same batch add to these sums; other batches do not (see minibatch_moments).
+/// Shares of the same tokens' work add to these sums, by merge(); other tokens do not (see
+/// minibatch_moments).
 struct gram_moments {
   std::ptrdiff_t sites = 0;      ///< S
   std::ptrdiff_t tokens = 0;     ///< n
@@ -206,6 +213,8 @@ struct gram_moments {
   std::vector<double> cubes;      ///< S: Σ U_ij³ / ‖U‖³, U = U(G^p); empty unless asked for
   std::vector<double> triangles;  ///< S: tr U³ / ‖U‖³; the same
   gram_path path = gram_path::gram;  ///< how they came about
+  int shares = 1;                    ///< shares of the work that are in the sums
+  int shares_of = 1;                 ///< shares that there are
   std::vector<status> why;           ///< S: ok, constant_layer, zero_bandwidth or non_finite
   std::vector<position> non_finite;  ///< S: first NaN or infinity
 
@@ -222,6 +231,35 @@ struct gram_moments {
     exponent.resize(s);
     why.resize(s, status::ok);
     non_finite.resize(s);
+  }
+
+  /// Adds other shares of the work on the same tokens.
+  /// @throws std::invalid_argument if it is other work, or if a share is there twice (as far as
+  ///         counting them tells)
+  void merge(gram_moments const& other) {
+    constexpr char const* where = "rflow::gram_moments::merge";
+    auto const what = [](gram_moments const& m) {
+      return std::to_string(m.sites) + " sites x " + std::to_string(m.tokens) + " tokens, " +
+             std::to_string(m.shares) + " of " + std::to_string(m.shares_of) + " shares";
+    };
+    if (sites != other.sites || tokens != other.tokens || shares_of != other.shares_of ||
+        path != other.path || sigma != other.sigma || cubes.size() != other.cubes.size())
+      detail::reject(where, "not shares of the same work: " + what(*this) + ", and " + what(other));
+    if (shares + other.shares > shares_of)
+      detail::reject(where, "more shares than there are: " + what(*this) + ", and " + what(other));
+    shares += other.shares;
+    for (auto const of : {&gram_moments::products, &gram_moments::row_sums, &gram_moments::squares,
+                          &gram_moments::cubes, &gram_moments::triangles})
+      for (std::size_t i = 0; i < (this->*of).size(); ++i) (this->*of)[i] += (other.*of)[i];
+    find_trace();
+  }
+
+  /// Fills in trace from the other sums.
+  void find_trace() {
+    for (std::ptrdiff_t p = 0; p < sites; ++p)
+      trace[static_cast<std::size_t>(p)] = sigma.empty()
+                                               ? std::abs(centred_trace(p))
+                                               : static_cast<double>(tokens);  // RBF: k(x, x) = 1
   }
 
   /// Σ_{i≠j} G^p_ij G^q_ij.
@@ -382,11 +420,28 @@ struct adam {
 
 // ---- as numbers ---------------------------------------------------------------------------------
 
+namespace detail {
+
+/// f(double&) on something that is no double.
+template <class Whole, class F>
+void as_number(Whole& x, F const& f) {
+  auto number = static_cast<double>(x);
+  f(number);
+  x = static_cast<Whole>(number);
+}
+
+}  // namespace detail
+
 /// Calls f(double&) for every number of moments in a fixed order, and takes over what f writes. What
 /// to_numbers and from_numbers need of a type; sizes of vectors are not among the numbers.
 template <class F>
 void each_number(running_stat& s, F const& f) {
   f(s.count), f(s.mean), f(s.m2);
+}
+template <class F>
+void each_number(position& at, F const& f) {
+  detail::as_number(at.token, f);
+  detail::as_number(at.feature, f);
 }
 template <class F>
 void each_number(std::vector<running_stat>& stats, F const& f) {
@@ -400,32 +455,25 @@ void each_number(flow_moments& m, F const& f) {
     for (double& x : *values) f(x);
   each_number(m.sequence_cosine, f);
   each_number(m.cosine, f);
-  for (position& at : m.non_finite)
-    for (std::ptrdiff_t* const x : {&at.token, &at.feature}) {
-      auto number = static_cast<double>(*x);
-      f(number);
-      *x = static_cast<std::ptrdiff_t>(number);
-    }
+  for (position& at : m.non_finite) each_number(at, f);
+}
+template <class F>
+void each_number(gram_moments& m, F const& f) {
+  detail::as_number(m.shares, f);
+  for (auto* const values : {&m.products, &m.row_sums, &m.diagonal, &m.squares, &m.trace, &m.sigma,
+                             &m.cubes, &m.triangles})
+    for (double& x : *values) f(x);
+  for (int& x : m.exponent) detail::as_number(x, f);
+  for (status& why : m.why) detail::as_number(why, f);
+  for (position& at : m.non_finite) each_number(at, f);
 }
 template <class F>
 void each_number(minibatch_moments& m, F const& f) {
-  for (std::ptrdiff_t* const x : {&m.tokens, &m.batches, &m.left_out}) {
-    auto number = static_cast<double>(*x);
-    f(number);
-    *x = static_cast<std::ptrdiff_t>(number);
-  }
+  for (std::ptrdiff_t* const x : {&m.tokens, &m.batches, &m.left_out}) detail::as_number(*x, f);
   for (double& x : m.sums) f(x);
   for (double& x : m.rounding) f(x);
-  for (int& x : m.exponent) {
-    double number = x;
-    f(number);
-    x = static_cast<int>(number);
-  }
-  for (status& why : m.why) {
-    auto number = static_cast<double>(why);
-    f(number);
-    why = static_cast<status>(number);
-  }
+  for (int& x : m.exponent) detail::as_number(x, f);
+  for (status& why : m.why) detail::as_number(why, f);
 }
 
 /// All numbers of moments, to be sent or stored.

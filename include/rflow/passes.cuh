@@ -1401,9 +1401,8 @@ class gram_pass {
         double const product = 2 * m.products[p * unit.size() + q] * unit[p] * unit[q];
         m.products[p * unit.size() + q] = m.products[q * unit.size() + p] = product;
       }
-      m.trace[p] = m.sigma.empty() ? std::abs(m.centred_trace(static_cast<integer>(p)))
-                                   : static_cast<double>(tokens_);
     }
+    m.find_trace();
   }
 
   Device& on_;

@@ -75,10 +75,9 @@ struct on_thrust {
   /// @throws as on_cpu::gram
   template <class Kernel, class... T>
   gram_moments gram(Kernel const& kernel, layer_stack<T> const&... stacks) const {
-    detail::gram_options const options{workers(), memory_bound,
-                                       static_cast<detail::gram_path>(path)};
+    detail::gram_options const options{workers(), memory_bound, path};
     return detail::host_gram<detail::packed_product>("rflow::on_thrust::gram", kernel, options,
-                                                     stacks...);
+                                                     detail::parts_of(stacks)...);
   }
 
   /// @note   as on_cpu::softmax
