@@ -42,7 +42,8 @@ cka_grid part_of(rflow::cka_table const& table, std::ptrdiff_t row, std::ptrdiff
 /// Rows and columns of both estimators' tables, with what is known of the rows' sites.
 cka_result part_of(std::string const& kernel, rflow::cka_table const& debiased,
                    rflow::cka_table const& biased, std::ptrdiff_t row, std::ptrdiff_t rows,
-                   std::ptrdiff_t col, std::ptrdiff_t cols, std::ptrdiff_t skip_first) {
+                   std::ptrdiff_t col, std::ptrdiff_t cols,
+                   std::function<std::ptrdiff_t(std::ptrdiff_t)> const& stored) {
   cka_result out;
   out.kernel = kernel;
   out.debiased = part_of(debiased, row, rows, col, cols);
@@ -57,7 +58,7 @@ cka_result part_of(std::string const& kernel, rflow::cka_table const& debiased,
     out.sigma.push_back(debiased.sigma(i));
     out.top_share.push_back(debiased.top_token_share(i));
     std::ptrdiff_t const token = debiased.top_token(i);
-    out.top_token.push_back(token < 0 ? -1 : token + skip_first);
+    out.top_token.push_back(token < 0 ? -1 : stored(token));
   }
   return out;
 }
@@ -80,6 +81,7 @@ template <class Kernel>
 void add_cka(char const* name, Kernel const& kernel, std::vector<capture> const& captures,
              bool together, options const& asked, rflow::on_cpu const& on, result& out) {
   std::ptrdiff_t const skip = asked.skip_first;
+  auto const stored = [skip](std::ptrdiff_t token) { return token + skip; };
   auto const sites = [&](std::size_t k) {
     return static_cast<std::ptrdiff_t>(out.models[k].cka_sites().size());
   };
@@ -91,17 +93,15 @@ void add_cka(char const* name, Kernel const& kernel, std::vector<capture> const&
     auto const debiased = rflow::cka_matrix(m, rflow::debiased{});
     auto const biased = rflow::cka_matrix(m, rflow::biased{});
     std::ptrdiff_t const a = sites(0), b = sites(1);
-    out.models[0].cka.push_back(part_of(name, debiased, biased, 0, a, 0, a, skip));
-    out.models[1].cka.push_back(part_of(name, debiased, biased, a, b, a, b, skip));
-    out.cross.push_back(part_of(name, debiased, biased, 0, a, a, b, skip));
+    out.models[0].cka.push_back(part_of(name, debiased, biased, 0, a, 0, a, stored));
+    out.models[1].cka.push_back(part_of(name, debiased, biased, a, b, a, b, stored));
+    out.cross.push_back(part_of(name, debiased, biased, 0, a, a, b, stored));
     return;
   }
   for (std::size_t k = 0; k < captures.size(); ++k) {
     rflow::gram_moments const m = with_stack(
         captures[k], skip, true, [&](auto const& stack) { return on.gram(kernel, stack); });
-    out.models[k].cka.push_back(part_of(name, rflow::cka_matrix(m, rflow::debiased{}),
-                                        rflow::cka_matrix(m, rflow::biased{}), 0, sites(k), 0,
-                                        sites(k), skip));
+    out.models[k].cka.push_back(cka_of(name, m, stored));
   }
 }
 
@@ -188,6 +188,12 @@ std::vector<std::string> pairs_of(std::vector<std::string> const& names, std::si
 }
 
 }  // namespace
+
+cka_result cka_of(std::string const& kernel, rflow::gram_moments const& m,
+                  std::function<std::ptrdiff_t(std::ptrdiff_t)> const& stored) {
+  return part_of(kernel, rflow::cka_matrix(m, rflow::debiased{}),
+                 rflow::cka_matrix(m, rflow::biased{}), 0, m.sites, 0, m.sites, stored);
+}
 
 void add_warnings(model_result& m, rflow::flow_report const& final_norm,
                   std::ptrdiff_t skip_first) {

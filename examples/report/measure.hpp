@@ -118,6 +118,11 @@ using progress = std::function<void(double done, double total)>;
 /// @throws unusable if the captures cannot be compared though --cross-cka asks for it
 result measure(std::vector<capture> const& captures, options const& asked, progress const& tell);
 
+/// Both estimators' tables of all sites of one model.
+/// @param stored  where a token that counts stands in the file
+cka_result cka_of(std::string const& kernel, rflow::gram_moments const& m,
+                  std::function<std::ptrdiff_t(std::ptrdiff_t)> const& stored);
+
 /// Notes what has no answer, and what to be careful with.
 /// @param final_norm  of one site; looked at only if the model has a final norm
 void add_warnings(model_result& m, rflow::flow_report const& final_norm, std::ptrdiff_t skip_first);

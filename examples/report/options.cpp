@@ -145,8 +145,13 @@ std::optional<options> parse(int argc, char const* const* argv) {
   app.add_flag(
          "--shards", o.shards,
          "The inputs are shards of one model's tokens, as many as you like: read one after the "
-         "other in bounded memory. CKA is then minibatch CKA")
+         "other in bounded memory")
       ->group("Shards");
+  choice const over(
+      app, "--cka",
+      "Over batches of tokens as they are read, or over all pairs of tokens in a pass "
+      "of its own: ",
+      {"minibatch", "full"}, "minibatch", "Shards");
   CLI::Option const* const batch =
       app.add_option("--cka-batch", o.cka_batch, "Tokens of a batch of minibatch CKA")
           ->check(CLI::Range(4, 65536).description(""))
@@ -240,15 +245,21 @@ std::optional<options> parse(int argc, char const* const* argv) {
                                 plural(models, "model"));
   for (std::string const& name : o.names)
     if (name.empty()) throw std::invalid_argument("--name: a name expected");
-  if (!o.shards && (batch->count() > 0 || !o.checkpoint.empty() || o.memory_limit > 0))
-    throw std::invalid_argument("--cka-batch, --checkpoint and --memory-limit need --shards");
-  if (o.shards) {
+  if (!o.shards &&
+      (batch->count() > 0 || app.count("--cka") > 0 || !o.checkpoint.empty() || o.memory_limit > 0))
+    throw std::invalid_argument(
+        "--cka, --cka-batch, --checkpoint and --memory-limit need --shards");
+  if (o.shards && (o.cross_cka || !o.labels.empty()))
+    throw std::invalid_argument("--shards does not go with --cross-cka or --labels");
+  o.minibatch_cka = o.shards && over.is("minibatch");
+  if (o.shards && !o.minibatch_cka && batch->count() > 0)
+    throw std::invalid_argument("--cka-batch is for --cka minibatch");
+  if (o.minibatch_cka) {
     if (app.count("--kernel") > 0 && !kernel.is("linear"))
-      throw std::invalid_argument("--shards: minibatch CKA has the linear kernel only");
+      throw std::invalid_argument("minibatch CKA has the linear kernel only: --cka full");
     if (app.count("--estimator") > 0 && !main_estimator.is("debiased"))
-      throw std::invalid_argument("--shards: minibatch CKA is debiased");
-    if (o.cross_cka || !o.labels.empty())
-      throw std::invalid_argument("--shards does not go with --cross-cka or --labels");
+      throw std::invalid_argument("minibatch CKA is debiased: --cka full");
+    if (o.significance) throw std::invalid_argument("minibatch CKA has no p-values: --cka full");
     o.linear = true;
     o.rbf = false;
   }

@@ -30,7 +30,8 @@ struct options {
   bool significance = false;
 
   bool shards = false;             // inputs are shards of one model, any number of them
-  std::ptrdiff_t cka_batch = 256;  // tokens of a batch of minibatch CKA
+  bool minibatch_cka = false;      // of shards, instead of CKA over all tokens at once
+  std::ptrdiff_t cka_batch = 256;  // tokens of a batch of it
   std::string checkpoint;          // file to go on from
   double checkpoint_seconds = 30;
   std::ptrdiff_t memory_limit = 0;  // MiB; 0: none

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "shards.hpp"
 
+#include <rflow/cka.hpp>
 #include <rflow/monitor.hpp>
 
 #include <sys/resource.h>
@@ -11,7 +12,9 @@
 #include <chrono>
 #include <cstring>
 #include <fstream>
+#include <functional>
 #include <new>
+#include <optional>
 #include <thread>
 
 #include "text.hpp"
@@ -111,9 +114,9 @@ std::string checkpoint_path(options const& asked, workers const& all) {
 std::string fingerprint(plan const& p, options const& asked, workers const& all) {
   std::string out = "rank " + std::to_string(all.rank()) + " of " + std::to_string(all.size()) +
                     "; " + std::string(to_string(asked.normalize)) + ", skip " +
-                    std::to_string(asked.skip_first) + ", batch " +
-                    std::to_string(asked.cka_batch) + "; " + p.dtype + ", " +
-                    std::to_string(p.width) + " features";
+                    std::to_string(asked.skip_first) +
+                    (asked.minibatch_cka ? ", batch " + std::to_string(asked.cka_batch) : "") +
+                    "; " + p.dtype + ", " + std::to_string(p.width) + " features";
   for (std::string const& site : p.sites) out += ", " + site;
   for (shard const& s : p.shards) out += "; " + s.path + ": " + s.identity;
   return out;
@@ -165,9 +168,18 @@ int threads_of(options const& asked, workers const& all) {
   return std::max(1, here / all.size());
 }
 
+/// Multiply-adds a token, of the pass that streams.
 double cost_of_token(plan const& p, options const& asked) {
   double const s = static_cast<double>(p.sites.size()), d = static_cast<double>(p.width);
-  return s * d * (10 + static_cast<double>(asked.cka_batch) / 2);
+  return s * d * (10 + (asked.minibatch_cka ? static_cast<double>(asked.cka_batch) / 2 : 0));
+}
+
+/// Multiply-adds of full CKA, with all its kernels.
+double cost_of_full_cka(plan const& p, options const& asked) {
+  if (asked.minibatch_cka) return 0;
+  double const s = static_cast<double>(p.sites.size()), d = static_cast<double>(p.width);
+  double const n = static_cast<double>(p.tokens());
+  return ((asked.linear ? 1 : 0) + (asked.rbf ? 1 : 0)) * s * n * n * (d + s) / 2;
 }
 
 /// The moments of shards first … last − 1.
@@ -178,7 +190,7 @@ rflow::monitor_moments stream(plan const& p, std::size_t first, std::size_t last
   rflow::flow_monitor<T> monitor(sites, p.width,
                                  {.normalize = asked.normalize,
                                   .skip_first = asked.skip_first,
-                                  .cka = true,
+                                  .cka = asked.minibatch_cka,
                                   .cka_batch = asked.cka_batch},
                                  rflow::on_cpu{.threads = threads_of(asked, all)});
   std::ptrdiff_t longest = 1;
@@ -190,7 +202,7 @@ rflow::monitor_moments stream(plan const& p, std::size_t first, std::size_t last
   progress_made done{first, 0};
   std::error_code ignored;
   if (!keep.empty() && std::filesystem::exists(keep, ignored)) {
-    rflow::monitor_moments m(sites, p.width, true);
+    rflow::monitor_moments m(sites, p.width, asked.minibatch_cka);
     done = restore(keep, of, m);
     if (done.shard < first || done.shard > last)
       throw unusable(keep, "the checkpoint is damaged (no shard " + std::to_string(done.shard) +
@@ -210,6 +222,7 @@ rflow::monitor_moments stream(plan const& p, std::size_t first, std::size_t last
   for (std::size_t i = first; i < done.shard; ++i)
     so_far += static_cast<double>(p.shards[i].tokens);
   double const each = cost_of_token(p, asked);
+  double const total = each * work + cost_of_full_cka(p, asked) / all.size();
   for (; done.shard < last; done = {done.shard + 1, 0}) {
     capture const c = load(p.shards[done.shard].path, asked);
     std::vector<std::ptrdiff_t> const offsets = sequences_of(c);
@@ -232,7 +245,7 @@ rflow::monitor_moments stream(plan const& p, std::size_t first, std::size_t last
                        rflow::view<T>(x.data + at * x.row_stride, count, x.cols, x.row_stride,
                                       x.col_stride));
         }
-        tell(each * (so_far += static_cast<double>(count)), each * work);
+        tell(each * (so_far += static_cast<double>(count)), total);
       }
       monitor.end_sequence();
       if (!monitor.error().empty()) throw unusable(c.path, std::string(monitor.error()));
@@ -243,28 +256,136 @@ rflow::monitor_moments stream(plan const& p, std::size_t first, std::size_t last
   return monitor.moments();
 }
 
-cka_grid minibatch_grid(rflow::minibatch_moments const& m) {
-  cka_grid out{m.sites, m.sites, {}, {}};
-  for (std::ptrdiff_t i = 0; i < m.sites; ++i)
-    for (std::ptrdiff_t j = 0; j < m.sites; ++j) {
-      measured const x = rflow::minibatch_cka(m, i, j);
-      out.value.push_back(x);
-      out.chance.push_back(x.ok() ? measured(0.0) : x);
+// ---- CKA over all tokens ------------------------------------------------------------------------
+
+/// Every shard at once, mapped, without the first tokens of its sequences.
+template <class T>
+struct all_tokens {
+  std::vector<capture> captures;
+  std::vector<rflow::layer_stack<T>> stacks;
+  std::vector<std::ptrdiff_t> stored;  // where a token that counts stands in all shards
+
+  all_tokens(plan const& p, options const& asked) {
+    std::ptrdiff_t before = 0;
+    for (shard const& s : p.shards) {
+      captures.push_back(load(s.path, asked));
+      rflow::layer_stack<T> const stack = captures.back().sites.template stack<T>();
+      std::ptrdiff_t const n = stack.all_tokens();
+      if (n != s.tokens) throw unusable(s.path, "changed while the report was made");
+      std::vector<bool> counts(static_cast<std::size_t>(n), true);
+      std::vector<std::ptrdiff_t> const offsets = sequences_of(captures.back());
+      for (std::size_t q = 0; q + 1 < offsets.size(); ++q)
+        for (std::ptrdiff_t i = offsets[q];
+             i < std::min(offsets[q + 1], offsets[q] + asked.skip_first); ++i)
+          counts[static_cast<std::size_t>(i)] = false;
+      for (std::ptrdiff_t i = 0; i < n; ++i)
+        if (counts[static_cast<std::size_t>(i)]) stored.push_back(before + i);
+      stacks.push_back(asked.skip_first > 0 ? stack.tokens(counts) : stack);
+      before += n;
     }
+  }
+};
+
+/// This process's share of the Gram products, in a few pieces so that it can tell how far it is.
+template <class T, class Kernel>
+rflow::gram_moments share_of_products(all_tokens<T> const& tokens, Kernel const& kernel,
+                                      options const& asked, workers const& all,
+                                      std::function<void(double)> const& tell) {
+  // Each piece looks at all tokens once more: few of them where there is little to do.
+  auto const n = static_cast<std::ptrdiff_t>(tokens.stored.size());
+  int const pieces = static_cast<int>(std::clamp<std::ptrdiff_t>(n / (10000 * all.size()), 1, 64));
+  rflow::on_cpu on{.threads = threads_of(asked, all), .significance = asked.significance};
+  rflow::gram_moments sum;
+  for (int k = 0; k < pieces; ++k) {
+    on.share = {all.rank() * pieces + k, all.size() * pieces};
+    rflow::gram_moments part = on.gram(kernel, tokens.stacks);
+    if (k == 0)
+      sum = std::move(part);
+    else
+      sum.merge(part);
+    tell((k + 1.0) / pieces);
+  }
+  return sum;
+}
+
+/// CKA over all tokens of all shards; every process forms its share of the products.
+template <class T>
+std::vector<cka_result> full_cka(plan const& p, options const& asked, workers& all,
+                                 progress const& tell) {
+  std::optional<all_tokens<T>> tokens;
+  all.together([&] { tokens.emplace(p, asked); });
+  double const stream = cost_of_token(p, asked) * static_cast<double>(p.tokens()) / all.size();
+  double const work = cost_of_full_cka(p, asked) / all.size();
+  auto const stored = [&](std::ptrdiff_t token) {
+    return tokens->stored[static_cast<std::size_t>(token)];
+  };
+  std::vector<cka_result> out;
+  int const kernels = (asked.linear ? 1 : 0) + (asked.rbf ? 1 : 0);
+  auto const add = [&](char const* name, auto const& kernel) {
+    rflow::gram_moments m;
+    double const before = static_cast<double>(out.size());
+    all.together([&] {
+      m = share_of_products(*tokens, kernel, asked, all, [&](double done) {
+        tell(stream + work * (before + done) / kernels, stream + work);
+      });
+    });
+    all.merge(m);
+    out.push_back(cka_of(name, m, stored));
+  };
+  if (asked.linear) add("linear", rflow::linear{});
+  if (asked.rbf) add("rbf", rflow::rbf{.fraction = asked.rbf_fraction});
   return out;
 }
 
-/// What the monitor holds beside the mapped files, for the text that states it.
+/// What minibatch CKA knows: one kernel, one estimator, no token.
+cka_result minibatch_result(rflow::minibatch_moments const& m) {
+  cka_grid grid{m.sites, m.sites, {}, {}};
+  for (std::ptrdiff_t i = 0; i < m.sites; ++i)
+    for (std::ptrdiff_t j = 0; j < m.sites; ++j) {
+      measured const x = rflow::minibatch_cka(m, i, j);
+      grid.value.push_back(x);
+      grid.chance.push_back(x.ok() ? measured(0.0) : x);
+    }
+  auto const none = [](std::size_t n) { return std::vector<measured>(n, status::not_requested); };
+  auto const sites = static_cast<std::size_t>(m.sites);
+  std::size_t const cells = grid.value.size();
+  return {"linear",    std::move(grid), {m.sites, m.sites, none(cells), none(cells)},
+          none(sites), none(sites),     std::vector<std::ptrdiff_t>(sites, -1)};
+}
+
+/// What is held beside the mapped files, for the text that states it.
 double bytes_needed(plan const& p, options const& asked, workers const& all) {
   double const s = static_cast<double>(p.sites.size()), d = static_cast<double>(p.width);
   double const batch = static_cast<double>(asked.cka_batch), n = tokens_at_once;
   double const c = p.type == rflow::dtype::f64 ? 8 : 4;
   double const t = static_cast<double>(rflow::bits(p.type)) / 8;
   double const rows = n * d * (2 * t + c);  // two rows, the mean
+  double const fixed = rows + 8 * s * (3 * d + 8 * s) + 32e6;
+  if (!asked.minibatch_cka) {
+    // Tiles; norms, three sums per token here and merged, and those of every rank as they meet.
+    double const sums = 10 + (all.size() > 1 ? 6 + 3 * all.size() : 0);
+    return fixed + static_cast<double>(rflow::on_cpu{}.memory_bound) +
+           8 * s * static_cast<double>(p.tokens()) * sums;
+  }
   double const kernels = s * (n / batch + 2) * batch * batch / 2 * c * 1.05;
   double const unfinished = s * batch * d * t;  // rows of short batches
   double const engines = threads_of(asked, all) * c * (batch * d + 3 * batch * 600);
-  return rows + kernels + unfinished + engines + 8 * s * (3 * d + 8 * s) + 32e6;
+  return fixed + kernels + unfinished + engines;
+}
+
+/// f in the type of the activations.
+template <class F>
+auto in_type(plan const& p, F const& f) {
+  try {
+    switch (p.type) {
+      case rflow::dtype::f16: return f(rflow::f16{});
+      case rflow::dtype::bf16: return f(rflow::bf16{});
+      case rflow::dtype::f64: return f(double{});
+      default: return f(float{});
+    }
+  } catch (std::bad_alloc const&) {
+    throw unusable(p.shards.front().path, "out of memory");
+  }
 }
 
 }  // namespace
@@ -288,6 +409,10 @@ result measure_shards(options const& asked, workers& all, progress const& tell) 
   plan p;
   rflow::monitor_moments m;
   double peak = 0;
+  auto const watch = [&](double done, double total) {
+    peak = std::max(peak, static_cast<double>(anonymous_memory()));
+    if (all.rank() == 0) tell(done, total);
+  };
   all.together([&] {
     p = plan_of(asked);
     double const needed = bytes_needed(p, asked, all);
@@ -299,23 +424,10 @@ result measure_shards(options const& asked, workers& all, progress const& tell) 
     auto const ranks = static_cast<std::size_t>(all.size()),
                rank = static_cast<std::size_t>(all.rank());
     std::size_t const count = p.shards.size();
-    auto const watch = [&](double done, double total) {
-      peak = std::max(peak, static_cast<double>(anonymous_memory()));
-      if (rank == 0) tell(done, total);
-    };
     auto const run = [&]<class T>(T) {
       return stream<T>(p, count * rank / ranks, count * (rank + 1) / ranks, asked, all, watch);
     };
-    try {
-      switch (p.type) {
-        case rflow::dtype::f16: m = run(rflow::f16{}); break;
-        case rflow::dtype::bf16: m = run(rflow::bf16{}); break;
-        case rflow::dtype::f64: m = run(double{}); break;
-        default: m = run(float{});
-      }
-    } catch (std::bad_alloc const&) {
-      throw unusable(asked.inputs.front(), "out of memory");
-    }
+    m = in_type(p, run);
   });
   all.merge(m);
 
@@ -329,15 +441,10 @@ result measure_shards(options const& asked, workers& all, progress const& tell) 
   model.sites = p.sites;
   model.stored_tokens = p.tokens();
   model.flow = rflow::report_of(m.flow, asked.normalize);
-  std::size_t const cells = p.sites.size() * p.sites.size();
-  auto const none = [](std::size_t n) { return std::vector<measured>(n, status::not_requested); };
-  auto const s = static_cast<std::ptrdiff_t>(p.sites.size());
-  model.cka.push_back({"linear",
-                       minibatch_grid(m.cka),
-                       {s, s, none(cells), none(cells)},
-                       none(p.sites.size()),
-                       none(p.sites.size()),
-                       std::vector<std::ptrdiff_t>(p.sites.size(), -1)});
+  if (asked.minibatch_cka)
+    model.cka.push_back(minibatch_result(m.cka));
+  else
+    model.cka = in_type(p, [&]<class T>(T) { return full_cka<T>(p, asked, all, watch); });
   model.shards = shard_facts{static_cast<std::ptrdiff_t>(p.shards.size()),
                              m.sequences,
                              m.cka.batches,
@@ -346,11 +453,12 @@ result measure_shards(options const& asked, workers& all, progress const& tell) 
                              bytes_needed(p, asked, all),
                              peak};
   add_warnings(model, {}, asked.skip_first);
-  model.warnings.push_back(
-      {false,
-       "CKA is minibatch CKA over " + std::to_string(m.cka.batches) + " batches of up to " +
-           std::to_string(asked.cka_batch) +
-           " tokens: another estimator than CKA over all tokens at once, though close to it"});
+  if (asked.minibatch_cka)
+    model.warnings.push_back(
+        {false,
+         "CKA is minibatch CKA over " + std::to_string(m.cka.batches) + " batches of up to " +
+             std::to_string(asked.cka_batch) +
+             " tokens: another estimator than CKA over all tokens at once, though close to it"});
   out.models.push_back(std::move(model));
   return out;
 }

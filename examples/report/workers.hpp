@@ -20,6 +20,7 @@ class workers {
   virtual void together(std::function<void()> const& f) = 0;
   /// The moments of all processes, in the order of ranks.
   virtual void merge(rflow::monitor_moments& m) = 0;
+  virtual void merge(rflow::gram_moments& m) = 0;
 };
 
 /// To be called once, before anything else; what it returns must live until the program ends.

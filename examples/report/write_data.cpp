@@ -125,19 +125,19 @@ json over_sequences(std::vector<rflow::running_stat> const& stats) {
 json shards(shard_facts const& s, options const& asked) {
   std::vector<std::string> files;
   for (std::string const& path : asked.inputs) files.push_back(report::utf8(path));
-  json pairs = json::array();
+  json pairs = json::array();  // of minibatch CKA alone
   std::vector<rflow::running_stat> const& cka = s.figures.cka;
   std::size_t const sites = s.figures.inter_token.size();
-  for (std::size_t i = 0; i < sites; ++i)
+  for (std::size_t i = 0; i < sites && !cka.empty(); ++i)
     pairs.push_back(over_sequences({cka.begin() + static_cast<std::ptrdiff_t>(i * sites),
                                     cka.begin() + static_cast<std::ptrdiff_t>((i + 1) * sites)}));
   return {{"files", files},
           {"sequences", s.sequences},
-          {"cka",
-           {{"estimator", "minibatch"},
-            {"batch", asked.cka_batch},
-            {"batches", s.batches},
-            {"left_out", s.left_out}}},
+          {"cka", asked.minibatch_cka ? json{{"estimator", "minibatch"},
+                                             {"batch", asked.cka_batch},
+                                             {"batches", s.batches},
+                                             {"left_out", s.left_out}}
+                                      : json()},
           {"per_sequence",
            {{"inter_token_cosine", over_sequences(s.figures.inter_token)},
             {"adjacent_cosine", over_sequences(s.figures.adjacent)},

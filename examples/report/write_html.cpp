@@ -553,7 +553,7 @@ std::string facts(result const& r, options const& asked, std::vector<std::string
          row("Normalisation", std::string(to_string(asked.normalize)) +
                                   " (St1, St2, path, steps and bounds carry the same factor)") +
          row("CKA estimators",
-             asked.shards
+             asked.minibatch_cka
                  ? "minibatch, debiased, batches of " + std::to_string(asked.cka_batch) + " tokens"
                  : "debiased and biased; " + std::string(to_string(asked.main_estimator)) +
                        " in the summary and in cka.npy") +

@@ -94,8 +94,9 @@ class mpi_team {
   /// Replaces the moments of each rank by those of all, merged in the order of ranks: the same bits
   /// on every rank.
   ///
-  /// @param  m  flow_moments, minibatch_moments, monitor_moments, or anything with merge() and
-  ///            each_number() of which all ranks hold the same shape
+  /// @param  m  flow_moments, minibatch_moments, monitor_moments, gram_moments of which each rank
+  ///            holds a share (on_cpu{.share = {rank, size}}), or anything with merge() and
+  ///            each_number(); all ranks hold the same shape
   /// @throws std::runtime_error on every rank if shapes differ; mpi_error if MPI fails
   /// @note   one gathering of all numbers: ranks × numbers × 8 bytes on each rank
   template <class Moments>

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <rflow/mpi.hpp>
 
+#include <rflow/cka.hpp>
 #include <rflow/monitor.hpp>
 
 #include <csignal>
@@ -67,6 +68,31 @@ TEST_CASE("all ranks end with the moments of all sequences") {
     rflow::minibatch_moments cka = part.moments().cka;
     team->allreduce(cka);
     CHECK(cka.sums == merged.cka.sums);
+  }
+}
+
+TEST_CASE("full CKA: each rank forms its share of the products") {
+  for (unsigned seed = 1; seed <= 6; ++seed) {
+    CAPTURE(seed);
+    std::mt19937 bits(seed);
+    reference::stack x =
+        reference::random_stack(bits, 1 + bits() % 4, 5 + bits() % 500, 1 + bits() % 30);
+    std::vector<double> const values = reference::pack<double>(x);
+    rflow::layer_stack<double> const stack = reference::stack_of(values, x);
+    rflow::on_cpu const mine{
+        .threads = 1, .significance = seed < 3, .share = {team->rank(), team->size()}};
+    auto const check = [&](auto const& kernel) {
+      rflow::gram_moments m = mine.gram(kernel, stack);
+      team->allreduce(m);
+      CHECK(same_everywhere(rflow::to_numbers(m)));
+      rflow::cka_table const a = rflow::cka_matrix(m), b = rflow::cka_matrix(stack, kernel);
+      for (std::ptrdiff_t p = 0; p < a.rows(); ++p)
+        for (std::ptrdiff_t q = 0; q < a.cols(); ++q)
+          CHECK(std::abs(a(p, q).value - b(p, q).value) < 1e-12);
+      if (mine.significance) CHECK(a.p_value(0, 0).ok());
+    };
+    check(rflow::linear{});
+    check(rflow::rbf{});
   }
 }
 

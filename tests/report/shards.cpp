@@ -132,17 +132,18 @@ struct model {
   }
 };
 
-/// Every number of two reports, to a relative 1e-12; the rest equal.
-void check_close(json const& a, json const& b, std::string const& where = "") {
+/// Every number of two reports, to a relative 1e-12, those of CKA to `cka`; the rest equal.
+void check_close(json const& a, json const& b, double cka = 1e-12, std::string const& where = "") {
   CAPTURE(where);
   REQUIRE(a.type() == b.type());
   if (a.is_number_float()) {
+    double const within = where.find("/cka/") == std::string::npos ? 1e-12 : cka;
     CHECK(std::abs(a.get<double>() - b.get<double>()) <=
-          1e-12 * std::max(1.0, std::abs(b.get<double>())));
+          within * std::max(1.0, std::abs(b.get<double>())));
   } else if (a.is_structured()) {
     REQUIRE(a.size() == b.size());
     for (auto const& [key, value] : a.items())
-      check_close(value, a.is_array() ? b.at(std::stoul(key)) : b.at(key), where + "/" + key);
+      check_close(value, a.is_array() ? b.at(std::stoul(key)) : b.at(key), cka, where + "/" + key);
   } else {
     CHECK(a == b);
   }
@@ -197,6 +198,52 @@ TEST_CASE("shards give the numbers of all tokens in one") {
     close(shards.at("per_sequence").at("st1").at("mean"), st1.mean);
     close(shards.at("per_sequence").at("st1").at("stddev"), st1.stddev());
     CHECK(shards.at("per_sequence").at("st1").at("sequences") == st1.count);
+  }
+}
+
+TEST_CASE("full CKA of shards pairs all tokens of all shards that count") {
+  for (unsigned seed = 1; seed <= 3; ++seed) {
+    CAPTURE(seed);
+    folder const here;
+    model const m(here, seed, 4, 400, seed == 2);
+    outcome const o = run(here, m.arguments({"-o", "out", "--cka", "full", "--skip-first", "2",
+                                             "--kernel", "both", "--significance"}));
+    CAPTURE(o.err);
+    REQUIRE(o.status == 0);
+    json const report = json::parse(read(here / "out/metrics.json")).at("models")[0];
+    std::vector<bool> counts(static_cast<std::size_t>(m.tokens()), true);
+    for (std::size_t q = 0; q + 1 < m.offsets.size(); ++q)
+      for (std::ptrdiff_t i = m.offsets[q]; i < std::min(m.offsets[q] + 2, m.offsets[q + 1]); ++i)
+        counts[static_cast<std::size_t>(i)] = false;
+    rflow::layer_stack<float> const stack = m.stack().tokens(counts);
+    CHECK(report.at("tokens").at("used") == stack.size());
+    CHECK(report.at("shards").at("cka").is_null());
+    rflow::on_cpu const on{.significance = true};
+    auto const check = [&](json const& table, rflow::gram_moments const& moments) {
+      auto const debiased = rflow::cka_matrix(moments, rflow::debiased{});
+      auto const biased = rflow::cka_matrix(moments, rflow::biased{});
+      for (std::ptrdiff_t p = 0; p < 4; ++p) {
+        auto const i = static_cast<std::size_t>(p);
+        for (std::ptrdiff_t q = 0; q < 4; ++q) {
+          auto const j = static_cast<std::size_t>(q);
+          auto const close = [&](json const& x, double y) {
+            CHECK(std::abs(x[i][j].get<double>() - y) < 1e-6 * std::max(1.0, std::abs(y)));
+          };
+          close(table.at("debiased").at("values"), debiased(p, q));
+          close(table.at("biased").at("values"), biased(p, q));
+          close(table.at("significance").at("score"), debiased.score(p, q));
+        }
+        std::ptrdiff_t const top = debiased.top_token(p);
+        json const& told = table.at("top_token_share").at("token")[i];
+        if (top < 0)  // the feature path knows of none
+          CHECK(told.is_null());
+        else
+          CHECK(told == stack.selection()[static_cast<std::size_t>(top)]);
+      }
+    };
+    REQUIRE(report.at("cka").size() == 2);
+    check(report.at("cka")[0], on.gram(rflow::linear{}, stack));
+    check(report.at("cka")[1], on.gram(rflow::rbf{}, stack));
   }
 }
 
@@ -305,6 +352,9 @@ TEST_CASE("shards and checkpoints that cannot be used: one line, status 1, nothi
   }
   SUBCASE("options that do not go together") {
     refused(m.arguments({"-o", "out", "--kernel", "rbf"}), {"linear kernel only"});
+    refused(m.arguments({"-o", "out", "--significance"}), {"no p-values"});
+    refused(m.arguments({"-o", "out", "--cka", "full", "--cka-batch", "64"}), {"--cka minibatch"});
+    refused({m.names[0], "-o", "out", "--cka", "full"}, {"need --shards"});
     refused(m.arguments({"-o", "out", "--cross-cka"}), {"--cross-cka"});
     refused({m.names[0], m.names[1], m.names[2], "-o", "out"}, {"one or two captures"});
     refused({m.names[0], "-o", "out", "--checkpoint", "x"}, {"need --shards"});
@@ -323,17 +373,23 @@ std::vector<std::string> on_ranks(int ranks, std::vector<std::string> arguments)
 TEST_CASE("ranks give the numbers of one process") {
   folder const here;
   model const m(here, 5, 6, 900, true);
-  REQUIRE(run(here, m.arguments({"-o", "alone"})).status == 0);
-  for (int const ranks : {1, 2, 4, 8}) {  // 8: more ranks than shards
-    CAPTURE(ranks);
-    std::string const out = "on-" + std::to_string(ranks);
-    outcome const o = wait_for(
-        start(here, on_ranks(ranks, m.arguments({"-o", out, "--threads", "1"})), here / "err"),
-        here / "err");
-    CAPTURE(o.err);
-    REQUIRE(o.status == 0);
-    check_close(json::parse(read(here / (out + "/metrics.json"))),
-                json::parse(read(here / "alone/metrics.json")));
+  for (std::string const cka : {"minibatch", "full"}) {
+    CAPTURE(cka);
+    REQUIRE(run(here, m.arguments({"-o", "alone-" + cka, "--cka", cka})).status == 0);
+    for (int const ranks : {1, 2, 4, 8}) {  // 8: more ranks than shards
+      CAPTURE(ranks);
+      std::string const out = "on-" + std::to_string(ranks) + "-" + cka;
+      outcome const o = wait_for(
+          start(here, on_ranks(ranks, m.arguments({"-o", out, "--cka", cka, "--threads", "1"})),
+                here / "err"),
+          here / "err");
+      CAPTURE(o.err);
+      REQUIRE(o.status == 0);
+      // Products are in float: which of them meet in a sum of floats depends on the ranks.
+      check_close(json::parse(read(here / (out + "/metrics.json"))),
+                  json::parse(read(here / ("alone-" + cka + "/metrics.json"))),
+                  cka == "full" ? 1e-6 : 1e-12);
+    }
   }
 }
 

@@ -10,6 +10,7 @@ class alone : public workers {
   int size() const override { return 1; }
   void together(std::function<void()> const& f) override { f(); }
   void merge(rflow::monitor_moments&) override {}
+  void merge(rflow::gram_moments&) override {}
 };
 
 }  // namespace

@@ -22,6 +22,7 @@ class ranks : public workers {
   int size() const override { return team_->size(); }
   void together(std::function<void()> const& f) override { team_->together(f); }
   void merge(rflow::monitor_moments& m) override { team_->allreduce(m); }
+  void merge(rflow::gram_moments& m) override { team_->allreduce(m); }
 
  private:
   std::optional<rflow::mpi_team> team_;
