@@ -311,6 +311,11 @@ class cka_table {
           p_value_.push_back(score_.back());
           continue;
         }
+        if (q < i) {  // the same to the last bit, however the compiler contracts what follows
+          score_.push_back(score_[cell(q, i)]);
+          p_value_.push_back(p_value_[cell(q, i)]);
+          continue;
+        }
         double const z = debiased::hsic(m, i, q) /
                          (std::sqrt(self[a].value) * std::sqrt(self[b].value)) / deviation;
         double const third =

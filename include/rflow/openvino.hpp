@@ -41,11 +41,11 @@ foreign_array describe_openvino(char const* where, X const& t) {
   for (element const type : {element::f16, element::bf16, element::f32, element::f64})
     if (a.type_name == to_string(type)) a.type = type;
 
-  auto const shape = t.get_shape();
+  auto const& shape = t.get_shape();
   a.set_rank(shape.size());
   for (int i = 0; i < a.rank; ++i) a.set_shape(i, shape[static_cast<std::size_t>(i)]);
   if (a.type == element::none) return a;  // strides of packed types cannot be asked for
-  auto const strides = t.get_strides();
+  auto const& strides = t.get_strides();
   for (int i = 0; i < a.rank; ++i) a.set_stride(i, strides[static_cast<std::size_t>(i)]);
   try {
     a.data = t.data();

@@ -136,7 +136,7 @@ class softmax_engine {
   softmax_sums evaluate() { return forward(false); }
 
   softmax_sums step(adam const& by) {
-    softmax_sums const sums = forward(true);
+    softmax_sums sums = forward(true);
     if (steps_++ == 0) {
       first_moment_ = aligned_array<C>(feature_strips_ * padded_ * R, C(0));
       second_moment_ = aligned_array<C>(feature_strips_ * padded_ * R, C(0));
@@ -159,7 +159,7 @@ class softmax_engine {
   }
 
   softmax_sums gradient(softmax_weights& out) {
-    softmax_sums const sums = forward(true);
+    softmax_sums sums = forward(true);
     out.bias = bias_gradient_;
     out.values.resize(size(columns_ * width_));
     backward([&](integer strip, C const* g) {
