@@ -10,6 +10,7 @@
 
 #include <algorithm>
 #include <array>
+#include <bit>
 #include <cmath>
 #include <concepts>
 #include <cstddef>
@@ -595,12 +596,11 @@ class chain_stream {
       : width_(width),
         body_(width / chunk<T>::width * chunk<T>::width),
         padded_(body_ + (body_ < width ? chunk<T>::width : 0)),
-        team_(std::make_unique<team>(threads)),
-        absent_(count(padded_)) {
+        team_(std::make_unique<team>(threads)) {
     for (part& p : parts_) {
       p.units.resize(count(padded_));
-      p.tails.resize(count(group * chunk<T>::width));
-      p.gathered.resize(count(group * width_));
+      p.tails.resize(count(together * chunk<T>::width));
+      p.gathered.resize(count(together * width_));
     }
   }
 
@@ -647,9 +647,10 @@ class chain_stream {
       mine.sums = {};
       if (slices > 1) std::fill(mine.units.begin(), mine.units.end(), 0.0);
       std::ptrdiff_t const begin = tokens * s / slices, end = tokens * (s + 1) / slices;
-      for (std::ptrdiff_t i = begin; i < end; i += group)
-        walk_group(mine, x, row + i, end - i, site, at + i, token + i,
-                   slices > 1 ? mine.units.data() : units);
+      for (std::ptrdiff_t i = begin; i < end; ++i)
+        take_row(mine, x, row + i, end - i, site, at + i, token + i,
+                 slices > 1 ? mine.units.data() : units);
+      advance_all(mine, slices > 1 ? mine.units.data() : units);
     });
     auto const l = count(site);
     for (std::ptrdiff_t s = 0; s < slices; ++s) {
@@ -671,7 +672,8 @@ class chain_stream {
   }
 
  private:
-  static constexpr std::ptrdiff_t group = 4;  // rows whose unit vectors are added together
+  // Rows that advance together: as many as have their sums in registers.
+  static constexpr std::ptrdiff_t together = EIGEN_ARCH_DEFAULT_NUMBER_OF_REGISTERS >= 32 ? 4 : 2;
   static constexpr std::ptrdiff_t most_slices = 16;
 
   /// A token under way.
@@ -689,10 +691,12 @@ class chain_stream {
     position non_finite;
   };
 
-  /// Rows that will be wanted next.
-  struct ahead {
-    T const *x, *even, *odd;
-    C const* mean;
+  /// A row on its way: where it is and what it is measured against.
+  struct step {
+    T const *x, *last;  // features in one piece; the row of the site before
+    T* to;              // the row of the site before that, whose place this one takes
+    C* mean;
+    C scale;  // 1 / ‖x‖
   };
 
   /// What one slice of a push works with.
@@ -700,50 +704,94 @@ class chain_stream {
     site_sums sums;
     std::vector<double> units;
     std::vector<T> tails, gathered;
+    // Rows that wait until there are enough of them.
+    step waiting[together];
+    slot* slots[together];
+    double norm2[together];
+    std::ptrdiff_t waiting_count = 0, site = 0;
+    std::ptrdiff_t next_x = 0, next_row = 0;  // from those to the rows that will be wanted next
   };
 
   static std::size_t count(std::ptrdiff_t n) { return static_cast<std::size_t>(n); }
 
-  /// The next tokens, a group of them, of the `left` ones of a slice.
-  void walk_group(part& mine, view<T> const& x, std::ptrdiff_t row, std::ptrdiff_t left,
-                  std::ptrdiff_t site, std::ptrdiff_t at, std::ptrdiff_t token, double* units) {
-    T const *rows[group], *tails[group];
-    C scale[group];
-    for (std::ptrdiff_t k = 0; k < group; ++k) {
-      rows[k] = tails[k] = absent_.data();
-      scale[k] = 0;
-      if (k >= left || !slots_[count(at + k)].counts) continue;
-      rows[k] = x.data + (row + k) * x.row_stride;
-      if (x.col_stride != 1) {
-        T* const dense = mine.gathered.data() + k * width_;
-        for (std::ptrdiff_t j = 0; j < width_; ++j) dense[j] = rows[k][j * x.col_stride];
-        rows[k] = dense;
-      }
-      T* const tail = mine.tails.data() + k * chunk<T>::width;
-      std::copy(rows[k] + body_, rows[k] + width_, tail);
-      tails[k] = tail;
+  /// Takes one row in, the first of `left` of a slice.
+  void take_row(part& mine, view<T> const& x, std::ptrdiff_t row, std::ptrdiff_t left,
+                std::ptrdiff_t site, std::ptrdiff_t at, std::ptrdiff_t token, double* units) {
+    slot& s = slots_[count(at)];
+    if (!s.counts) return;
+    std::ptrdiff_t const k = mine.waiting_count;
+    T const* from = x.data + row * x.row_stride;
+    if (x.col_stride != 1) {
+      T* const dense = mine.gathered.data() + k * width_;
+      for (std::ptrdiff_t j = 0; j < width_; ++j) dense[j] = from[j * x.col_stride];
+      from = dense;
+    }
+    T* const tail = mine.tails.data() + k * chunk<T>::width;
+    std::copy(from + body_, from + width_, tail);
+    mine.sums.tokens += 1;
+    double const norm2 = add_squares(from, body_) + add_squares(tail, padded_ - body_);
+    s.ordinary = s.ordinary && in_range<C>(norm2);
+    if (!s.ordinary) return rescue(s, from, site, at, token, units, mine.sums);
 
-      slot& s = slots_[count(at + k)];
-      double const norm2 = add_squares(rows[k], body_) + add_squares(tail, padded_ - body_);
-      bool const usable = in_range<C>(norm2);
-      s.ordinary = s.ordinary && usable;
-      if (usable) scale[k] = static_cast<C>(1 / std::sqrt(norm2));
-      if (s.ordinary)
-        add_row(s, rows[k], tail, norm2, site, at + k, mine.sums);
-      else
-        rescue(s, rows[k], usable, site, at + k, token + k, units, mine.sums);
-      if (!usable) rows[k] = tails[k] = absent_.data();
-      mine.sums.tokens += 1;
+    mine.waiting[k] = {from, rows_[(site + 1) % 2].data() + at * padded_,
+                       rows_[site % 2].data() + at * padded_, mean_.data() + at * padded_,
+                       static_cast<C>(1 / std::sqrt(norm2))};
+    std::ptrdiff_t const ahead = left > together ? together : 0;
+    mine.next_x = x.data + (row + ahead) * x.row_stride - from;
+    mine.next_row = ahead * padded_;
+    mine.slots[k] = &s;
+    mine.norm2[k] = norm2;
+    mine.site = site;
+    if (++mine.waiting_count < together) return;
+    mine.waiting_count = 0;
+    advance<together>(mine, 0, units);
+  }
+
+  /// The rows that still wait.
+  void advance_all(part& mine, double* units) {
+    for (std::ptrdiff_t k = 0; k < mine.waiting_count; ++k) advance<1>(mine, k, units);
+    mine.waiting_count = 0;
+  }
+
+  /// Moves ordinary rows on by one site.
+  template <std::ptrdiff_t Rows>
+  void advance(part& mine, std::ptrdiff_t first, double* units) {
+    step const* const rows = mine.waiting + first;
+    chain_products r[Rows];
+    auto const go = [&]<int Before>(std::integral_constant<int, Before>) {
+      advance_places<Rows, Before>(rows, body_, mine.next_x, mine.next_row, mine.site, units, r);
+      if (body_ == padded_) return;
+      step tails[Rows];
+      for (std::ptrdiff_t k = 0; k < Rows; ++k)
+        tails[k] = {mine.tails.data() + (first + k) * chunk<T>::width, rows[k].last + body_,
+                    rows[k].to + body_, rows[k].mean + body_, rows[k].scale};
+      advance_places<Rows, Before>(tails, padded_ - body_, 0, 0, mine.site, units + body_, r);
+    };
+    if (mine.site == 0)
+      go(std::integral_constant<int, 0>{});
+    else if (mine.site == 1)
+      go(std::integral_constant<int, 1>{});
+    else
+      go(std::integral_constant<int, 2>{});
+    for (std::ptrdiff_t k = 0; k < Rows; ++k)
+      add_products(*mine.slots[first + k], r[k], mine.norm2[first + k], mine.site, mine.sums);
+  }
+
+  void add_products(slot& s, chain_products const& r, double norm2, std::ptrdiff_t site,
+                    site_sums& sums) {
+    sums.squares += norm2;
+    sums.units += 1;
+    if (site > 0) {
+      sums.spread += r.away2 * (static_cast<double>(site) / static_cast<double>(site + 1));
+      sums.steps += r.step2;
+      double const cosine = r.dot / std::sqrt(norm2 * s.norm2);
+      if (is_finite(cosine)) sums.cosine.add(cosine);
     }
-    // What the next tokens will need comes from memory meanwhile.
-    ahead next[group];
-    for (std::ptrdiff_t k = 0; k < group; ++k) {
-      std::ptrdiff_t const i = k + group < left ? k + group : 0;
-      next[k] = {x.data + (row + i) * x.row_stride, rows_[0].data() + (at + i) * padded_,
-                 rows_[1].data() + (at + i) * padded_, mean_.data() + (at + i) * padded_};
-    }
-    add_scaled(rows, scale, body_, next, units);
-    add_scaled(tails, scale, padded_ - body_, next, units + body_);
+    sums.turns += r.turn;
+    s.norm2 = norm2;
+    s.seen = site + 1;
+    s.has_two = s.has_last;
+    s.has_last = true;
   }
 
   static constexpr std::ptrdiff_t block = 64 * chunk<T>::width;  // summed in C, then in double
@@ -770,106 +818,69 @@ class chain_stream {
     return total;
   }
 
-  /// An ordinary row: moves the token on by one site.
-  void add_row(slot& s, T const* x, T const* tail, double norm2, std::ptrdiff_t site,
-               std::ptrdiff_t at, site_sums& sums) {
-    T* const to = rows_[site % 2].data() + at * padded_;
-    T const* const before = rows_[(site + 1) % 2].data() + at * padded_;
-    C* const mean = mean_.data() + at * padded_;
-    chain_products r;
-    auto const go = [&]<int Before>(std::integral_constant<int, Before>) {
-      advance<Before>(x, body_, before, to, mean, site, r);
-      advance<Before>(tail, padded_ - body_, before + body_, to + body_, mean + body_, site, r);
-    };
-    if (site == 0)
-      go(std::integral_constant<int, 0>{});
-    else if (site == 1)
-      go(std::integral_constant<int, 1>{});
-    else
-      go(std::integral_constant<int, 2>{});
-    sums.squares += norm2;
-    sums.units += 1;
-    if (site > 0) {
-      sums.spread += r.away2 * (static_cast<double>(site) / static_cast<double>(site + 1));
-      sums.steps += r.step2;
-      double const cosine = r.dot / std::sqrt(norm2 * s.norm2);
-      if (is_finite(cosine)) sums.cosine.add(cosine);
-    }
-    sums.turns += r.turn;
-    s.norm2 = norm2;
-    s.seen = site + 1;
-    s.has_two = s.has_last;
-    s.has_last = true;
-  }
-
-  /// Products of `places` features with those of the row before (at Before ≥ 1) and of the one before
-  /// that (at Before = 2), whose place the row then takes.
-  template <int Before>
-  static void advance(T const* x, std::ptrdiff_t places, [[maybe_unused]] T const* last, T* to,
-                      C* mean, std::ptrdiff_t site, chain_products& r) {
-    P const zero = packet::pset1<P>(C(0));
-    P const weight = packet::pset1<P>(C(1) / static_cast<C>(site + 1));
-    for (std::ptrdiff_t j = 0; j < places; j += block) {
-      P dot = zero, step2 = zero, turn = zero, away2 = zero;
-      for (std::ptrdiff_t i = j; i < (std::min)(places, j + block); i += chunk<T>::width) {
-        chunk<T> const here = load_chunk(x + i);
-        chunk<T> before{}, two_before{};
-        if constexpr (Before > 0) before = load_chunk(last + i);
-        if constexpr (Before > 1) two_before = load_chunk(static_cast<T const*>(to + i));
-        for (std::ptrdiff_t c = 0; c < chunk<T>::packets; ++c) {
-          C* const m = mean + i + c * chunk<T>::lanes;
-          if constexpr (Before == 0) {
-            packet::pstore(m, here.at[c]);
-          } else {
-            P const average = packet::pload<P>(m);
-            P const step = packet::psub(here.at[c], before.at[c]);
-            P const away = packet::psub(here.at[c], average);
-            dot = packet::pmadd(here.at[c], before.at[c], dot);
-            step2 = packet::pmadd(step, step, step2);
-            away2 = packet::pmadd(away, away, away2);
-            packet::pstore(m, packet::pmadd(away, weight, average));
-            if constexpr (Before > 1)
-              turn = packet::pmadd(step, packet::psub(before.at[c], two_before.at[c]), turn);
-          }
-        }
-        std::memcpy(to + i, x + i, count(chunk<T>::width) * sizeof(T));
-      }
-      r.dot += static_cast<double>(packet::predux(dot));
-      r.step2 += static_cast<double>(packet::predux(step2));
-      r.turn += static_cast<double>(packet::predux(turn));
-      r.away2 += static_cast<double>(packet::predux(away2));
-    }
-  }
-
-  /// Adds unit vectors in double, so that it hardly matters how tokens were grouped.
-  static void add_scaled(T const* const (&rows)[group], C const (&scale)[group],
-                         std::ptrdiff_t places, ahead const (&next)[group], double* to) {
-    constexpr std::ptrdiff_t step = chunk<T>::width;
+  /// Products of `places` features of rows with those of the row before (at Before ≥ 1) and of the
+  /// one before that (at Before = 2), whose place each row then takes; and their unit vectors, added
+  /// in double, so that it hardly matters how tokens were grouped. All in one loop: a row comes from
+  /// memory, and what it meets from the outer caches, while others are worked on.
+  template <std::ptrdiff_t Rows, int Before>
+  static void advance_places(step const* rows, std::ptrdiff_t places, std::ptrdiff_t next_x,
+                             std::ptrdiff_t next_row, std::ptrdiff_t site, double* units,
+                             chain_products* r) {
+    constexpr std::ptrdiff_t width = chunk<T>::width, lanes = chunk<T>::lanes;
     // Vectors of the compiler's: Eigen cannot widen packets, and as a loop this is not vectorised.
-    constexpr std::ptrdiff_t some = (std::min<std::ptrdiff_t>)(step, 8);
-    typedef C narrow __attribute__((vector_size(some * sizeof(C))));
-    typedef double wide __attribute__((vector_size(some * sizeof(double))));
-    for (std::ptrdiff_t j = 0; j < places; j += step) {
-      alignas(64) C scaled[group][step];
-      for (std::ptrdiff_t k = 0; k < group; ++k) {
-        chunk<T> const x = load_chunk(rows[k] + j);
-        P const s = packet::pset1<P>(scale[k]);
-        __builtin_prefetch(next[k].x + j, 0, 2);
-        __builtin_prefetch(next[k].even + j, 0, 2);
-        __builtin_prefetch(next[k].odd + j, 0, 2);
-        for (std::ptrdiff_t c = 0; c < chunk<T>::packets; ++c)
-          __builtin_prefetch(next[k].mean + j + c * chunk<T>::lanes, 0, 2);
-        for (std::ptrdiff_t c = 0; c < chunk<T>::packets; ++c)
-          packet::pstoreu(scaled[k] + c * chunk<T>::lanes, packet::pmul(x.at[c], s));
+    typedef C narrow __attribute__((vector_size(lanes * sizeof(C))));
+    typedef double wide __attribute__((vector_size(lanes * sizeof(double))));
+    P const weight = packet::pset1<P>(C(1) / static_cast<C>(site + 1));
+    step row[Rows];
+    std::copy_n(rows, Rows, row);
+    for (std::ptrdiff_t j = 0; j < places; j += block) {
+      P dot[Rows], step2[Rows], turn[Rows], away2[Rows];
+      for (std::ptrdiff_t k = 0; k < Rows; ++k)
+        dot[k] = step2[k] = turn[k] = away2[k] = packet::pset1<P>(C(0));
+      for (std::ptrdiff_t i = j; i < (std::min)(places, j + block); i += width) {
+        wide sum[chunk<T>::packets];
+        std::memcpy(sum, units + i, sizeof(sum));
+        unrolled<Rows>([&](std::ptrdiff_t k) __attribute__((always_inline)) {
+          chunk<T> const here = load_chunk(row[k].x + i);
+          chunk<T> before{}, two_before{};
+          if constexpr (Before > 0) before = load_chunk(static_cast<T const*>(row[k].last + i));
+          if constexpr (Before > 1) two_before = load_chunk(static_cast<T const*>(row[k].to + i));
+          __builtin_prefetch(row[k].x + (i + next_x), 0, 2);
+          if constexpr (Before > 0) __builtin_prefetch(row[k].last + (i + next_row), 0, 2);
+          if constexpr (Before > 1) __builtin_prefetch(row[k].to + (i + next_row), 0, 2);
+          P const scale = packet::pset1<P>(row[k].scale);
+          for (std::ptrdiff_t c = 0; c < chunk<T>::packets; ++c) {
+            C* const m = row[k].mean + i + c * lanes;
+            if constexpr (Before == 0) {
+              packet::pstore(m, here.at[c]);
+            } else {
+              __builtin_prefetch(m + next_row, 0, 2);
+              P const average = packet::pload<P>(m);
+              P const change = packet::psub(here.at[c], before.at[c]);
+              P const away = packet::psub(here.at[c], average);
+              dot[k] = packet::pmadd(here.at[c], before.at[c], dot[k]);
+              step2[k] = packet::pmadd(change, change, step2[k]);
+              away2[k] = packet::pmadd(away, away, away2[k]);
+              packet::pstore(m, packet::pmadd(away, weight, average));
+              if constexpr (Before > 1)
+                turn[k] =
+                    packet::pmadd(change, packet::psub(before.at[c], two_before.at[c]), turn[k]);
+            }
+            P const unit = packet::pmul(here.at[c], scale);
+            sum[c] += __builtin_convertvector(std::bit_cast<narrow>(unit), wide);
+          }
+          if constexpr (std::same_as<T, C>)
+            packet::pstoreu(row[k].to + i, here.at[0]);
+          else
+            std::memcpy(row[k].to + i, row[k].x + i, count(width) * sizeof(T));
+        });
+        std::memcpy(units + i, sum, sizeof(sum));
       }
-      for (std::ptrdiff_t i = 0; i < step; i += some) {
-        narrow x[group];
-        wide sum;
-        std::memcpy(&sum, to + j + i, sizeof(sum));
-        for (std::ptrdiff_t k = 0; k < group; ++k) std::memcpy(&x[k], scaled[k] + i, sizeof(x[k]));
-        sum += (__builtin_convertvector(x[0], wide) + __builtin_convertvector(x[1], wide)) +
-               (__builtin_convertvector(x[2], wide) + __builtin_convertvector(x[3], wide));
-        std::memcpy(to + j + i, &sum, sizeof(sum));
+      for (std::ptrdiff_t k = 0; k < Rows; ++k) {
+        r[k].dot += static_cast<double>(packet::predux(dot[k]));
+        r[k].step2 += static_cast<double>(packet::predux(step2[k]));
+        r[k].turn += static_cast<double>(packet::predux(turn[k]));
+        r[k].away2 += static_cast<double>(packet::predux(away2[k]));
       }
     }
   }
@@ -881,8 +892,8 @@ class chain_stream {
 
   /// A row of a token that cannot do with squares in C: this row or an earlier one is zero, not
   /// finite, or too large or too small. In double, scaled.
-  void rescue(slot& s, T const* x, bool has_unit, std::ptrdiff_t site, std::ptrdiff_t at,
-              std::ptrdiff_t token, double* units, site_sums& sums) {
+  void rescue(slot& s, T const* x, std::ptrdiff_t site, std::ptrdiff_t at, std::ptrdiff_t token,
+              double* units, site_sums& sums) {
     T* const to = rows_[site % 2].data() + at * padded_;
     T const* const before = rows_[(site + 1) % 2].data() + at * padded_;
     C* const mean = mean_.data() + at * padded_;
@@ -925,9 +936,8 @@ class chain_stream {
     sums.squares += square / own / own;
     if (square > 0) {
       sums.units += 1;
-      if (!has_unit)
-        for (std::ptrdiff_t j = 0; j < width_; ++j)
-          units[place_of<T>(j)] += value(x, j) * own / std::sqrt(square);
+      for (std::ptrdiff_t j = 0; j < width_; ++j)
+        units[place_of<T>(j)] += value(x, j) * own / std::sqrt(square);
     } else {
       sums.zero_rows += 1;
     }
@@ -946,7 +956,6 @@ class chain_stream {
 
   std::ptrdiff_t width_, body_, padded_;
   std::unique_ptr<team> team_;
-  std::vector<T> absent_;     // zeros, for rows that do not take part
   aligned_array<T> rows_[2];  // capacity × padded: rows of the last even and the last odd site
   aligned_array<C> mean_;     // capacity × padded, features in their places
   std::vector<slot> slots_;   // capacity
