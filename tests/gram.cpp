@@ -173,7 +173,7 @@ void random_shapes(unsigned seed) {
     sources.push_back(engine::source_of<C>(sites.back().rows));
     k.push_back(inner_products(sites.back().centred(), n));
   }
-  engine::gram_options options{{1}, some_bound(g), engine::gram_path::gram};
+  engine::gram_options options{{1}, some_bound(g), gram_path::gram};
   std::vector<matrix> u;
   for (matrix const& x : k) u.push_back(u_centred(x, n));
   gram_moments const one = engine::gram<C>(sources, n, engine::linear_kernel{}, options);
@@ -186,7 +186,7 @@ void random_shapes(unsigned seed) {
     CHECK(more.diagonal == one.diagonal);
   }
 
-  options.path = engine::gram_path::feature;
+  options.path = gram_path::feature;
   gram_moments const by_feature = engine::gram<C>(sources, n, engine::linear_kernel{}, options);
   CHECK(by_feature.squares.empty());
   // What cancels in ‖XᵀY‖² − Σ a b is part of the scale.
@@ -220,7 +220,7 @@ void random_shapes(unsigned seed) {
       return 1 / (1 + std::sqrt(xx * yy)) + 0.01 * xy / (1 + std::sqrt(xx * yy)) - centre;
     }));
   }
-  options.path = engine::gram_path::automatic;
+  options.path = gram_path::automatic;
   gram_moments const rbf_one = engine::gram<C>(sources, n, kernel, options);
   check(rbf_one, rbf_matrices, 10 * tolerance);
   auto const own = [](double xy, double xx, double yy) {
@@ -266,7 +266,7 @@ TEST_CASE("gram: the scale of the data does not matter") {
     std::mt19937 g(7), h(7);
     site<float> const x(g, 50, 40, 0, false, 1);
     site<float> const y(h, 50, 40, 0, false, 1, scale);
-    engine::gram_options const options{{2}, std::size_t{256} << 20, engine::gram_path::gram};
+    engine::gram_options const options{{2}, std::size_t{256} << 20, gram_path::gram};
     gram_moments const m = engine::gram<float>({engine::source_of<float>(x.rows)}, 50,
                                                engine::linear_kernel{}, options);
     gram_moments const s = engine::gram<float>({engine::source_of<float>(y.rows)}, 50,
@@ -276,7 +276,7 @@ TEST_CASE("gram: the scale of the data does not matter") {
     CHECK(s.diagonal[3] * unit == doctest::Approx(m.diagonal[3]).epsilon(1e-5));
   }
   engine::gram_options by_tiles;
-  by_tiles.path = engine::gram_path::gram;
+  by_tiles.path = gram_path::gram;
   for (double const scale : {1e-70, 1e70}) {
     std::mt19937 g(7);
     site<double> const x(g, 50, 40, 0, false, 1, scale);
@@ -294,7 +294,7 @@ TEST_CASE("gram: the scale of the data does not matter") {
 }
 
 TEST_CASE("gram: a NaN in one site leaves the others as they are") {
-  for (auto const path : {engine::gram_path::gram, engine::gram_path::feature}) {
+  for (auto const path : {gram_path::gram, gram_path::feature}) {
     std::mt19937 g(3);
     std::vector<site<float>> sites;
     for (int p = 0; p < 3; ++p) sites.emplace_back(g, 70, 33, 0, false, 1);
@@ -320,7 +320,7 @@ TEST_CASE("gram: a NaN in one site leaves the others as they are") {
 
 TEST_CASE("gram: a constant site is constant, whatever its value") {
   for (double const value : {0., 0.1, 12345.678})
-    for (auto const path : {engine::gram_path::gram, engine::gram_path::feature}) {
+    for (auto const path : {gram_path::gram, gram_path::feature}) {
       std::vector<float> const x(101 * 7, static_cast<float>(value));
       std::vector<double> const y(101 * 7, value);
       engine::site_rows<float> const rows{view<float>(x.data(), 101, 7), nullptr};
