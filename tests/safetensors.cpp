@@ -362,7 +362,8 @@ TEST_CASE("what cannot be written is refused before a file appears") {
                    y.strides = {3, 1};
                  })}),
                  "packed"));
-  CHECK(contains(error({}, {{"a", std::string(std::size_t{100'000'000}, 'a')}}), "at most 100000000"));
+  CHECK(contains(error({}, {{"a", std::string(std::size_t{100'000'000}, 'a')}}),
+                 "at most 100000000"));
   CHECK(dir.count() == 0);
   CHECK(contains(error_of<std::system_error>([&] {
                    rflow::write_safetensors(dir / "no/x", {&x, 1});
