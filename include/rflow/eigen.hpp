@@ -706,7 +706,7 @@ class chain_stream {
     std::vector<T> tails, gathered;
     // Rows that wait until there are enough of them.
     step waiting[together];
-    slot* slots[together];
+    slot* whose[together];
     double norm2[together];
     std::ptrdiff_t waiting_count = 0, site = 0;
     std::ptrdiff_t next_x = 0, next_row = 0;  // from those to the rows that will be wanted next
@@ -739,7 +739,7 @@ class chain_stream {
     std::ptrdiff_t const ahead = left > together ? together : 0;
     mine.next_x = x.data + (row + ahead) * x.row_stride - from;
     mine.next_row = ahead * padded_;
-    mine.slots[k] = &s;
+    mine.whose[k] = &s;
     mine.norm2[k] = norm2;
     mine.site = site;
     if (++mine.waiting_count < together) return;
@@ -774,7 +774,7 @@ class chain_stream {
     else
       go(std::integral_constant<int, 2>{});
     for (std::ptrdiff_t k = 0; k < Rows; ++k)
-      add_products(*mine.slots[first + k], r[k], mine.norm2[first + k], mine.site, mine.sums);
+      add_products(*mine.whose[first + k], r[k], mine.norm2[first + k], mine.site, mine.sums);
   }
 
   void add_products(slot& s, chain_products const& r, double norm2, std::ptrdiff_t site,
