@@ -10,9 +10,11 @@
 #include <algorithm>
 #include <cerrno>
 #include <chrono>
+#include <condition_variable>
 #include <cstring>
 #include <fstream>
 #include <functional>
+#include <mutex>
 #include <new>
 #include <optional>
 #include <thread>
@@ -174,13 +176,26 @@ double cost_of_token(plan const& p, options const& asked) {
   return s * d * (10 + (asked.minibatch_cka ? static_cast<double>(asked.cka_batch) / 2 : 0));
 }
 
-/// Multiply-adds of full CKA, with all its kernels.
-double cost_of_full_cka(plan const& p, options const& asked) {
-  if (asked.minibatch_cka) return 0;
+/// Multiply-adds of full CKA with one kernel, by the cheaper way if there are two.
+double cost_of_full_cka(plan const& p, bool linear) {
   double const s = static_cast<double>(p.sites.size()), d = static_cast<double>(p.width);
-  double const n = static_cast<double>(p.tokens());
-  return ((asked.linear ? 1 : 0) + (asked.rbf ? 1 : 0)) * s * n * n * (d + s) / 2;
+  double const n = static_cast<double>(p.tokens()), tiles = s * n * n * (d + s) / 2;
+  return linear ? std::min(tiles, s * d * s * d * n / 2) : tiles;
 }
+
+/// Multiply-adds of one process: streaming, then full CKA if asked for.
+struct work {
+  double stream = 0, linear = 0, rbf = 0;
+
+  work(plan const& p, options const& asked, workers const& all) {
+    double const ranks = all.size();
+    stream = cost_of_token(p, asked) * static_cast<double>(p.tokens()) / ranks;
+    if (asked.minibatch_cka) return;
+    if (asked.linear) linear = cost_of_full_cka(p, true) / ranks;
+    if (asked.rbf) rbf = cost_of_full_cka(p, false) / ranks;
+  }
+  double total() const { return stream + linear + rbf; }
+};
 
 /// The moments of shards first … last − 1.
 template <class T>
@@ -217,12 +232,11 @@ rflow::monitor_moments stream(plan const& p, std::size_t first, std::size_t last
     saved = std::chrono::steady_clock::now();
   };
 
-  double work = 0, so_far = 0;
-  for (std::size_t i = first; i < last; ++i) work += static_cast<double>(p.shards[i].tokens);
+  work const costs(p, asked, all);
+  double mine = 0, so_far = 0;
+  for (std::size_t i = first; i < last; ++i) mine += static_cast<double>(p.shards[i].tokens);
   for (std::size_t i = first; i < done.shard; ++i)
     so_far += static_cast<double>(p.shards[i].tokens);
-  double const each = cost_of_token(p, asked);
-  double const total = each * work + cost_of_full_cka(p, asked) / all.size();
   for (; done.shard < last; done = {done.shard + 1, 0}) {
     capture const c = load(p.shards[done.shard].path, asked);
     std::vector<std::ptrdiff_t> const offsets = sequences_of(c);
@@ -245,7 +259,8 @@ rflow::monitor_moments stream(plan const& p, std::size_t first, std::size_t last
                        rflow::view<T>(x.data + at * x.row_stride, count, x.cols, x.row_stride,
                                       x.col_stride));
         }
-        tell(each * (so_far += static_cast<double>(count)), total);
+        so_far += static_cast<double>(count);
+        tell(costs.stream * so_far / mine, costs.total());
       }
       monitor.end_sequence();
       if (!monitor.error().empty()) throw unusable(c.path, std::string(monitor.error()));
@@ -254,6 +269,16 @@ rflow::monitor_moments stream(plan const& p, std::size_t first, std::size_t last
   }
   save_if_due(done, true);
   return monitor.moments();
+}
+
+/// f(); what it lacks of memory is said of the file.
+template <class F>
+void short_of_memory(plan const& p, F const& f) {
+  try {
+    f();
+  } catch (std::bad_alloc const&) {
+    throw unusable(p.shards.front().path, "out of memory");
+  }
 }
 
 // ---- CKA over all tokens ------------------------------------------------------------------------
@@ -286,15 +311,25 @@ struct all_tokens {
   }
 };
 
+/// Scratch of Gram products; what p-values take for one site's kernel matrix is about 6 n² bytes.
+std::size_t scratch_bytes(plan const& p, options const& asked) {
+  std::size_t const tiles = rflow::on_cpu{}.memory_bound;
+  if (!asked.significance) return tiles;
+  double const n = static_cast<double>(p.tokens()), c = p.type == rflow::dtype::f64 ? 8 : 4;
+  return std::max(tiles, static_cast<std::size_t>(c * n * (1.5 * n + 512)));
+}
+
 /// This process's share of the Gram products, in a few pieces so that it can tell how far it is.
 template <class T, class Kernel>
-rflow::gram_moments share_of_products(all_tokens<T> const& tokens, Kernel const& kernel,
-                                      options const& asked, workers const& all,
-                                      std::function<void(double)> const& tell) {
-  // Each piece looks at all tokens once more: few of them where there is little to do.
+rflow::gram_moments share_of_products(plan const& p, all_tokens<T> const& tokens,
+                                      Kernel const& kernel, options const& asked,
+                                      workers const& all, std::function<void(double)> const& tell) {
+  // Each piece looks at all tokens once more, which is little beside the products of so many.
   auto const n = static_cast<std::ptrdiff_t>(tokens.stored.size());
-  int const pieces = static_cast<int>(std::clamp<std::ptrdiff_t>(n / (10000 * all.size()), 1, 64));
-  rflow::on_cpu on{.threads = threads_of(asked, all), .significance = asked.significance};
+  int const pieces = static_cast<int>(std::clamp<std::ptrdiff_t>(n / (16384 * all.size()), 1, 8));
+  rflow::on_cpu on{.threads = threads_of(asked, all),
+                   .memory_bound = scratch_bytes(p, asked),
+                   .significance = asked.significance};
   rflow::gram_moments sum;
   for (int k = 0; k < pieces; ++k) {
     on.share = {all.rank() * pieces + k, all.size() * pieces};
@@ -314,26 +349,26 @@ std::vector<cka_result> full_cka(plan const& p, options const& asked, workers& a
                                  progress const& tell) {
   std::optional<all_tokens<T>> tokens;
   all.together([&] { tokens.emplace(p, asked); });
-  double const stream = cost_of_token(p, asked) * static_cast<double>(p.tokens()) / all.size();
-  double const work = cost_of_full_cka(p, asked) / all.size();
+  work const costs(p, asked, all);
   auto const stored = [&](std::ptrdiff_t token) {
     return tokens->stored[static_cast<std::size_t>(token)];
   };
   std::vector<cka_result> out;
-  int const kernels = (asked.linear ? 1 : 0) + (asked.rbf ? 1 : 0);
-  auto const add = [&](char const* name, auto const& kernel) {
+  double before = costs.stream;
+  auto const add = [&](char const* name, auto const& kernel, double cost) {
     rflow::gram_moments m;
-    double const before = static_cast<double>(out.size());
     all.together([&] {
-      m = share_of_products(*tokens, kernel, asked, all, [&](double done) {
-        tell(stream + work * (before + done) / kernels, stream + work);
+      short_of_memory(p, [&] {
+        m = share_of_products(p, *tokens, kernel, asked, all,
+                              [&](double done) { tell(before + cost * done, costs.total()); });
       });
     });
+    before += cost;
     all.merge(m);
     out.push_back(cka_of(name, m, stored));
   };
-  if (asked.linear) add("linear", rflow::linear{});
-  if (asked.rbf) add("rbf", rflow::rbf{.fraction = asked.rbf_fraction});
+  if (asked.linear) add("linear", rflow::linear{}, costs.linear);
+  if (asked.rbf) add("rbf", rflow::rbf{.fraction = asked.rbf_fraction}, costs.rbf);
   return out;
 }
 
@@ -362,9 +397,9 @@ double bytes_needed(plan const& p, options const& asked, workers const& all) {
   double const rows = n * d * (2 * t + c);  // two rows, the mean
   double const fixed = rows + 8 * s * (3 * d + 8 * s) + 32e6;
   if (!asked.minibatch_cka) {
-    // Tiles; norms, three sums per token here and merged, and those of every rank as they meet.
-    double const sums = 10 + (all.size() > 1 ? 6 + 3 * all.size() : 0);
-    return fixed + static_cast<double>(rflow::on_cpu{}.memory_bound) +
+    // Scratch; norms, sums per token of a share and of all, and of one rank at a time on the way.
+    double const sums = 10 + (all.size() > 1 ? 16 : 0);
+    return fixed + static_cast<double>(scratch_bytes(p, asked)) +
            8 * s * static_cast<double>(p.tokens()) * sums;
   }
   double const kernels = s * (n / batch + 2) * batch * batch / 2 * c * 1.05;
@@ -376,17 +411,40 @@ double bytes_needed(plan const& p, options const& asked, workers const& all) {
 /// f in the type of the activations.
 template <class F>
 auto in_type(plan const& p, F const& f) {
-  try {
-    switch (p.type) {
-      case rflow::dtype::f16: return f(rflow::f16{});
-      case rflow::dtype::bf16: return f(rflow::bf16{});
-      case rflow::dtype::f64: return f(double{});
-      default: return f(float{});
-    }
-  } catch (std::bad_alloc const&) {
-    throw unusable(p.shards.front().path, "out of memory");
+  switch (p.type) {
+    case rflow::dtype::f16: return f(rflow::f16{});
+    case rflow::dtype::bf16: return f(rflow::bf16{});
+    case rflow::dtype::f64: return f(double{});
+    default: return f(float{});
   }
 }
+
+/// Looks at this process's memory until it goes out of scope.
+class memory_watch {
+ public:
+  explicit memory_watch(double& peak)
+      : thread_([this, &peak] {
+          std::unique_lock lock(mutex_);
+          do peak = std::max(peak, static_cast<double>(anonymous_memory()));
+          while (!over_.wait_for(lock, std::chrono::milliseconds(20), [this] { return done_; }));
+        }) {}
+  ~memory_watch() {
+    {
+      std::lock_guard const lock(mutex_);
+      done_ = true;
+    }
+    over_.notify_one();
+    thread_.join();
+  }
+  memory_watch(memory_watch const&) = delete;
+  memory_watch& operator=(memory_watch const&) = delete;
+
+ private:
+  std::mutex mutex_;
+  std::condition_variable over_;
+  bool done_ = false;
+  std::thread thread_;
+};
 
 }  // namespace
 
@@ -409,8 +467,8 @@ result measure_shards(options const& asked, workers& all, progress const& tell) 
   plan p;
   rflow::monitor_moments m;
   double peak = 0;
-  auto const watch = [&](double done, double total) {
-    peak = std::max(peak, static_cast<double>(anonymous_memory()));
+  auto watch = std::make_optional<memory_watch>(peak);
+  auto const tell_first = [&](double done, double total) {
     if (all.rank() == 0) tell(done, total);
   };
   all.together([&] {
@@ -424,10 +482,12 @@ result measure_shards(options const& asked, workers& all, progress const& tell) 
     auto const ranks = static_cast<std::size_t>(all.size()),
                rank = static_cast<std::size_t>(all.rank());
     std::size_t const count = p.shards.size();
-    auto const run = [&]<class T>(T) {
-      return stream<T>(p, count * rank / ranks, count * (rank + 1) / ranks, asked, all, watch);
-    };
-    m = in_type(p, run);
+    short_of_memory(p, [&] {
+      m = in_type(p, [&]<class T>(T) {
+        return stream<T>(p, count * rank / ranks, count * (rank + 1) / ranks, asked, all,
+                         tell_first);
+      });
+    });
   });
   all.merge(m);
 
@@ -444,7 +504,8 @@ result measure_shards(options const& asked, workers& all, progress const& tell) 
   if (asked.minibatch_cka)
     model.cka.push_back(minibatch_result(m.cka));
   else
-    model.cka = in_type(p, [&]<class T>(T) { return full_cka<T>(p, asked, all, watch); });
+    model.cka = in_type(p, [&]<class T>(T) { return full_cka<T>(p, asked, all, tell_first); });
+  watch.reset();
   model.shards = shard_facts{static_cast<std::ptrdiff_t>(p.shards.size()),
                              m.sequences,
                              m.cka.batches,

@@ -155,8 +155,9 @@ inline double pearson_tail(double z, double skewness) {
 
 /// Sums that lack shares are no moments yet.
 inline void require_whole(char const* where, gram_moments const& m) {
-  if (m.shares != m.shares_of)
-    reject(where, "moments of " + std::to_string(m.shares) + " of " + std::to_string(m.shares_of) +
+  if (!m.whole())
+    reject(where, "moments of " + std::to_string(std::count(m.shares.begin(), m.shares.end(), 1)) +
+                      " of " + std::to_string(m.shares.size()) +
                       " shares of the work: merge the others first");
 }
 
@@ -383,10 +384,10 @@ cka_table cka_matrix(layer_stack<T, Memory> const& stack, Kernel const& kernel =
 template <class T, class Memory, class Kernel = linear, estimator Estimator = debiased,
           class On = default_backend_t<Memory>>
 cka_table cka_matrix(std::vector<layer_stack<T, Memory>> const& stacks, Kernel const& kernel = {},
-                     Estimator by = {}, On const& on = {}) {
-  static_assert(backend_for<On, Memory>, "rflow: this backend cannot read where the stacks live");
-  return cka_table(on.gram(kernel, stacks), by);
-}
+                     Estimator by = {}, On const& on = {}) requires requires {
+  on.gram(kernel, stacks);
+}  // on_cpu does
+{ return cka_table(on.gram(kernel, stacks), by); }
 
 /// CKA of every site of one model with every site of another, over the same tokens in the same
 /// order. Depth, width and element type may differ.

@@ -692,7 +692,7 @@ class chain_stream {
   };
 
   /// A row on its way: where it is and what it is measured against.
-  struct step {
+  struct moving_row {
     T const *x, *last;  // features in one piece; the row of the site before
     T* to;              // the row of the site before that, whose place this one takes
     C* mean;
@@ -705,7 +705,7 @@ class chain_stream {
     std::vector<double> units;
     std::vector<T> tails, gathered;
     // Rows that wait until there are enough of them.
-    step waiting[together];
+    moving_row waiting[together];
     slot* whose[together];
     double norm2[together];
     std::ptrdiff_t waiting_count = 0, site = 0;
@@ -737,7 +737,7 @@ class chain_stream {
                        rows_[site % 2].data() + at * padded_, mean_.data() + at * padded_,
                        static_cast<C>(1 / std::sqrt(norm2))};
     std::ptrdiff_t const ahead = left > together ? together : 0;
-    mine.next_x = x.data + (row + ahead) * x.row_stride - from;
+    mine.next_x = x.col_stride == 1 ? ahead * x.row_stride : 0;
     mine.next_row = ahead * padded_;
     mine.whose[k] = &s;
     mine.norm2[k] = norm2;
@@ -756,12 +756,12 @@ class chain_stream {
   /// Moves ordinary rows on by one site.
   template <std::ptrdiff_t Rows>
   void advance(part& mine, std::ptrdiff_t first, double* units) {
-    step const* const rows = mine.waiting + first;
+    moving_row const* const rows = mine.waiting + first;
     chain_products r[Rows];
     auto const go = [&]<int Before>(std::integral_constant<int, Before>) {
       advance_places<Rows, Before>(rows, body_, mine.next_x, mine.next_row, mine.site, units, r);
       if (body_ == padded_) return;
-      step tails[Rows];
+      moving_row tails[Rows];
       for (std::ptrdiff_t k = 0; k < Rows; ++k)
         tails[k] = {mine.tails.data() + (first + k) * chunk<T>::width, rows[k].last + body_,
                     rows[k].to + body_, rows[k].mean + body_, rows[k].scale};
@@ -823,7 +823,7 @@ class chain_stream {
   /// in double, so that it hardly matters how tokens were grouped. All in one loop: a row comes from
   /// memory, and what it meets from the outer caches, while others are worked on.
   template <std::ptrdiff_t Rows, int Before>
-  static void advance_places(step const* rows, std::ptrdiff_t places, std::ptrdiff_t next_x,
+  static void advance_places(moving_row const* rows, std::ptrdiff_t places, std::ptrdiff_t next_x,
                              std::ptrdiff_t next_row, std::ptrdiff_t site, double* units,
                              chain_products* r) {
     constexpr std::ptrdiff_t width = chunk<T>::width, lanes = chunk<T>::lanes;
@@ -831,7 +831,7 @@ class chain_stream {
     typedef C narrow __attribute__((vector_size(lanes * sizeof(C))));
     typedef double wide __attribute__((vector_size(lanes * sizeof(double))));
     P const weight = packet::pset1<P>(C(1) / static_cast<C>(site + 1));
-    step row[Rows];
+    moving_row row[Rows];
     std::copy_n(rows, Rows, row);
     for (std::ptrdiff_t j = 0; j < places; j += block) {
       P dot[Rows], step2[Rows], turn[Rows], away2[Rows];
@@ -1255,21 +1255,23 @@ class host_sites {
   std::vector<std::function<std::ptrdiff_t(std::ptrdiff_t)>> stored_;  // one a site
 };
 
-/// The Gram moments of the sites of several models, with the product of a backend. Each is a
-/// layer_stack or a vector of them (see parts_of).
+/// The Gram moments of the sites of several models, with the product of a backend. Each is one stack
+/// or several that hold its tokens one after the other (see parts_of).
 template <class Product, class Kernel, class... T>
 gram_moments host_gram(char const* where, Kernel const& kernel, gram_options const& options,
                        std::span<layer_stack<T> const>... models) {
   using C = std::conditional_t<(std::same_as<T, double> || ...), double, float>;
   work_share const share = options.share;
   if (share.of < 1 || share.index < 0 || share.index >= share.of)
-    reject(where, "share " + std::to_string(share.index) + " of " + std::to_string(share.of));
+    reject(where,
+           "share " + std::to_string(share.index) + " (from 0) of " + std::to_string(share.of));
   host_sites<C> sites(where);
   (sites.add(models), ...);
   auto const& sources = sites.sources;
   std::ptrdiff_t const tokens = sites.tokens;
   auto const shared = [&](gram_moments m) {
-    m.shares_of = share.of;
+    m.shares.assign(static_cast<std::size_t>(share.of), 0);
+    m.shares[static_cast<std::size_t>(share.index)] = 1;
     return m;
   };
   if (tokens == 0) return shared(gram_moments(static_cast<std::ptrdiff_t>(sources.size()), 0));
@@ -1360,7 +1362,8 @@ struct on_cpu {
 
   /// @note  S n² d multiply-adds, or (Σd)² n / 2 when those are fewer and the kernel is linear
   /// @throws std::invalid_argument if the stacks differ in tokens, the memory bound is too small
-  ///         for one tile (the text says what is needed), or share is none
+  ///         for one tile (the text says what is needed), or share.index is not
+  ///         in [0, share.of)
   template <class Kernel, class... T>
   gram_moments gram(Kernel const& kernel, layer_stack<T> const&... stacks) const {
     return gram_of(kernel, detail::parts_of(stacks)...);

@@ -771,23 +771,22 @@ struct tile {
 
   bool diagonal() const { return row == col; }
 
-  /// A share of its blocks, neighbours, of about the same area as any other.
-  tile part(work_share share) const {
-    tile mine{row, rows, col, cols, lower};
+  /// The blocks whose middle is in a range of the area, moved together.
+  tile part(integer low, integer high) const {
+    tile out{row, rows, col, cols, lower};
     for (std::size_t k = 0; k < blocks.size(); ++k) {
-      block b = blocks[k];
       bool const last = k + 1 == blocks.size();
       integer const end = last ? area : blocks[k + 1].first;
-      if ((b.first + end) * share.of / (2 * area) != share.index) continue;
-      integer const extent = end - b.first;
-      integer const of_sums = (last ? sums : blocks[k + 1].sums) - b.sums;
-      b.first = mine.area;
-      b.sums = mine.sums;
-      mine.area += extent;
-      mine.sums += of_sums;
-      mine.blocks.push_back(b);
+      integer const middle = blocks[k].first + (end - blocks[k].first) / 2;
+      if (middle < low || middle >= high) continue;
+      block b = blocks[k];
+      b.first = out.area;
+      b.sums = out.sums;
+      out.area += end - blocks[k].first;
+      out.sums += (last ? sums : blocks[k + 1].sums) - blocks[k].sums;
+      out.blocks.push_back(b);
     }
-    return mine;
+    return out;
   }
 };
 
@@ -831,6 +830,25 @@ struct tiling {
     return t;
   }
 };
+
+/// Calls f(tile) for this share of all tiles in plan(f), of which there may be many: one range of
+/// their blocks, so that most tiles are whole and shares differ by a block at most.
+template <class Plan, class F>
+void each_of_share(work_share share, Plan const& plan, F const& f) {
+  if (share.of == 1) return plan(f);
+  integer total = 0, before = 0;
+  plan([&](tile const& t) { total += t.area; });
+  integer const low = total / share.of * share.index + total % share.of * share.index / share.of;
+  integer const next = share.index + 1;
+  integer const high = total / share.of * next + total % share.of * next / share.of;
+  plan([&](tile const& t) {
+    if (before < high && before + t.area > low) {
+      tile const mine = t.part(low - before, high - before);
+      if (!mine.blocks.empty()) f(mine);
+    }
+    before += t.area;
+  });
+}
 
 /// Packing of a tile's panels as tasks: a few strips in a row, first of rows, then of columns (on
 /// the diagonal the same strips serve both). Few enough tasks that a thread's prefetches pay off.
@@ -1099,16 +1117,17 @@ class gram_engine {
       }
     }
     allocate<bound::row_sums>();
-    integer const side = sizes_.side;
-    for (integer row = 0; row < tokens_; row += side)
-      for (integer col = 0; col <= row; col += side) {
-        tile const t = plan<bound::row_sums>(row, (std::min)(side, tokens_ - row), col,
-                                             (std::min)(side, tokens_ - col))
-                           .part(share_);
-        if (t.blocks.empty()) continue;
-        fill(t, kernels, token);
-        reduce<bound::row_sums>(t, m);
-      }
+    auto const tiles_of_all = [&](auto const& f) {
+      integer const side = sizes_.side;
+      for (integer row = 0; row < tokens_; row += side)
+        for (integer col = 0; col <= row; col += side)
+          f(plan<bound::row_sums>(row, (std::min)(side, tokens_ - row), col,
+                                  (std::min)(side, tokens_ - col)));
+    };
+    each_of_share(share_, tiles_of_all, [&](tile const& t) {
+      fill(t, kernels, token);
+      reduce<bound::row_sums>(t, m);
+    });
     for (double& x : m.products) x *= 2;
     std::vector<int> exponents;
     for (auto const& k : kernels) exponents.push_back(k.exponent);
@@ -1338,15 +1357,15 @@ class feature_engine {
       rows_[k] = {aligned_array<C>(side_ * depth_), side_};
       cols_[k] = {aligned_array<C>(side_ * depth_), side_};
     }
-    for (integer row = 0; row < features(); row += side_)
-      for (integer col = 0; col <= row; col += side_)
-        add_tile(tiles::plan(row, (std::min)(side_, features() - row), col,
-                             (std::min)(side_, features() - col), true,
-                             [&](block const& b) {
-                               return sites_of(b.row, b.rows).count * sites_of(b.col, b.cols).count;
-                             })
-                     .part(share_),
-                 m);
+    auto const tiles_of_all = [&](auto const& f) {
+      for (integer row = 0; row < features(); row += side_)
+        for (integer col = 0; col <= row; col += side_)
+          f(tiles::plan(row, (std::min)(side_, features() - row), col,
+                        (std::min)(side_, features() - col), true, [&](block const& b) {
+                          return sites_of(b.row, b.rows).count * sites_of(b.col, b.cols).count;
+                        }));
+    };
+    each_of_share(share_, tiles_of_all, [&](tile const& t) { add_tile(t, m); });
     std::vector<int> exponents;
     for (integer p = 0; p < m.sites; ++p) {
       auto const& a = norms(p);
@@ -1409,7 +1428,6 @@ class feature_engine {
   }
 
   void add_tile(tile const& t, gram_moments& m) {
-    if (t.blocks.empty()) return;
     integer const blocks = static_cast<integer>(t.blocks.size());
     integer const steps = ceil_div(tokens_, depth_);
     aligned_array<double> sums(t.sums, 0.);
@@ -1577,12 +1595,14 @@ gram_moments with_third_moments(team& threads, std::vector<prepared_site<C>> con
   integer const at_once = static_cast<integer>((std::min)(bound / bytes, 1e6));
   m.cubes.resize(sites.size());
   m.triangles.resize(sites.size());
-  for (integer first = 0; first < m.sites; first += at_once)
-    threads.run((std::min)(at_once, m.sites - first), [&](integer i) {
-      auto const p = static_cast<std::size_t>(first + i);
-      if ((first + i) % options.share.of != options.share.index) return;
+  integer const first = options.share.index, step = options.share.of;
+  integer const mine = first < m.sites ? ceil_div(m.sites - first, step) : 0;
+  for (integer done = 0; done < mine; done += at_once)
+    threads.run((std::min)(at_once, mine - done), [&](integer i) {
+      integer const site = first + (done + i) * step;
+      auto const p = static_cast<std::size_t>(site);
       third_moments const t =
-          find_third_moments<Product>(sites[p], kernel.template bind<C>(first + i, sites[p]));
+          find_third_moments<Product>(sites[p], kernel.template bind<C>(site, sites[p]));
       m.cubes[p] = t.cubes;
       m.triangles[p] = t.triangles;
     });
@@ -1830,15 +1850,16 @@ gram_moments gram(std::vector<panel_source<C>> const& sources, integer tokens, K
   if (sources.empty()) return gram_moments(0, tokens);
   team threads(options.workers);
   auto const sites = prepare_all(threads, sources, tokens);
+  gram_moments m;  // the engines are gone before third moments take their memory
+  bool features = false;
   if constexpr (std::is_same_v<Kernel, linear_kernel>)
-    if (by_features(sources, tokens, options.path))
-      return with_third_moments<Product>(
-          threads, sites, kernel, options,
-          feature_engine<Product, C>(threads, sites, tokens, options.memory_bound,
-                                     options.share)());
-  return with_third_moments<Product>(
-      threads, sites, kernel, options,
-      gram_engine<Product, C>(threads, sites, tokens, options.memory_bound, options.share)(kernel));
+    features = by_features(sources, tokens, options.path);
+  if (features)
+    m = feature_engine<Product, C>(threads, sites, tokens, options.memory_bound, options.share)();
+  else
+    m = gram_engine<Product, C>(threads, sites, tokens, options.memory_bound,
+                                options.share)(kernel);
+  return with_third_moments<Product>(threads, sites, kernel, options, std::move(m));
 }
 
 /// The same for an RBF kernel: with the σ given, or from the medians of this data.
@@ -1857,9 +1878,9 @@ gram_moments gram_rbf(std::vector<panel_source<C>> const& sources, integer token
       k.sigma.data()[p] = kernel.fraction * std::sqrt(median) / site.some_scale();
     });
   }
-  gram_moments m = with_third_moments<Product>(
-      threads, sites, k, options,
-      gram_engine<Product, C>(threads, sites, tokens, options.memory_bound, options.share)(k));
+  gram_moments m =
+      gram_engine<Product, C>(threads, sites, tokens, options.memory_bound, options.share)(k);
+  m = with_third_moments<Product>(threads, sites, k, options, std::move(m));
   for (std::size_t p = 0; p < sites.size(); ++p)
     if (!(k.sigma[p] > 0) && m.why[p] == status::ok) m.why[p] = status::zero_bandwidth;
   m.sigma = std::move(k.sigma);

@@ -196,7 +196,8 @@ struct work_share {
 /// subtract what makes the sums exact (row means for linear, a constant for RBF).
 ///
 /// Shares of the same tokens' work add to these sums, by merge(); other tokens do not (see
-/// minibatch_moments).
+/// minibatch_moments). In a share products, row_sums, squares, cubes and triangles are parts of the
+/// whole, everything else is as in the whole.
 struct gram_moments {
   std::ptrdiff_t sites = 0;      ///< S
   std::ptrdiff_t tokens = 0;     ///< n
@@ -213,8 +214,8 @@ struct gram_moments {
   std::vector<double> cubes;      ///< S: Σ U_ij³ / ‖U‖³, U = U(G^p); empty unless asked for
   std::vector<double> triangles;  ///< S: tr U³ / ‖U‖³; the same
   gram_path path = gram_path::gram;  ///< how they came about
-  int shares = 1;                    ///< shares of the work that are in the sums
-  int shares_of = 1;                 ///< shares that there are
+  std::vector<std::uint8_t> shares{
+      1};                            ///< one a share of the work: whether the sums have it (else 0)
   std::vector<status> why;           ///< S: ok, constant_layer, zero_bandwidth or non_finite
   std::vector<position> non_finite;  ///< S: first NaN or infinity
 
@@ -234,29 +235,39 @@ struct gram_moments {
   }
 
   /// Adds other shares of the work on the same tokens.
-  /// @throws std::invalid_argument if it is other work, or if a share is there twice (as far as
-  ///         counting them tells)
+  /// @throws std::invalid_argument if it is other work as far as sizes, units, bandwidths and the
+  ///         diagonals of the kernel matrices tell, or if both have the same share
   void merge(gram_moments const& other) {
     constexpr char const* where = "rflow::gram_moments::merge";
     auto const what = [](gram_moments const& m) {
-      return std::to_string(m.sites) + " sites x " + std::to_string(m.tokens) + " tokens, " +
-             std::to_string(m.shares) + " of " + std::to_string(m.shares_of) + " shares";
+      return std::to_string(m.sites) + " sites x " + std::to_string(m.tokens) + " tokens, in " +
+             std::to_string(m.shares.size()) + " shares";
     };
-    if (sites != other.sites || tokens != other.tokens || shares_of != other.shares_of ||
-        path != other.path || sigma != other.sigma || cubes.size() != other.cubes.size())
+    bool same = sites == other.sites && tokens == other.tokens && path == other.path &&
+                shares.size() == other.shares.size() && squares.size() == other.squares.size() &&
+                cubes.size() == other.cubes.size() && sigma == other.sigma &&
+                exponent == other.exponent && epsilon == other.epsilon && why == other.why;
+    for (std::size_t i = 0; same && i < diagonal.size(); ++i)  // a NaN is unequal to itself
+      same = !(diagonal[i] < other.diagonal[i]) && !(diagonal[i] > other.diagonal[i]);
+    if (!same)
       detail::reject(where, "not shares of the same work: " + what(*this) + ", and " + what(other));
-    if (shares + other.shares > shares_of)
-      detail::reject(where, "more shares than there are: " + what(*this) + ", and " + what(other));
-    shares += other.shares;
+    for (std::size_t k = 0; k < shares.size(); ++k)
+      if (shares[k] != 0 && other.shares[k] != 0)
+        detail::reject(where, "share " + std::to_string(k) + " of " +
+                                  std::to_string(shares.size()) + " is in both");
+    for (std::size_t k = 0; k < shares.size(); ++k) shares[k] |= other.shares[k];
     for (auto const of : {&gram_moments::products, &gram_moments::row_sums, &gram_moments::squares,
                           &gram_moments::cubes, &gram_moments::triangles})
       for (std::size_t i = 0; i < (this->*of).size(); ++i) (this->*of)[i] += (other.*of)[i];
     find_trace();
   }
 
+  /// Whether no share of the work is missing.
+  bool whole() const { return std::find(shares.begin(), shares.end(), 0) == shares.end(); }
+
   /// Fills in trace from the other sums.
   void find_trace() {
-    for (std::ptrdiff_t p = 0; p < sites; ++p)
+    for (std::ptrdiff_t p = 0; p < sites && tokens > 0; ++p)
       trace[static_cast<std::size_t>(p)] = sigma.empty()
                                                ? std::abs(centred_trace(p))
                                                : static_cast<double>(tokens);  // RBF: k(x, x) = 1
@@ -459,7 +470,8 @@ void each_number(flow_moments& m, F const& f) {
 }
 template <class F>
 void each_number(gram_moments& m, F const& f) {
-  detail::as_number(m.shares, f);
+  f(m.epsilon);
+  for (std::uint8_t& x : m.shares) detail::as_number(x, f);
   for (auto* const values : {&m.products, &m.row_sums, &m.diagonal, &m.squares, &m.trace, &m.sigma,
                              &m.cubes, &m.triangles})
     for (double& x : *values) f(x);
@@ -480,6 +492,9 @@ void each_number(minibatch_moments& m, F const& f) {
 template <class Moments>
 std::vector<double> to_numbers(Moments m) {
   std::vector<double> out;
+  std::size_t count = 0;
+  each_number(m, [&](double&) { ++count; });
+  out.reserve(count);
   each_number(m, [&](double& x) { out.push_back(x); });
   return out;
 }

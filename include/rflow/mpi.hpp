@@ -97,23 +97,29 @@ class mpi_team {
   /// @param  m  flow_moments, minibatch_moments, monitor_moments, gram_moments of which each rank
   ///            holds a share (on_cpu{.share = {rank, size}}), or anything with merge() and
   ///            each_number(); all ranks hold the same shape
-  /// @throws std::runtime_error on every rank if shapes differ; mpi_error if MPI fails
-  /// @note   one gathering of all numbers: ranks × numbers × 8 bytes on each rank
+  /// @throws std::runtime_error on every rank if shapes differ or memory is short on one; what
+  ///         merge() throws, also on every rank, and then m is spoilt; mpi_error if MPI fails
+  /// @note   one broadcast a rank; three more times the numbers of m in memory, however many ranks
   template <class Moments>
   void allreduce(Moments& m) const {
-    std::vector<double> const mine = to_numbers(m);
-    std::vector<double> const shapes = gather(std::vector<double>{
-        static_cast<double>(m.sites), width_of(m), static_cast<double>(mine.size())});
+    std::vector<double> const shapes = gather_shapes(m);
     for (std::size_t r = 1; r < static_cast<std::size_t>(size_); ++r)
       for (std::size_t k = 0; k < 3; ++k)
         if (shapes[3 * r + k] != shapes[k])
           throw std::runtime_error("rflow::mpi_team::allreduce: rank 0 has " + shape(shapes, 0) +
                                    ", rank " + std::to_string(r) + " has " + shape(shapes, r));
-    if (mine.empty() || size_ == 1) return;
-    std::vector<double> const all = gather(mine);
-    Moments part = m;
-    for (std::size_t r = 0; r < static_cast<std::size_t>(size_); ++r) {
-      from_numbers(r == 0 ? m : part, {all.data() + r * mine.size(), mine.size()});
+    if (shapes[2] == 0 || size_ == 1) return;
+    std::vector<double> mine, other;
+    Moments part;
+    together([&] {
+      mine = to_numbers(m);
+      other.resize(mine.size());
+      part = m;
+    });
+    for (int r = 0; r < size_; ++r) {
+      std::vector<double>& numbers = r == rank_ ? mine : other;
+      broadcast(numbers, r);
+      from_numbers(r == 0 ? m : part, numbers);
       if (r > 0) m.merge(part);
     }
   }
@@ -142,21 +148,23 @@ class mpi_team {
     check("MPI_Allgather", MPI_Allgather(&mine, 1, MPI_INT, all.data(), 1, MPI_INT, ranks_));
     return all;
   }
-  std::vector<double> gather(std::vector<double> const& mine) const {
+  template <class Moments>
+  std::vector<double> gather_shapes(Moments& m) const {
+    double numbers = 0;
+    each_number(m, [&](double&) { ++numbers; });
+    double const mine[3] = {static_cast<double>(m.sites), width_of(m), numbers};
+    std::vector<double> all(3 * static_cast<std::size_t>(size_));
+    check("MPI_Allgather", MPI_Allgather(mine, 3, MPI_DOUBLE, all.data(), 3, MPI_DOUBLE, ranks_));
+    return all;
+  }
+  void broadcast(std::vector<double>& numbers, int from) const {
     // MPI counts in int: larger vectors go in pieces.
     constexpr std::size_t most = std::size_t{1} << 24;
-    auto const ranks = static_cast<std::size_t>(size_);
-    std::vector<double> all(mine.size() * ranks);
-    for (std::size_t at = 0; at < mine.size(); at += most) {
-      std::size_t const count = (std::min)(most, mine.size() - at);
-      std::vector<double> piece(count * ranks);
-      check("MPI_Allgather",
-            MPI_Allgather(mine.data() + at, static_cast<int>(count), MPI_DOUBLE, piece.data(),
-                          static_cast<int>(count), MPI_DOUBLE, ranks_));
-      for (std::size_t r = 0; r < ranks; ++r)
-        std::copy_n(piece.data() + r * count, count, all.data() + r * mine.size() + at);
+    for (std::size_t at = 0; at < numbers.size(); at += most) {
+      std::size_t const count = (std::min)(most, numbers.size() - at);
+      check("MPI_Bcast",
+            MPI_Bcast(numbers.data() + at, static_cast<int>(count), MPI_DOUBLE, from, ranks_));
     }
-    return all;
   }
 
   MPI_Comm ranks_ = MPI_COMM_NULL;

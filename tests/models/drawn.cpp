@@ -80,8 +80,9 @@ TEST_CASE("schemes draw what they promise") {
            {mamba, scheme::mamba_ssm, "0.mixer.out_proj.weight", third / std::sqrt(128) / 2,
             1 / std::sqrt(128) / 2},
        }) {
-    CAPTURE(name);
-    CAPTURE(static_cast<int>(how));
+    std::string const context =
+        std::string(name) + ", scheme " + std::to_string(static_cast<int>(how));
+    CAPTURE(context);  // clang 14 captures no structured binding
     models::drawn_weights const source(model, {how, 5, 0.03});
     auto const x = values(source, find(model, name));
     spread const s(x);

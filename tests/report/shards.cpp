@@ -232,6 +232,7 @@ TEST_CASE("full CKA of shards pairs all tokens of all shards that count") {
           close(table.at("debiased").at("values"), debiased(p, q));
           close(table.at("biased").at("values"), biased(p, q));
           close(table.at("significance").at("score"), debiased.score(p, q));
+          close(table.at("significance").at("p_value"), debiased.p_value(p, q));
         }
         std::ptrdiff_t const top = debiased.top_token(p);
         json const& told = table.at("top_token_share").at("token")[i];
@@ -245,6 +246,24 @@ TEST_CASE("full CKA of shards pairs all tokens of all shards that count") {
     check(report.at("cka")[0], on.gram(rflow::linear{}, stack));
     check(report.at("cka")[1], on.gram(rflow::rbf{}, stack));
   }
+}
+
+TEST_CASE("full CKA of so many tokens that it goes in pieces") {
+  folder const here;
+  model const m(here, 3, 3, 30000);
+  REQUIRE(m.tokens() > 2 * 16384);
+  outcome const o = run(here, m.arguments({"-o", "out", "--cka", "full", "--kernel", "linear"}));
+  CAPTURE(o.err);
+  REQUIRE(o.status == 0);
+  json const report = json::parse(read(here / "out/metrics.json")).at("models")[0];
+  rflow::cka_table const t = rflow::cka_matrix(m.stack());
+  for (std::ptrdiff_t p = 0; p < 4; ++p)
+    for (std::ptrdiff_t q = 0; q < 4; ++q)
+      CHECK(std::abs(report.at("cka")[0]
+                         .at("debiased")
+                         .at("values")[static_cast<std::size_t>(p)][static_cast<std::size_t>(q)]
+                         .get<double>() -
+                     t(p, q)) < 1e-6);
 }
 
 TEST_CASE("killed at random points and started again, the numbers are the same") {
