@@ -409,6 +409,9 @@ class layer_stack {
   /// One array with any strides.
   layer_stack(T const* data, stack_shape shape, stack_strides strides) {
     if (shape.sites < 0) detail::reject(name_of_class, "negative number of sites");
+    if (shape.hidden == 0)  // perhaps two extents were given
+      detail::reject(name_of_class, "a shape of " + std::to_string(shape.sites) + " sites x " +
+                                        std::to_string(shape.tokens) + " tokens x 0 features");
     for (std::ptrdiff_t l = 0; l < shape.sites; ++l)
       sites_.emplace_back(data == nullptr ? nullptr : data + l * strides.site, shape.tokens,
                           shape.hidden, strides.token, strides.hidden);
