@@ -350,7 +350,7 @@ TEST_CASE("stacks that make no sense are refused with both sizes") {
                        std::invalid_argument);
   float const* const none = nullptr;
   CHECK_THROWS_AS(layer_stack(none, rflow::stack_shape{2, 3, 4}), std::invalid_argument);
-  CHECK_THROWS_WITH_AS(layer_stack(values.data(), rflow::stack_shape{3, 4}),
+  CHECK_THROWS_WITH_AS(layer_stack(values.data(), rflow::stack_shape{3, 4, 0}),
                        "rflow::layer_stack: a shape of 3 sites x 4 tokens x 0 features",
                        std::invalid_argument);
   CHECK_THROWS_WITH_AS(layer_stack(values.data(), rflow::stack_shape{-1, 3, 4}),
