@@ -14,8 +14,8 @@
 
 #include <rflow/cka.hpp>
 
+#include "beside.hpp"
 #include "data.hpp"
-#include "floor.hpp"
 
 #ifndef RFLOW_BENCH_BACKEND  // blas.cpp names another
 #define RFLOW_BENCH_BACKEND rflow::on_cpu
@@ -37,24 +37,9 @@ auto activations(shape const& s) {
 /// The median time over the iterations, beside the peak taken around each of them.
 template <class Work>
 void beside_the_peak(benchmark::State& state, shape const& s, Work&& work) {
-  rflow::detail::team team(threads());
-  std::vector<double> shares, times;
-  for (auto _ : state) {
-    double const before = rflow::bench::fma_peak(team, 3);
-    double const t0 = rflow::bench::seconds();
-    work();
-    double const elapsed = rflow::bench::seconds() - t0;
-    double const peak = (std::max)(before, rflow::bench::fma_peak(team, 3));
-    double const useful =
-        static_cast<double>(s.sites * s.tokens * s.tokens) * static_cast<double>(s.width);
-    state.SetIterationTime(elapsed);
-    times.push_back(elapsed);
-    shares.push_back(useful / elapsed / peak);
-  }
-  std::sort(times.begin(), times.end());
-  std::sort(shares.begin(), shares.end());
-  state.counters["median_s"] = times[times.size() / 2];
-  state.counters["of_peak"] = shares[shares.size() / 2];
+  double const useful =
+      static_cast<double>(s.sites * s.tokens * s.tokens) * static_cast<double>(s.width);
+  state.counters["median_s"] = rflow::bench::beside_the_peak(state, useful, work);
 }
 
 template <class T, class Kernel>

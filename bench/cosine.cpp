@@ -13,8 +13,8 @@
 
 #include <rflow/cosine.hpp>
 
+#include "beside.hpp"
 #include "data.hpp"
-#include "floor.hpp"
 
 namespace {
 
@@ -79,19 +79,8 @@ template <class T, class Work>
 void beside_the_floor(benchmark::State& state, int reads, double exact, Work&& work) {
   double const bytes =
       static_cast<double>(reads * state.range(0) * width) * static_cast<double>(sizeof(T));
-  rflow::detail::team team(rflow::bench::threads());
-  double best = 1e30, value = 0;
-  double floor = rflow::bench::read_bandwidth(team, 3);
-  for (auto _ : state) {
-    double const t0 = rflow::bench::seconds();
-    value = work();
-    double const elapsed = rflow::bench::seconds() - t0;
-    best = (std::min)(best, elapsed);
-    state.SetIterationTime(elapsed);
-  }
-  floor = (std::max)(floor, rflow::bench::read_bandwidth(team, 3));
-  state.counters["GB/s"] = bytes / best * 1e-9;
-  state.counters["of_floor"] = bytes / best / floor;
+  double value = 0;
+  rflow::bench::beside_the_floor(state, bytes, [&] { value = work(); });
   state.counters["error"] = std::abs(value - exact);
 }
 

@@ -16,8 +16,8 @@
 
 #include <rflow/probe.hpp>
 
+#include "beside.hpp"
 #include "data.hpp"
-#include "floor.hpp"
 
 namespace {
 
@@ -47,24 +47,9 @@ shape shape_of(benchmark::State const& state) {
 /// The median time over the iterations, beside the peak taken around each of them.
 template <class Work>
 void beside_the_peak(benchmark::State& state, shape const& s, int epochs, Work&& work) {
-  rflow::detail::team team(threads());
-  std::vector<double> shares, times;
-  for (auto _ : state) {
-    double const before = rflow::bench::fma_peak(team, 3);
-    double const t0 = rflow::bench::seconds();
-    work();
-    double const elapsed = rflow::bench::seconds() - t0;
-    double const peak = (std::max)(before, rflow::bench::fma_peak(team, 3));
-    double const useful = 4 * static_cast<double>(s.sites * s.tokens * s.width) *
-                          static_cast<double>(s.classes * s.seeds) * epochs;
-    state.SetIterationTime(elapsed);
-    times.push_back(elapsed / epochs);
-    shares.push_back(useful / elapsed / peak);
-  }
-  std::sort(times.begin(), times.end());
-  std::sort(shares.begin(), shares.end());
-  state.counters["epoch_s"] = times[times.size() / 2];
-  state.counters["of_peak"] = shares[shares.size() / 2];
+  double const useful = 4 * static_cast<double>(s.sites * s.tokens * s.width) *
+                        static_cast<double>(s.classes * s.seeds) * epochs;
+  state.counters["epoch_s"] = rflow::bench::beside_the_peak(state, useful, work) / epochs;
 }
 
 /// The whole of probe_layers: splits, initial weights and the preparation of the features included.

@@ -13,8 +13,8 @@
 
 #include <rflow/variance.hpp>
 
+#include "beside.hpp"
 #include "data.hpp"
-#include "floor.hpp"
 
 namespace {
 
@@ -53,19 +53,8 @@ template <class T, class Work>
 void beside_the_floor(benchmark::State& state, Work&& work) {
   double const bytes = static_cast<double>(sites * tokens * width) * static_cast<double>(sizeof(T));
   static roots const exact = in_double<T>();
-  rflow::detail::team team(rflow::bench::threads());
-  double best = 1e30, floor = rflow::bench::read_bandwidth(team, 3);
   roots found;
-  for (auto _ : state) {
-    double const t0 = rflow::bench::seconds();
-    found = work();
-    double const elapsed = rflow::bench::seconds() - t0;
-    best = (std::min)(best, elapsed);
-    state.SetIterationTime(elapsed);
-  }
-  floor = (std::max)(floor, rflow::bench::read_bandwidth(team, 3));
-  state.counters["GB/s"] = bytes / best * 1e-9;
-  state.counters["of_floor"] = bytes / best / floor;
+  rflow::bench::beside_the_floor(state, bytes, [&] { found = work(); });
   state.counters["error"] =
       (std::max)(std::abs(found.st1 / exact.st1 - 1), std::abs(found.st2 / exact.st2 - 1));
 }
