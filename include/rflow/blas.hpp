@@ -159,7 +159,7 @@ struct on_blas {
     detail::gram_options const options{{thread_count()}, memory_bound, path, significance};
     auto const gram = [&](auto product) {
       return detail::host_gram<decltype(product)>("rflow::on_blas::gram", kernel, options,
-                                                  detail::parts_of(stacks)...);
+                                                  stacks...);
     };
     // From the shape and the bound alone, as everything that could show in a last digit.
     constexpr std::ptrdiff_t side = 512;

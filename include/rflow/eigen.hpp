@@ -1185,6 +1185,9 @@ std::span<layer_stack<T> const> parts_of(std::vector<layer_stack<T>> const& stac
   return stacks;
 }
 
+template <class T>
+T element_of(std::span<layer_stack<T> const>);  // for its type
+
 /// Sites of stacks, as the engine reads them.
 template <class C>
 class host_sites {
@@ -1255,18 +1258,20 @@ class host_sites {
   std::vector<std::function<std::ptrdiff_t(std::ptrdiff_t)>> stored_;  // one a site
 };
 
-/// The Gram moments of the sites of several models, with the product of a backend. Each is one stack
-/// or several that hold its tokens one after the other (see parts_of).
-template <class Product, class Kernel, class... T>
+/// The Gram moments of the sites of several models, with the product of a backend. Each is a
+/// layer_stack, or a vector of them that hold its tokens one after the other.
+template <class Product, class Kernel, class... Models>
 gram_moments host_gram(char const* where, Kernel const& kernel, gram_options const& options,
-                       std::span<layer_stack<T> const>... models) {
-  using C = std::conditional_t<(std::same_as<T, double> || ...), double, float>;
+                       Models const&... models) {
+  using C =
+      std::conditional_t<(std::same_as<decltype(element_of(parts_of(models))), double> || ...),
+                         double, float>;
   work_share const share = options.share;
   if (share.of < 1 || share.index < 0 || share.index >= share.of)
     reject(where,
            "share " + std::to_string(share.index) + " (from 0) of " + std::to_string(share.of));
   host_sites<C> sites(where);
-  (sites.add(models), ...);
+  (sites.add(parts_of(models)), ...);
   auto const& sources = sites.sources;
   std::ptrdiff_t const tokens = sites.tokens;
   auto const shared = [&](gram_moments m) {
@@ -1366,14 +1371,14 @@ struct on_cpu {
   ///         in [0, share.of)
   template <class Kernel, class... T>
   gram_moments gram(Kernel const& kernel, layer_stack<T> const&... stacks) const {
-    return gram_of(kernel, detail::parts_of(stacks)...);
+    return gram_of(kernel, stacks...);
   }
 
   /// The same for models whose tokens are in several stacks, one after the other: files too large
   /// for one. Stacks of one model have the same sites.
   template <class Kernel, class... T>
   gram_moments gram(Kernel const& kernel, std::vector<layer_stack<T>> const&... models) const {
-    return gram_of(kernel, detail::parts_of(models)...);
+    return gram_of(kernel, models...);
   }
 
   /// Softmax regressions of every site; see softmax_backend_for. Sites run side by side where one
@@ -1388,8 +1393,8 @@ struct on_cpu {
   }
 
  private:
-  template <class Kernel, class... T>
-  gram_moments gram_of(Kernel const& kernel, std::span<layer_stack<T> const>... models) const {
+  template <class Kernel, class... Models>
+  gram_moments gram_of(Kernel const& kernel, Models const&... models) const {
     detail::gram_options const options{{thread_count()}, memory_bound, path, significance, share};
     return detail::host_gram<detail::packed_product>("rflow::on_cpu::gram", kernel, options,
                                                      models...);

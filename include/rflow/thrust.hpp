@@ -77,7 +77,7 @@ struct on_thrust {
   gram_moments gram(Kernel const& kernel, layer_stack<T> const&... stacks) const {
     detail::gram_options const options{workers(), memory_bound, path};
     return detail::host_gram<detail::packed_product>("rflow::on_thrust::gram", kernel, options,
-                                                     detail::parts_of(stacks)...);
+                                                     stacks...);
   }
 
   /// @note   as on_cpu::softmax
