@@ -95,6 +95,10 @@ std::function<int()> add_probe(CLI::App& app, probe_options& o) {
   c.add_option("--rate", o.rate, "Its learning rate")
       ->check(CLI::PositiveNumber)
       ->default_str("0.05");
+  c.add_option("--label", o.label,
+               "What to find: gold (the position of the answer), or another tensor of the prompt "
+               "files, such as answer")
+      ->default_str("gold");
   c.add_option("--validation", o.validation, "Fraction of the contexts held out")
       ->check(CLI::Range(0.0, 0.95).description(""))
       ->default_str("0.2");

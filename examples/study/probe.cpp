@@ -4,8 +4,8 @@
 // The same run gives the flow within the prompts, so that context lengths can be compared.
 //
 // A prompt file is safetensors: ids (all tokens, one prompt after the other), offsets (where each
-// begins, and the end), gold (its class), group (prompts of one context: never on both sides of a
-// split). Metadata "task" and "pairs" or "documents" are shown.
+// begins, and the end), gold (its class) or another tensor of whole numbers that is asked for, such as
+// answer, group (prompts of one context: never on both sides of a split). Metadata "task" and "pairs" or "documents" are shown.
 
 #include <rflow/monitor.hpp>
 #include <rflow/probe.hpp>
@@ -36,12 +36,19 @@ struct prompts {
   models::batch tokens;
   std::vector<std::int64_t> gold, group;
 
-  explicit prompts(std::string const& path) {
+  prompts(std::string const& path, std::string const& label_tensor) {
     rflow::safetensors_file const file(path);
     tokens.ids = file["ids"].integers();
     std::vector<std::int64_t> const offsets = file["offsets"].integers();
     tokens.offsets.assign(offsets.begin(), offsets.end());
-    gold = file["gold"].integers();
+    gold = file[label_tensor].integers();
+    if (label_tensor != "gold") {  // any numbers: the classes are those that occur
+      std::vector<std::int64_t> classes = gold;
+      std::sort(classes.begin(), classes.end());
+      classes.erase(std::unique(classes.begin(), classes.end()), classes.end());
+      for (std::int64_t& x : gold)
+        x = std::lower_bound(classes.begin(), classes.end(), x) - classes.begin();
+    }
     group = file["group"].integers();
     auto const fail = [&](std::string const& why) {
       throw std::invalid_argument(path + ": " + why);
@@ -53,12 +60,13 @@ struct prompts {
       if (tokens.length(s) < 1) fail("prompt " + std::to_string(s) + " is empty");
     if (gold.size() != group.size() || static_cast<integer>(gold.size()) != tokens.sequences())
       fail(std::to_string(tokens.sequences()) + " prompts, " + std::to_string(gold.size()) +
-           " gold labels, " + std::to_string(group.size()) + " groups");
+           " labels, " + std::to_string(group.size()) + " groups");
     auto const& metadata = file.metadata();
     for (char const* key : {"task", "pairs", "documents"})
       if (auto const found = metadata.find(key); found != metadata.end())
         label += (label.empty() ? "" : " ") + found->second;
     if (label.empty()) label = label_of(path);
+    if (label_tensor != "gold") label += ", " + label_tensor;
   }
 };
 
@@ -296,7 +304,7 @@ int probe(probe_options const& asked) {
   inputs.insert(inputs.end(), asked.prompts.begin(), asked.prompts.end());
   report::check_target(asked.output, asked.force, inputs);
   std::vector<prompts> tasks;
-  for (std::string const& path : asked.prompts) tasks.emplace_back(path);
+  for (std::string const& path : asked.prompts) tasks.emplace_back(path, asked.label);
   models::team threads(thread_count(asked.threads));
   std::vector<outcome> all;
   auto const add = [&](std::string const& label, models::architecture const& a,
@@ -327,7 +335,8 @@ int probe(probe_options const& asked) {
   data["options"] = {{"epochs", asked.epochs},
                      {"learning_rate", asked.rate},
                      {"seeds", asked.seeds},
-                     {"validation_fraction", asked.validation}};
+                     {"validation_fraction", asked.validation},
+                     {"label", asked.label}};
   data["runs"] = json::array();
   for (outcome const& o : all) data["runs"].push_back(to_json(o));
   std::map<std::string, std::string> const texts{{"study.json", report::json_text(data)},

@@ -47,6 +47,7 @@ struct probe_options : setting {
   std::uint64_t seed = 1;
   int epochs = 150, seeds = 5;
   double rate = 0.05, validation = 0.2;
+  std::string label = "gold";  // the tensor of the prompt files that is the class
 };
 int probe(probe_options const& asked);
 

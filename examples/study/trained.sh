@@ -5,7 +5,7 @@
 #
 #     examples/study/trained.sh PROGRAM OUT_DIR
 #
-# OUT_DIR/probe has probes and flow by layer for each context length, OUT_DIR/gpt-neox and OUT_DIR/mamba the full
+# OUT_DIR/probe-* have probes and flow by layer for each context length, OUT_DIR/gpt-neox and OUT_DIR/mamba the full
 # reports; the figures of all are gathered in OUT_DIR/figures.csv and printed.
 set -euo pipefail
 program=$1 out=$2
@@ -30,7 +30,10 @@ head += " " * (-(len(head) + 11) % 64) + "\n"
 with open(sys.argv[1], "wb") as file:
     file.write(b"\x93NUMPY\x01\x00" + len(head).to_bytes(2, "little") + head.encode() + ids.tobytes())
 PYTHON
-"$program" probe "$trained/gpt-neox" "$trained/mamba" -p "${prompts[@]}" --against-random transformers -o "$out/probe" --force
+for label in answer gold; do  # what is asked for, and where it stood
+  "$program" probe "$trained/gpt-neox" "$trained/mamba" -p "${prompts[@]}" --label $label --against-random transformers \
+    -o "$out/probe-$label" --force
+done
 for model in gpt-neox mamba; do
   "$program" checkpoint "$trained/$model" --ids "$out/ids.npy" --against-random transformers -o "$out/$model" --force
 done
@@ -38,11 +41,11 @@ python3 - "$out" <<'PYTHON'
 import csv, json, pathlib, sys
 out = pathlib.Path(sys.argv[1])
 rows = []
-for r in json.loads((out / "probe/study.json").read_text())["runs"]:
-    mean = lambda x: x["mean"] if x else None
+mean = lambda x: x["mean"] if x else None
+for r in sum((json.loads((out / f"probe-{label}/study.json").read_text())["runs"] for label in ("answer", "gold")), []):
     rows.append({"model": r["model"], "task": r["task"], "prompts": r["prompts"], "chance": r["chance"],
                  "best_site": r["best_site"], "best": mean(r["best"]), "last": mean(r["last"]), "drop": r["drop"],
-                 "final_norm": mean(r["final_norm"]), "st1": mean(r["st1"]), "st2": mean(r["st2"]),
+                 "final_norm": mean(r["final_norm"]), **{f"accuracy_{l}": mean(x) for l, x in enumerate(r["accuracy"])}, "st1": mean(r["st1"]), "st2": mean(r["st2"]),
                  **{f"inter_token_{l}": mean(x) for l, x in enumerate(r["inter_token"])},
                  **{f"adjacent_{l}": mean(x) for l, x in enumerate(r["adjacent_cosine"])}})
 names = list(dict.fromkeys(name for r in rows for name in r))

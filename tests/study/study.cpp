@@ -212,6 +212,33 @@ TEST_CASE("probe: layers of a checkpoint, beside random weights") {
   CHECK(read(where / "out/report.html").find("mamba_plain, random (transformers)") !=
         std::string::npos);
   check_refused(where, {"probe", references + "mamba_plain", "-p", "none.st"}, {"none.st"});
+  check_refused(where, {"probe", references + "mamba_plain", "-p", "p.st", "--label", "nothing"},
+                {"nothing"});
+}
+
+TEST_CASE("probe: a trained model knows the answer after its last layers, a random one nowhere") {
+  folder where;
+  REQUIRE(run(where, {"kvpr", "p.st", "--integers", "--contexts", "200", "--pairs", "8", "--keys",
+                      "16", "--values", "16"})
+              .status == 0);
+  std::string const trained = std::string(RFLOW_SOURCE_DIR) + "/examples/models/trained/";
+  outcome const o =
+      run(where, {"probe", trained + "gpt-neox", trained + "mamba", "-p", "p.st", "--seeds", "1",
+                  "--against-random", "transformers", "--label", "answer", "-q", "-o", "out"});
+  CHECK(o.err == "");
+  REQUIRE(o.status == 0);
+  json const runs = json::parse(read(where / "out/study.json"))["runs"];
+  REQUIRE(runs.size() == 4);
+  for (json const& r : runs) {
+    CAPTURE(r["model"].get<std::string>());
+    CHECK(r["classes"] == 16);
+    bool const random = r["model"].get<std::string>().find("random") != std::string::npos;
+    if (random)
+      CHECK(r["best"]["mean"].get<double>() < 0.6);
+    else
+      CHECK(r["final_norm"]["mean"].get<double>() > 0.95);
+    CHECK(r["accuracy"][0]["mean"].get<double>() < 0.3);
+  }
 }
 
 TEST_CASE("checkpoint: the full report, one model or two") {
