@@ -85,7 +85,7 @@ outcome run(folder const& where, std::vector<std::string> arguments) {
 
 /// A model of 4 sites × 24 features in shards of random lengths, and all of it as one stack.
 struct model {
-  static constexpr std::ptrdiff_t sites = 4, width = 24;
+  static constexpr std::ptrdiff_t width = 24;
   std::vector<std::vector<float>> values{4};  // sites × (tokens · width)
   std::vector<std::ptrdiff_t> offsets{0};     // of sequences
   std::vector<std::string> names;             // of the shards
