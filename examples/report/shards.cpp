@@ -467,7 +467,7 @@ result measure_shards(options const& asked, workers& all, progress const& tell) 
   plan p;
   rflow::monitor_moments m;
   double peak = 0;
-  auto watch = std::make_optional<memory_watch>(peak);
+  std::optional<memory_watch> watch;
   auto const tell_first = [&](double done, double total) {
     if (all.rank() == 0) tell(done, total);
   };
@@ -479,6 +479,7 @@ result measure_shards(options const& asked, workers& all, progress const& tell) 
                      "needs about " + number(needed / 1048576, 4) +
                          " MiB beside the mapped files, but --memory-limit is " +
                          std::to_string(asked.memory_limit));
+    watch.emplace(peak);
     auto const ranks = static_cast<std::size_t>(all.size()),
                rank = static_cast<std::size_t>(all.rank());
     std::size_t const count = p.shards.size();

@@ -681,11 +681,12 @@ TEST_CASE("a single token") {
   sites(4, 1, 6).write(work / "x.safetensors");
   REQUIRE(run(work, {"x.safetensors", "-o", "r"}).status == 0);
   // Its CKA is missing for want of tokens, not because a token equals itself.
-  for (json const& table : metrics(work.path / "r").at("models").at(0).at("cka"))
+  json const tables = metrics(work.path / "r").at("models").at(0).at("cka");
+  for (json const& table : tables)
     for (char const* by : {"debiased", "biased"})
       for (json const& row : table.at(by).at("status"))
         for (json const& why : row) CHECK(why == "too_few_rows");
-  json const rbf = metrics(work.path / "r").at("models").at(0).at("cka").at(1);
+  json const& rbf = tables.at(1);
   for (json const& sigma : rbf.at("sigma").at("values")) CHECK(sigma.is_null());
   for (json const& why : rbf.at("sigma").at("status")) CHECK(why == "too_few_rows");
   // Its column of the heat map is drawn.

@@ -250,7 +250,7 @@ TEST_CASE("full CKA of shards pairs all tokens of all shards that count") {
 
 TEST_CASE("full CKA of so many tokens that it goes in pieces") {
   folder const here;
-  model const m(here, 3, 3, 30000);
+  model const m(here, 3, 6, 30000);
   REQUIRE(m.tokens() > 2 * 16384);
   outcome const o = run(here, m.arguments({"-o", "out", "--cka", "full", "--kernel", "linear"}));
   CAPTURE(o.err);
