@@ -23,7 +23,6 @@ int run(options const& asked, workers& all) {
   if (all.size() > 1 && !asked.shards)
     throw std::invalid_argument("several ranks share shards only: --shards");
   bool const speaks = all.rank() == 0;
-  limit_memory(asked);
   all.together([&] {
     if (speaks) check_target(asked.output, asked.force, asked.files_read());
   });

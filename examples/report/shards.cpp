@@ -446,6 +446,15 @@ class memory_watch {
   std::thread thread_;
 };
 
+/// Limits the memory of this process (RLIMIT_DATA), if asked for.
+void limit_memory(options const& asked) {
+  if (asked.memory_limit == 0) return;
+  ::rlimit limit{};
+  limit.rlim_cur = limit.rlim_max = static_cast<::rlim_t>(asked.memory_limit) << 20;
+  if (::setrlimit(RLIMIT_DATA, &limit) != 0)
+    throw std::invalid_argument("--memory-limit: " + std::string(std::strerror(errno)));
+}
+
 }  // namespace
 
 std::size_t anonymous_memory() {
@@ -453,14 +462,6 @@ std::size_t anonymous_memory() {
   for (std::string line; std::getline(in, line);)
     if (line.starts_with("RssAnon:")) return std::stoul(line.substr(8)) * 1024;
   return 0;
-}
-
-void limit_memory(options const& asked) {
-  if (asked.memory_limit == 0) return;
-  ::rlimit limit{};
-  limit.rlim_cur = limit.rlim_max = static_cast<::rlim_t>(asked.memory_limit) << 20;
-  if (::setrlimit(RLIMIT_DATA, &limit) != 0)
-    throw std::invalid_argument("--memory-limit: " + std::string(std::strerror(errno)));
 }
 
 result measure_shards(options const& asked, workers& all, progress const& tell) {
@@ -479,6 +480,7 @@ result measure_shards(options const& asked, workers& all, progress const& tell) 
                      "needs about " + number(needed / 1048576, 4) +
                          " MiB beside the mapped files, but --memory-limit is " +
                          std::to_string(asked.memory_limit));
+    limit_memory(asked);
     watch.emplace(peak);
     auto const ranks = static_cast<std::size_t>(all.size()),
                rank = static_cast<std::size_t>(all.rank());

@@ -15,11 +15,8 @@ namespace report {
 /// Anonymous memory of this process now, in bytes; 0 where the system does not say.
 std::size_t anonymous_memory();
 
-/// Limits the memory of this process (RLIMIT_DATA), if asked for.
-/// @throws std::invalid_argument if the system refuses
-void limit_memory(options const& asked);
-
-/// @throws unusable on every rank if a shard or the checkpoint cannot be used on any
+/// @throws unusable on every rank if a shard or the checkpoint cannot be used on any, or the memory
+///         limit will not do; std::invalid_argument if the system refuses it
 result measure_shards(options const& asked, workers& all, progress const& tell);
 
 /// Removes the checkpoint of this process, once there is a report.
