@@ -48,7 +48,9 @@ void check_widening() {
       Eigen::internal::pstoreu<float, P>(wide + p * chunk::lanes, loaded.at[p]);
     for (std::ptrdiff_t j = 0; j < chunk::width; ++j) {
       float const expected = values[j], found = wide[rflow::detail::place_of<T>(j)];
-      wrong += std::bit_cast<std::uint32_t>(found) != std::bit_cast<std::uint32_t>(expected);
+      // A signalling NaN may come out quiet.
+      wrong += std::bit_cast<std::uint32_t>(found) != std::bit_cast<std::uint32_t>(expected) &&
+               !(std::isnan(found) && std::isnan(expected));
     }
   }
   CHECK(wrong == 0);
@@ -186,8 +188,8 @@ TEST_CASE("half-precision subnormals survive a thread that flushes to zero") {
 }
 #endif
 
-TEST_CASE_TEMPLATE("loads of 16-bit features permute them, and the permutation is complete", T, f16,
-                   bf16, float, double) {
+TEST_CASE_TEMPLATE("loads of 16-bit features may permute them, and the permutation is complete", T,
+                   f16, bf16, float, double) {
   constexpr std::ptrdiff_t width = rflow::detail::chunk<T>::width;
   std::vector<int> seen(static_cast<std::size_t>(3 * width));
   for (std::ptrdiff_t j = 0; j < 3 * width; ++j) {

@@ -127,12 +127,23 @@ P widened_lanes(Int const& upper_half) {
   }
 }
 
-/// A chunk widened to compute_t<T>. 16-bit features come out permuted, the same way for every row:
-/// inner products do not care, and feature_of() says which is which.
+/// Whether the instruction set widens f16 by itself. It does so exactly, subnormals too, whatever is
+/// flushed to zero.
+template <class T, class P>
+inline constexpr bool widens = std::same_as<T, f16>&& requires(P const& x) {
+  _mm512_cvtph_ps(_mm512_castsi512_si256(_mm512_castps_si512(x)));
+};
+
+/// A chunk widened to compute_t<T>. 16-bit features may come out permuted, the same way for every
+/// row: inner products do not care, and place_of() says which is which.
 template <class T>
 chunk<T> load_chunk(T const* from) {
   using P = packet_of<compute_t<T>>;
-  if constexpr (chunk<T>::packets == 2) {
+  if constexpr (widens<T, P>) {
+    P const both = packet::ploadu<P>(reinterpret_cast<float const*>(from));
+    return {{_mm512_cvtph_ps(_mm512_castsi512_si256(_mm512_castps_si512(both))),
+             _mm512_cvtph_ps(_mm512_extracti64x4_epi64(_mm512_castps_si512(both), 1))}};
+  } else if constexpr (chunk<T>::packets == 2) {
     using Int = typename packet::unpacket_traits<P>::integer_packet;
     Int const both = packet::ploadu<Int>(reinterpret_cast<std::int32_t const*>(from));
     Int const upper = packet::pset1<Int>(static_cast<std::int32_t>(0xffff0000u));
@@ -148,7 +159,7 @@ chunk<T> load_chunk(T const* from) {
 /// Where feature j stands in a row read by load_chunk.
 template <class T>
 std::ptrdiff_t place_of(std::ptrdiff_t j) {
-  if constexpr (chunk<T>::packets == 1) return j;
+  if constexpr (chunk<T>::packets == 1 || widens<T, packet_of<compute_t<T>>>) return j;
   std::ptrdiff_t const within = j % chunk<T>::width;
   return j - within + within % 2 * chunk<T>::lanes + within / 2;
 }
