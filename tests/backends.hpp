@@ -170,6 +170,52 @@ TEST_CASE_TEMPLATE("flow agrees with on_cpu: masks, sequences, types", On, RFLOW
   flow_agrees<On, rflow::bf16>();
 }
 
+template <class On, class T>
+void parts_agree() {
+  using namespace backends;
+  using rflow::flow_part;
+  for (unsigned seed = 1; seed <= 4; ++seed) {
+    CAPTURE(seed);
+    std::mt19937 bits(seed);
+    reference::stack x = reference::random_stack(bits, 1 + seed, 90, 1 + 83 * (seed - 1));
+    for (double& value : x[0][7]) value = 0;                    // no direction
+    x[1][11].back() = std::numeric_limits<double>::infinity();  // no value
+    std::vector<T> const values = reference::pack<T>(x);
+    rflow::layer_stack<T> const whole = reference::stack_of(values, x);
+    std::vector<std::ptrdiff_t> const offsets{0, 1, 40, 90};
+    for (auto const& stack : {whole, whole.sequences(offsets)}) {
+      rflow::flow_moments const all = On{}.flow(stack);
+      rflow::flow_moments const tokens = On{}.flow(stack, {.part = flow_part::inter_token});
+      std::vector<double> cosine(static_cast<std::size_t>(stack.sites() - 1) * 90);
+      rflow::flow_moments const neighbours =
+          On{}.flow(stack, {.cosine = cosine.data(), .part = flow_part::adjacent});
+      double const within = scalar_tolerance<T>;
+      for (std::size_t l = 0; l < all.squares.size(); ++l) {
+        CAPTURE(l);
+        for (auto const* m : {&tokens, &neighbours}) {
+          CHECK(m->tokens == all.tokens);
+          CHECK(m->zero_rows[l] == all.zero_rows[l]);
+          CHECK(m->non_finite[l].token == all.non_finite[l].token);
+          CHECK(m->non_finite[l].feature == all.non_finite[l].feature);
+        }
+        CHECK(tokens.pairs[l] == all.pairs[l]);
+        CHECK(near(tokens.pair_cosines[l], all.pair_cosines[l], within * (1 + all.pairs[l])));
+        CHECK(near(tokens.sequence_cosine[l].mean, all.sequence_cosine[l].mean, within));
+        if (l == 0) continue;
+        CHECK(neighbours.cosine[l - 1].count == all.cosine[l - 1].count);
+        CHECK(near(neighbours.cosine[l - 1].mean, all.cosine[l - 1].mean, within));
+        CHECK(near(neighbours.cosine[l - 1].m2, all.cosine[l - 1].m2, within * all.tokens));
+        CHECK(std::isnan(cosine[(l - 1) * 90 + 11]) == (l <= 2));
+      }
+    }
+  }
+}
+TEST_CASE_TEMPLATE("a part of the flow moments is as good as all of them", On, RFLOW_BACKENDS) {
+  parts_agree<On, float>();
+  parts_agree<On, double>();
+  parts_agree<On, rflow::bf16>();
+}
+
 TEST_CASE_TEMPLATE("more sequences than a slab ends", On, RFLOW_BACKENDS) {
   using namespace backends;
   sample<float> const s(3, 3, 3000, 5);

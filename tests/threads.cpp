@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <rflow/threads.hpp>
 
+#include <algorithm>
 #include <atomic>
 #include <numeric>
 #include <stdexcept>
@@ -76,4 +77,16 @@ TEST_CASE("a team of borrowed threads: the same tasks, the same exceptions") {
                                if (i >= 4) throw std::runtime_error(std::to_string(i));
                              }),
                        "4", std::runtime_error);
+}
+
+TEST_CASE("a crew has the threads that were asked for, else those that the work pays for") {
+  using rflow::detail::crew;
+  int const most = rflow::detail::threads_or_all(0);
+  CHECK(crew{3}.sized_for(1, 1000).threads == 3);
+  CHECK(crew{0}.sized_for(0, 1000).threads == 1);
+  CHECK(crew{0}.sized_for(1999, 1000).threads == 1);
+  CHECK(crew{0}.sized_for(2000, 1000).threads == std::min(2, most));
+  CHECK(crew{0}.sized_for(1e300, 1000).threads == most);
+  bool const same = crew{0, &launch_backwards}.sized_for(1, 1000).launch == &launch_backwards;
+  CHECK(same);
 }

@@ -126,7 +126,7 @@ struct blas_product {
 /// Runs on the CPU, with the products of Gram matrices by BLAS and the rest as on_cpu does it. The
 /// same results, bit for bit, for every number of threads; other last digits than on_cpu.
 struct on_blas {
-  int threads = 0;                                    ///< 0: as many as the machine has
+  int threads = 0;  ///< so many; 0: as many as the machine has and the work pays for
   std::size_t memory_bound = std::size_t{256} << 20;  ///< bytes of scratch, without BLAS's own
   gram_path path = gram_path::automatic;              ///< how linear Gram moments come about
   bool significance = false;  ///< also what cka_table::p_value needs: n² (d + n) operations a site
@@ -147,7 +147,7 @@ struct on_blas {
   /// @note  on_cpu's: there is no product in it
   template <class T>
   flow_moments flow(layer_stack<T> const& stack, flow_sink const& sink = {}) const {
-    return detail::host_flow("rflow::on_blas::flow", {thread_count()}, stack, sink);
+    return detail::host_flow("rflow::on_blas::flow", {threads}, stack, sink);
   }
 
   /// @note  S n² d multiply-adds, or (Σd)² n / 2 when those are fewer and the kernel is linear
@@ -156,7 +156,7 @@ struct on_blas {
   template <class Kernel, class... T>
   gram_moments gram(Kernel const& kernel, layer_stack<T> const&... stacks) const {
     detail::sequential_blas const alone;
-    detail::gram_options const options{{thread_count()}, memory_bound, path, significance};
+    detail::gram_options const options{{threads}, memory_bound, path, significance};
     auto const gram = [&](auto product) {
       return detail::host_gram<decltype(product)>("rflow::on_blas::gram", kernel, options,
                                                   stacks...);

@@ -72,7 +72,8 @@ template <activations X, class On = default_backend_t<memory_of<X>>>
 measured inter_token_cosine(X const& x, On const& on = {}) {
   detail::require_readable<On, X>();
   detail::require_shape("rflow::inter_token_cosine", as_view(x));
-  flow_moments const m = on.flow(layer_stack<scalar_of<X>, memory_of<X>>{as_view(x)});
+  flow_moments const m = on.flow(layer_stack<scalar_of<X>, memory_of<X>>{as_view(x)},
+                                 flow_sink{.part = flow_part::inter_token});
   if (m.non_finite[0].found())
     detail::throw_non_finite("rflow::inter_token_cosine", "x", m.non_finite[0]);
   return detail::mean_pair_cosine(m, 0);
@@ -106,7 +107,8 @@ adjacent_cosines adjacent_cosine(X const& x, Y const& y, On const& on = {}) {
                               ", y is " + std::to_string(b.rows) + " x " + std::to_string(b.cols));
   std::vector<double> per_token(static_cast<std::size_t>(a.rows));
   flow_moments const m =
-      on.flow(layer_stack<scalar_of<X>, memory_of<X>>{a, b}, flow_sink{.cosine = per_token.data()});
+      on.flow(layer_stack<scalar_of<X>, memory_of<X>>{a, b},
+              flow_sink{.cosine = per_token.data(), .part = flow_part::adjacent});
   for (std::size_t l = 0; l < 2; ++l)
     if (m.non_finite[l].found())
       detail::throw_non_finite(where, l == 0 ? "x" : "y", m.non_finite[l]);

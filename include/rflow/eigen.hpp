@@ -206,9 +206,10 @@ bool in_range(double norm2) {
   return is_finite(x) && x > (narrow ? 1e-18 : 1e-270) && x < (narrow ? 1e30 : 1e290);
 }
 
-/// Walks tokens through the chain. What each row of activations needs of the rows before it (two of
-/// them, and the running mean) is fetched from cache once for several sites: with the sums of
-/// `Sites` sites in registers, four sites cost little more than the read of their rows from memory.
+/// Walks tokens through the chain, for the part of the moments that is asked for. What each row of
+/// activations needs of the rows before it (two of them, and the running mean) is fetched from cache
+/// once for several sites: with the sums of `Sites` sites in registers, four sites cost little more
+/// than the read of their rows from memory.
 template <class T>
 class flow_walker {
  public:
@@ -280,10 +281,17 @@ class flow_walker {
     constexpr bool many = EIGEN_ARCH_DEFAULT_NUMBER_OF_REGISTERS >= 32 && chunk<T>::packets == 1;
     constexpr std::ptrdiff_t most = many ? 4 : 2;
     std::ptrdiff_t l = 0;
-    if constexpr (most == 4)
-      for (; l + 4 <= sites_; l += 4) walk_sites<4>(l);
-    for (; l + 2 <= sites_; l += 2) walk_sites<2>(l);
-    if (l < sites_) walk_sites<1>(l);
+    if (sink_.part == flow_part::inter_token) {
+      for (; l < sites_; ++l) walk_sites<flow_part::inter_token, 1>(l);
+    } else if (sink_.part == flow_part::adjacent) {
+      for (; l + 2 <= sites_; l += 2) walk_sites<flow_part::adjacent, 2>(l);
+      if (l < sites_) walk_sites<flow_part::adjacent, 1>(l);
+    } else {
+      if constexpr (most == 4)
+        for (; l + 4 <= sites_; l += 4) walk_sites<flow_part::all, 4>(l);
+      for (; l + 2 <= sites_; l += 2) walk_sites<flow_part::all, 2>(l);
+      if (l < sites_) walk_sites<flow_part::all, 1>(l);
+    }
     for (std::ptrdiff_t k = 0; k < tokens; ++k) {
       bool ordinary = true;
       for (l = 0; l < sites_; ++l) ordinary = ordinary && in_range<C>(product(k, l).norm2);
@@ -316,6 +324,8 @@ class flow_walker {
     sequence_.clear();
   }
 
+  bool with_units() const { return sink_.part != flow_part::adjacent; }
+
   bool needs_gather() const {
     for (std::ptrdiff_t l = 0; l < sites_; ++l)
       if (stack_[l].col_stride != 1) return true;
@@ -343,7 +353,7 @@ class flow_walker {
     std::copy(from + body_, from + width_, tail(k, site));
   }
 
-  template <std::ptrdiff_t Sites>
+  template <flow_part Part, std::ptrdiff_t Sites>
   void walk_sites(std::ptrdiff_t site) {
     for (std::ptrdiff_t k = 0; k < tokens_; ++k) {
       for (std::ptrdiff_t s = 0; s < Sites; ++s) {
@@ -360,16 +370,17 @@ class flow_walker {
       T const* next[Sites];
       for (std::ptrdiff_t s = 0; s < Sites; ++s) next[s] = wanted_next(k, site + Sites + s);
       for (std::ptrdiff_t j = 0; j < body_; j += block)
-        add_chunks<Sites>(&row(k, site), next, row(k, p), row(k, q), j,
-                          (std::min)(body_, j + block), mean_before, mean, site, to);
+        add_chunks<Part, Sites>(&row(k, site), next, row(k, p), row(k, q), j,
+                                (std::min)(body_, j + block), mean_before, mean, site, to);
       if (body_ < padded_) {
         T const* tails[Sites];
         for (std::ptrdiff_t s = 0; s < Sites; ++s) tails[s] = tail(k, site + s);
-        add_chunks<Sites>(tails, tails, tail(k, p), tail(k, q), 0, chunk<T>::width,
-                          mean_before + body_, mean + body_, site, to);
+        add_chunks<Part, Sites>(tails, tails, tail(k, p), tail(k, q), 0, chunk<T>::width,
+                                mean_before + body_, mean + body_, site, to);
       }
     }
-    for (std::ptrdiff_t s = 0; s < Sites; ++s) add_units(site + s);
+    if constexpr (Part != flow_part::adjacent)
+      for (std::ptrdiff_t s = 0; s < Sites; ++s) add_units(site + s);
   }
 
   /// The row that will be read after this one, as far as it can be told: the same token some sites
@@ -386,10 +397,11 @@ class flow_walker {
 
   /// Features begin … end of `Sites` rows x[0], x[1], … whose predecessors are p and q. The same
   /// features of the rows in `next` are asked for from memory.
-  template <std::ptrdiff_t Sites>
+  template <flow_part Part, std::ptrdiff_t Sites>
   static void add_chunks(T const* const* x, T const* const* next, T const* p, T const* q,
                          std::ptrdiff_t begin, std::ptrdiff_t end, C const* mean_before, C* mean,
                          std::ptrdiff_t site, chain_products* to) {
+    constexpr bool chain = Part == flow_part::all, pairs = Part != flow_part::inter_token;
     struct site_sums {
       P norm2, dot, step2, turn, away2, weight;
       T const *x, *next;
@@ -401,35 +413,40 @@ class flow_walker {
                  zero, zero,   packet::pset1<P>(C(1) / static_cast<C>(site + s + 1)),
                  x[s], next[s]};
     for (std::ptrdiff_t j = begin; j < end; j += chunk<T>::width) {
-      chunk<T> before = load_chunk(p + j);
-      chunk<T> step_before = load_chunk(q + j);
-      chunk<T> average;
-      for (std::ptrdiff_t i = 0; i < chunk<T>::packets; ++i) {
-        step_before.at[i] = packet::psub(before.at[i], step_before.at[i]);
-        average.at[i] = packet::ploadu<P>(mean_before + j + i * chunk<T>::lanes);
+      chunk<T> before, step_before, average;
+      if constexpr (pairs) before = load_chunk(p + j);
+      if constexpr (chain) {
+        step_before = load_chunk(q + j);
+        for (std::ptrdiff_t i = 0; i < chunk<T>::packets; ++i) {
+          step_before.at[i] = packet::psub(before.at[i], step_before.at[i]);
+          average.at[i] = packet::ploadu<P>(mean_before + j + i * chunk<T>::lanes);
+        }
       }
       auto const add = [&](site_sums& sum) {
         chunk<T> const here = load_chunk(sum.x + j);
         __builtin_prefetch(sum.next + j, 0, 2);  // into L2: L1 is full
         for (std::ptrdiff_t i = 0; i < chunk<T>::packets; ++i) {
-          P const step = packet::psub(here.at[i], before.at[i]);
-          P const away = packet::psub(here.at[i], average.at[i]);
           sum.norm2 = packet::pmadd(here.at[i], here.at[i], sum.norm2);
-          sum.dot = packet::pmadd(here.at[i], before.at[i], sum.dot);
-          sum.step2 = packet::pmadd(step, step, sum.step2);
-          sum.turn = packet::pmadd(step, step_before.at[i], sum.turn);
-          sum.away2 = packet::pmadd(away, away, sum.away2);
-          average.at[i] = packet::pmadd(away, sum.weight, average.at[i]);
-          before.at[i] = here.at[i];
-          step_before.at[i] = step;
+          if constexpr (pairs) sum.dot = packet::pmadd(here.at[i], before.at[i], sum.dot);
+          if constexpr (chain) {
+            P const step = packet::psub(here.at[i], before.at[i]);
+            P const away = packet::psub(here.at[i], average.at[i]);
+            sum.step2 = packet::pmadd(step, step, sum.step2);
+            sum.turn = packet::pmadd(step, step_before.at[i], sum.turn);
+            sum.away2 = packet::pmadd(away, away, sum.away2);
+            average.at[i] = packet::pmadd(away, sum.weight, average.at[i]);
+            step_before.at[i] = step;
+          }
+          if constexpr (pairs) before.at[i] = here.at[i];
         }
       };
       // Written out, because a loop over sites may leave the sums in memory.
       add(sums[0]);
       if constexpr (Sites > 1) add(sums[1]);
       if constexpr (Sites > 2) add(sums[2]), add(sums[3]);
-      for (std::ptrdiff_t i = 0; i < chunk<T>::packets; ++i)
-        packet::pstoreu(mean + j + i * chunk<T>::lanes, average.at[i]);
+      if constexpr (chain)
+        for (std::ptrdiff_t i = 0; i < chunk<T>::packets; ++i)
+          packet::pstoreu(mean + j + i * chunk<T>::lanes, average.at[i]);
     }
     for (std::ptrdiff_t s = 0; s < Sites; ++s) {
       to[s].norm2 += static_cast<double>(packet::predux(sums[s].norm2));
@@ -477,7 +494,7 @@ class flow_walker {
       auto const s = count(l);
       chain_products const& r = product(k, l);
       m.squares[s] += r.norm2;
-      sequence_.units[s] += 1;
+      sequence_.units[s] += with_units() ? 1 : 0;
       note_norm(l, first_ + k, std::sqrt(r.norm2));
       if (l == 0) continue;
       m.spread += r.away2 * (static_cast<double>(l) / static_cast<double>(l + 1));
@@ -530,8 +547,8 @@ class flow_walker {
       note_norm(l, i, std::sqrt(square) / scale);
       bool const added = in_range<C>(product(k, l).norm2);  // by add_units
       if (square > 0 || added) {
-        sequence_.units[s] += 1;
-        if (!added)
+        sequence_.units[s] += with_units() ? 1 : 0;
+        if (with_units() && !added)
           for (std::ptrdiff_t j = 0; j < width_; ++j)
             sequence_.sum(place_of<T>(j), l) += x[count(j)] / std::sqrt(square);
       } else {
@@ -1146,11 +1163,6 @@ class batch_stream {
 
 namespace detail {
 
-inline int threads_or_all(int threads) {
-  return threads > 0 ? threads
-                     : (std::max)(1, static_cast<int>(std::thread::hardware_concurrency()));
-}
-
 /// The flow moments of a stack in host memory.
 template <class T>
 flow_moments host_flow(char const* where, crew of, layer_stack<T> const& stack,
@@ -1169,6 +1181,8 @@ flow_moments host_flow(char const* where, crew of, layer_stack<T> const& stack,
   // As many slices as the shape gives, not as there are threads: sums stay the same.
   std::ptrdiff_t const slices = std::clamp<std::ptrdiff_t>(n / (4 * walker::group), 1, 16);
   std::vector<std::ptrdiff_t> const boundaries = stack.boundaries();
+  of = of.sized_for(static_cast<double>(stack.sites() * n) * static_cast<double>(stack.width()),
+                    1 << 20);
   of.threads = (std::min)(of.threads, static_cast<int>(slices));
   team workers(of);
   std::vector<std::unique_ptr<walker>> walkers(static_cast<std::size_t>(workers.size()));
@@ -1351,7 +1365,7 @@ void host_softmax(char const* where, crew of, layer_stack<T> const& stack,
 
 /// Runs on the CPU, with Eigen's vector instructions and threads of its own.
 struct on_cpu {
-  int threads = 0;                                    ///< 0: as many as the machine has
+  int threads = 0;  ///< so many; 0: as many as the machine has and the work pays for
   std::size_t memory_bound = std::size_t{256} << 20;  ///< bytes of scratch for Gram tiles
   gram_path path = gram_path::automatic;              ///< how linear Gram moments come about
   bool significance = false;  ///< also what cka_table::p_value needs: n² (d + n) operations a site
@@ -1373,7 +1387,7 @@ struct on_cpu {
   /// @note  O(S n d) time, one read; 16·S·d doubles of memory
   template <class T>
   flow_moments flow(layer_stack<T> const& stack, flow_sink const& sink = {}) const {
-    return detail::host_flow("rflow::on_cpu::flow", {thread_count()}, stack, sink);
+    return detail::host_flow("rflow::on_cpu::flow", {threads}, stack, sink);
   }
 
   /// @note  S n² d multiply-adds, or (Σd)² n / 2 when those are fewer and the kernel is linear
@@ -1406,7 +1420,7 @@ struct on_cpu {
  private:
   template <class Kernel, class... Models>
   gram_moments gram_of(Kernel const& kernel, Models const&... models) const {
-    detail::gram_options const options{{thread_count()}, memory_bound, path, significance, share};
+    detail::gram_options const options{{threads}, memory_bound, path, significance, share};
     return detail::host_gram<detail::packed_product>("rflow::on_cpu::gram", kernel, options,
                                                      models...);
   }

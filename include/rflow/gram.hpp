@@ -1832,14 +1832,29 @@ std::vector<prepared_site<C>> prepare_all(team& threads,
   return sites;
 }
 
+template <class C>
+gram_cost count_operations(integer tokens, std::vector<panel_source<C>> const& sources) {
+  std::vector<integer> widths;
+  for (auto const& source : sources) widths.push_back(source.cols);
+  return count_operations(tokens, widths);
+}
+
 /// Whether linear moments take the feature path.
 template <class C>
 bool by_features(std::vector<panel_source<C>> const& sources, integer tokens, gram_path path) {
   if (path != gram_path::automatic) return path == gram_path::feature;
-  std::vector<integer> widths;
-  for (auto const& source : sources) widths.push_back(source.cols);
-  gram_cost const cost = count_operations(tokens, widths);
+  gram_cost const cost = count_operations(tokens, sources);
   return cost.feature < cost.gram;
+}
+
+/// The threads for the moments of these sites. A kernel function costs a thread as much as dozens
+/// of multiply-adds, so features alone do not count.
+template <class C>
+crew crew_for(std::vector<panel_source<C>> const& sources, integer tokens,
+              gram_options const& options) {
+  double const n = static_cast<double>(tokens), sites = static_cast<double>(sources.size());
+  return options.workers.sized_for(count_operations(tokens, sources).gram + 32 * n * n * sites,
+                                   1 << 24);
 }
 
 /// The Gram moments of all sites over the same tokens (at least one), for linear_kernel,
@@ -1848,7 +1863,7 @@ template <class C, class Kernel, class Product = packed_product>
 gram_moments gram(std::vector<panel_source<C>> const& sources, integer tokens, Kernel const& kernel,
                   gram_options const& options) {
   if (sources.empty()) return gram_moments(0, tokens);
-  team threads(options.workers);
+  team threads(crew_for(sources, tokens, options));
   auto const sites = prepare_all(threads, sources, tokens);
   gram_moments m;  // the engines are gone before third moments take their memory
   bool features = false;
@@ -1867,7 +1882,7 @@ template <class C, class Product = packed_product>
 gram_moments gram_rbf(std::vector<panel_source<C>> const& sources, integer tokens,
                       rbf const& kernel, gram_options const& options) {
   if (sources.empty()) return gram_moments(0, tokens);
-  team threads(options.workers);
+  team threads(crew_for(sources, tokens, options));
   auto const sites = prepare_all(threads, sources, tokens);
   rbf_kernel k{kernel.sigma, std::exp(-0.5 / (kernel.fraction * kernel.fraction))};
   if (k.sigma.empty()) {

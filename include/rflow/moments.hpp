@@ -142,11 +142,19 @@ struct flow_moments {
   }
 };
 
-/// Where flow() leaves its per-token values, each S × n or S − 1 × n in row-major order; null where
-/// not wanted. Per-token values are concatenated over shards, not added.
+/// What of the flow moments is asked for. A backend may leave the rest at 0, and need not.
+enum class flow_part {
+  all,          ///< everything
+  inter_token,  ///< cosines between the tokens of a site, and what says why there are none
+  adjacent,     ///< cosines between neighbouring sites, and what says why there are none
+};
+
+/// What is wanted of flow(), and where it leaves its per-token values, each S × n or S − 1 × n in row-major
+/// order; null where not wanted. Per-token values are concatenated over shards, not added.
 struct flow_sink {
   double* cosine = nullptr;  ///< (S − 1) × n: cos(x_l,t , x_l+1,t); NaN if either row is 0
   double* norm = nullptr;    ///< S × n: ‖x_l,t‖
+  flow_part part = flow_part::all;  ///< which moments
 };
 
 // ---- Gram moments -------------------------------------------------------------------------------
