@@ -6,6 +6,7 @@ the values, and the peak of memory beyond what was there before (the input, the 
 
 import json
 import os
+import statistics
 import sys
 import time
 import warnings
@@ -324,10 +325,13 @@ def answer(given, peer, request):
         with open("/proc/self/clear_refs", "w") as file:
             file.write("5")  # the peak starts from here
         before = status("VmRSS")
-        start = time.perf_counter()
-        values = work()
-        seconds = time.perf_counter() - start
-        return {"seconds": seconds, "bytes": status("VmHWM") - before, "values": numbers(values)}
+        seconds = []
+        while sum(seconds) < cases.SHORT:
+            start = time.perf_counter()
+            values = work()
+            seconds.append(time.perf_counter() - start)
+        peak = status("VmHWM") - before
+        return {"seconds": statistics.median(seconds), "bytes": peak, "values": numbers(values)}
     except NotOffered as what:
         return {"failed": str(what)}
     except MemoryError:

@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 
-// rflow's side of the comparison: rflow_bench_peers FILE THREADS EPOCHS SEEDS LEARNING_RATE. Reads
-// one task a line and answers with one line of JSON: seconds, values, and the peak of memory beyond
-// what was there before.
+// rflow's side of the comparison: rflow_bench_peers FILE THREADS EPOCHS SEEDS LEARNING_RATE SHORT.
+// Reads one task a line and answers with one line of JSON: seconds (the median over repetitions that
+// take SHORT seconds together), values, and the peak of memory beyond what was there before.
 
+#include <algorithm>
 #include <cstdint>
 #include <exception>
 #include <fstream>
@@ -51,7 +52,7 @@ template <class T>
 nlohmann::json answer(std::string const& task, rflow::layer_stack<T> const& stack,
                       std::span<std::int64_t const> labels, rflow::probe_options const& options,
                       rflow::on_cpu const& on) {
-  if (task == "floor") return floor(on.threads);
+  if (task == "floor") return floor(on.thread_count());
   if (task == "cka debiased")
     return rows(rflow::cka_matrix(stack, rflow::linear{}, rflow::debiased{}, on));
   if (task == "cka biased")
@@ -96,6 +97,7 @@ int serve(char** argv) {
                                      .seeds = std::stoi(argv[4]),
                                      .validation_fraction = 0,
                                      .initial_weights = rflow::weights::zero{}};
+  double const enough = std::stod(argv[6]);
   read_through(activations);
   rflow::site_set const sites = rflow::split_sites(activations);
   auto const work = [&](std::string const& task) {
@@ -108,9 +110,14 @@ int serve(char** argv) {
     try {
       std::ofstream("/proc/self/clear_refs") << "5";  // the peak starts from here
       std::int64_t const before = status("VmRSS");
-      double const start = rflow::bench::seconds();
-      reply["values"] = work(task);
-      reply["seconds"] = rflow::bench::seconds() - start;
+      values seconds;
+      for (double spent = 0; spent < enough; spent += seconds.back()) {
+        double const start = rflow::bench::seconds();
+        reply["values"] = work(task);
+        seconds.push_back(rflow::bench::seconds() - start);
+      }
+      std::sort(seconds.begin(), seconds.end());
+      reply["seconds"] = seconds[seconds.size() / 2];
       reply["bytes"] = status("VmHWM") - before;
     } catch (std::exception const& error) {
       reply = {{"failed", error.what()}};
@@ -128,8 +135,8 @@ int main(int argc, char** argv) {
               << std::endl;
     return 0;
   }
-  if (argc != 6) {
-    std::cerr << "usage: rflow_bench_peers FILE THREADS EPOCHS SEEDS LEARNING_RATE\n";
+  if (argc != 7) {
+    std::cerr << "usage: rflow_bench_peers FILE THREADS EPOCHS SEEDS LEARNING_RATE SHORT\n";
     return 64;
   }
   try {

@@ -22,6 +22,7 @@ import cases
 
 HERE = pathlib.Path(__file__).parent
 OURS = "rflow"
+REST = 0.25  # seconds before each question: threads of the peer before may spin for a while
 
 # task: title, and the peers besides rflow
 TASKS = {
@@ -99,6 +100,7 @@ class Cell:
         self.seconds, self.bytes, self.values, self.failed = [], 0, None, None
 
     def ask(self):
+        time.sleep(REST)
         text = self.task if self.peer == OURS else json.dumps({"task": self.task, "sites": self.chosen})
         reply = self.worker.ask(text)
         if "failed" in reply:
@@ -152,6 +154,15 @@ def flat(values):
     return [math.nan if values is None else values]  # JSON of ours has null for NaN
 
 
+def cores():
+    return len(os.sched_getaffinity(0))
+
+
+def ours(path, options):
+    numbers = [options.threads, cases.EPOCHS, cases.SEEDS, cases.LEARNING_RATE, cases.SHORT]
+    return [options.program, path, *map(str, numbers)]
+
+
 def run_file(path, case, kind, tasks, options):
     """All tasks of one file."""
     sites, tokens, width = cases.CASES[case]
@@ -162,11 +173,10 @@ def run_file(path, case, kind, tasks, options):
         cells = []
         for peer in [OURS] + TASKS[task][1]:
             if peer == OURS:
-                numbers = [options.threads, cases.EPOCHS, cases.SEEDS, cases.LEARNING_RATE]
-                command = [options.program, path, *map(str, numbers)]
+                command = ours(path, options)
             else:
-                command = [options.python, HERE / "peers.py", peer, path, str(options.threads)]
-            worker = Worker(peer, command, options.threads, options.limit)
+                command = [options.python, HERE / "peers.py", peer, path, str(options.threads or cores())]
+            worker = Worker(peer, command, options.threads or cores(), options.limit)
             cells.append(Cell(peer, worker, task, sites, options))
         for cell in cells:
             cell.warm_up()
@@ -242,7 +252,7 @@ def caption(record):
         "In a cell: time (× rflow's); peak memory beyond the input; largest absolute error against float64. "
         f"≈: run on fewer sites and scaled by the number of pairs. Median of at most {record['rounds']} answers in "
         f"turns after a first; one answer where it takes more than {record['budget'] / 2:g} s; given up after "
-        f"{record['limit']:g} s.\n\n"
+        f"{record['limit']:g} s. What takes less than {cases.SHORT:g} s is repeated for so long, and the median is the answer.\n\n"
         f"{m['processor']}, {m['cores']} cores, {m['memory_gib']} GiB; {m['system']}; {record['threads']} threads "
         f"each (repsim, and adjacent cosines by SimSIMD and NumKong: 1). rflow: {record['build']['compiler']}, "
         f"`{record['build']['flags']}`. Python {record['python']}: {versions}. Floor in the same run: "
@@ -263,7 +273,7 @@ def machine():
         name += f" (family {family[1]}, model {model[1]})"
     return {
         "processor": name,
-        "cores": len(os.sched_getaffinity(0)),
+        "cores": cores(),
         "memory_gib": round(memory / 2**20),
         "system": f"{platform.freedesktop_os_release()['PRETTY_NAME']}, Linux {platform.release()}",
     }
@@ -275,8 +285,7 @@ def versions():
 
 
 def floor(path, options):
-    command = [options.program, path, str(options.threads), "1", "1", "1"]
-    worker = Worker(OURS, command, options.threads, options.limit)
+    worker = Worker(OURS, ours(path, options), options.threads or cores(), options.limit)
     values = worker.ask("floor")["values"]
     worker.end()
     return values
@@ -297,7 +306,7 @@ def main():
     parser.add_argument("--cases", type=listed(cases.CASES), default=list(cases.CASES), help=",".join(cases.CASES))
     parser.add_argument("--types", type=listed(["fp32", "bf16"]), default=["fp32", "bf16"], help="fp32,bf16")
     parser.add_argument("--tasks", type=listed(TASKS), default=list(TASKS), help=",".join(TASKS))
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--threads", type=int, default=0, help="0: as many as there are cores, for rflow at most")
     parser.add_argument("--rounds", type=int, default=5, help="answers that the median is of")
     parser.add_argument("--budget", type=float, default=6, help="seconds for all answers of one cell, about")
     parser.add_argument("--limit", type=float, default=40, help="seconds for one answer, at most")
@@ -317,7 +326,7 @@ def main():
     record = {
         "date": datetime.date.today().isoformat(),
         "machine": machine(),
-        "threads": options.threads,
+        "threads": options.threads or cores(),
         "rounds": options.rounds,
         "budget": options.budget,
         "limit": options.limit,

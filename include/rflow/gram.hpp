@@ -312,22 +312,24 @@ void load_zeros(void const*, integer, integer rows, integer, integer cols, C* to
   for (integer i = 0; i < rows; ++i) std::fill_n(to + i * ld, cols, C(0));
 }
 
-/// Adds four rows, `ld` apart, times 2^exponent to sums in double. Fixed trip counts, so that it
-/// vectorises. An exponent is for doubles whose sum is too large: applied by a function call, which
-/// -ffast-math cannot put behind the sum.
+/// Columns that are summed together: more than a compiler unrolls, so that it vectorises instead, and a
+/// fixed number, so that it does at -O2.
+inline constexpr integer sum_step = 32;
+
+/// Adds four rows, `ld` apart, times 2^exponent to sums in double; `count` is a multiple of sum_step. An
+/// exponent is for doubles whose sum is too large: applied by a function call, which -ffast-math
+/// cannot put behind the sum.
 template <class C>
 void add_rows(C const* x, integer ld, integer count, int exponent, double* sums) {
-  constexpr integer step = 8;
-  for (integer k = 0; k < count; k += step) {
-    double wide[4][step];
-    for (integer r = 0; r < 4; ++r)
-      for (integer m = 0; m < step; ++m) wide[r][m] = static_cast<double>(x[r * ld + k + m]);
-    if (exponent != 0)
-      for (auto& row : wide)
-        for (double& value : row) value = std::ldexp(value, exponent);
-    for (integer m = 0; m < step; ++m)
-      sums[k + m] += (wide[0][m] + wide[1][m]) + (wide[2][m] + wide[3][m]);
-  }
+  auto const add = [&](auto const& widen) {
+    for (integer k = 0; k < count; k += sum_step)
+      for (integer m = k; m < k + sum_step; ++m)
+        sums[m] += (widen(x[m]) + widen(x[ld + m])) + (widen(x[2 * ld + m]) + widen(x[3 * ld + m]));
+  };
+  if (exponent == 0)
+    add([](C value) { return static_cast<double>(value); });
+  else
+    add([&](C value) { return std::ldexp(static_cast<double>(value), exponent); });
 }
 
 /// The largest |x|, lane by lane.
@@ -343,15 +345,15 @@ P largest_of(C const* x, integer count, P largest) {
 template <class C>
 double add_columns(panel_source<C> const& x, integer row, integer rows, int exponent,
                    double* sums) {
-  constexpr integer chunk = 1024, step = 16;
+  constexpr integer chunk = 1024;
   alignas(128) C raw[4 * chunk];
   auto largest = Eigen::internal::pset1<packet_t<C>>(C(0));
-  std::fill_n(sums, round_up(x.cols, step), 0.);
+  std::fill_n(sums, round_up(x.cols, sum_step), 0.);
   for (integer i = row; i < row + rows; i += 4) {
     integer const count = (std::min<integer>)(4, row + rows - i);
     if (count < 4 || i == row) std::fill_n(raw, 4 * chunk, C(0));
     for (integer k = 0; k < x.cols; k += chunk) {
-      integer const cols = (std::min)(chunk, x.cols - k), padded = round_up(cols, step);
+      integer const cols = (std::min)(chunk, x.cols - k), padded = round_up(cols, sum_step);
       x(i, count, k, cols, raw, chunk);
       for (integer r = 0; r < 4; ++r)
         std::fill(raw + r * chunk + cols, raw + r * chunk + padded, C(0));
@@ -404,7 +406,7 @@ template <class C>
 bool find_means(team& threads, panel_source<C> const& x, integer tokens, int exponent,
                 std::vector<double>& means, double& largest) {
   integer const slice = (std::max<integer>)(16, round_up(ceil_div(tokens, 32), 4));
-  integer const slices = ceil_div(tokens, slice), d = x.cols, ld = round_up(d, 16);
+  integer const slices = ceil_div(tokens, slice), d = x.cols, ld = round_up(d, sum_step);
   aligned_array<double> sums(slices * ld), most(slices);
   threads.run(slices, [&](integer s) {
     integer const row = s * slice;
@@ -1675,7 +1677,7 @@ class batch_engine {
 
   batch_engine(integer width, integer most)
       : width_(width),
-        ld_(round_up(width, 16)),
+        ld_(round_up(width, sum_step)),
         block_(depth_of_block<C>(width, Product::depth_lines)),
         tile_(tiling<Product, C>::plan(0, most, 0, most, true, [](block const&) { return 0; })),
         x_(round_up(most, 4) * ld_),
