@@ -8,6 +8,7 @@ import json
 import os
 import statistics
 import sys
+import textwrap
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -337,7 +338,7 @@ def answer(given, peer, request):
     except MemoryError:
         return {"failed": "out of memory"}
     except Exception as error:  # whatever a package throws is what the table says
-        return {"failed": f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"}
+        return {"failed": textwrap.shorten(f"{type(error).__name__}: {error}", 60, placeholder=" …")}
 
 
 def main():

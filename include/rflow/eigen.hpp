@@ -424,7 +424,7 @@ class flow_walker {
       }
       auto const add = [&](site_sums& sum) {
         chunk<T> const here = load_chunk(sum.x + j);
-        __builtin_prefetch(sum.next + j, 0, 2);  // into L2: L1 is full
+        if constexpr (chain) __builtin_prefetch(sum.next + j, 0, 2);  // into L2: L1 is full
         for (std::ptrdiff_t i = 0; i < chunk<T>::packets; ++i) {
           sum.norm2 = packet::pmadd(here.at[i], here.at[i], sum.norm2);
           if constexpr (pairs) sum.dot = packet::pmadd(here.at[i], before.at[i], sum.dot);
@@ -450,7 +450,8 @@ class flow_walker {
     }
     for (std::ptrdiff_t s = 0; s < Sites; ++s) {
       to[s].norm2 += static_cast<double>(packet::predux(sums[s].norm2));
-      to[s].dot += static_cast<double>(packet::predux(sums[s].dot));
+      if constexpr (pairs) to[s].dot += static_cast<double>(packet::predux(sums[s].dot));
+      if constexpr (!chain) continue;
       to[s].step2 += static_cast<double>(packet::predux(sums[s].step2));
       to[s].turn += static_cast<double>(packet::predux(sums[s].turn));
       to[s].away2 += static_cast<double>(packet::predux(sums[s].away2));
