@@ -16,7 +16,7 @@ CLASSES = 10
 EPOCHS = 150
 SEEDS = 5
 LEARNING_RATE = 1e-3
-SHORT = 0.1  # seconds: shorter work is repeated until they are over, and the median counts
+SHORT = 0.3  # seconds: shorter work is repeated until they are over, and the median counts
 CAPTURE = pathlib.Path(__file__).parents[2] / "examples/data/all-minilm-l6-v2.safetensors"
 
 NUMPY = {"F32": np.dtype("<f4"), "BF16": np.dtype("<u2"), "I64": np.dtype("<i8")}

@@ -117,7 +117,8 @@ int serve(char** argv) {
         seconds.push_back(rflow::bench::seconds() - start);
       }
       std::sort(seconds.begin(), seconds.end());
-      reply["seconds"] = seconds[seconds.size() / 2];
+      std::size_t const n = seconds.size();
+      reply["seconds"] = (seconds[(n - 1) / 2] + seconds[n / 2]) / 2;
       reply["bytes"] = status("VmHWM") - before;
     } catch (std::exception const& error) {
       reply = {{"failed", error.what()}};
