@@ -195,23 +195,26 @@ TEST_CASE("the same bits for any number of threads") {
   reference::stack x = reference::random_stack(bits, 5, 333, 70);
   std::vector<float> const values = reference::pack<float>(x);
   auto const stack = reference::stack_of(values, x).sequences({0, 100, 333});
-  rflow::flow_moments const one = rflow::on_cpu{.threads = 1}.flow(stack);
-  for (int const threads : {2, 3, 7, 32}) {
-    rflow::flow_moments const many = rflow::on_cpu{.threads = threads}.flow(stack);
-    auto const same = [](std::vector<double> const& a, std::vector<double> const& b) {
-      return a.size() == b.size() &&
-             std::memcmp(a.data(), b.data(), a.size() * sizeof(double)) == 0;
-    };
-    CHECK(same(one.squares, many.squares));
-    CHECK(same(one.pair_cosines, many.pair_cosines));
-    CHECK(same(one.steps, many.steps));
-    CHECK(same(one.turns, many.turns));
-    CHECK(one.spread == many.spread);
-    for (std::size_t l = 0; l < one.cosine.size(); ++l) {
-      CHECK(one.cosine[l].mean == many.cosine[l].mean);
-      CHECK(one.cosine[l].m2 == many.cosine[l].m2);
+  using rflow::flow_part;
+  for (auto const part : {flow_part::all, flow_part::inter_token, flow_part::adjacent})
+    for (int const threads : {2, 3, 7, 32}) {
+      rflow::flow_moments const one = rflow::on_cpu{.threads = 1}.flow(stack, {.part = part});
+      rflow::flow_moments const many =
+          rflow::on_cpu{.threads = threads}.flow(stack, {.part = part});
+      auto const same = [](std::vector<double> const& a, std::vector<double> const& b) {
+        return a.size() == b.size() &&
+               std::memcmp(a.data(), b.data(), a.size() * sizeof(double)) == 0;
+      };
+      CHECK(same(one.squares, many.squares));
+      CHECK(same(one.pair_cosines, many.pair_cosines));
+      CHECK(same(one.steps, many.steps));
+      CHECK(same(one.turns, many.turns));
+      CHECK(one.spread == many.spread);
+      for (std::size_t l = 0; l < one.cosine.size(); ++l) {
+        CHECK(one.cosine[l].mean == many.cosine[l].mean);
+        CHECK(one.cosine[l].m2 == many.cosine[l].m2);
+      }
     }
-  }
 }
 
 TEST_CASE_TEMPLATE("zero rows are left out and counted", T, float, double) {

@@ -92,10 +92,10 @@ def torch_cka(given, task, sites):
     import torch_cka as package
 
     x = given.as_torch()
-    model, names = emitting_model([x[i] for i in sites])
     batch = one_batch(x.shape[1])
 
-    def work():
+    def work():  # a new model each time, for the package leaves its hooks behind
+        model, names = emitting_model([x[i] for i in sites])
         cka = package.CKA(model, model, "a", "b", names, names, device="cpu")
         cka.compare(batch)
         return cka.export()["CKA"]
@@ -119,10 +119,13 @@ def ckatorch(given, task, sites):
     if task == "cka debiased":
         import ckatorch as package
 
-        # It takes batches of sets of tokens: this is one set. It computes in float64.
-        model, names = emitting_model([x[i][None] for i in sites])
         batch = one_batch(x.shape[1])
-        return lambda: package.CKA(model, model, names)(batch, epochs=1)
+
+        def work():  # it takes batches of sets of tokens: this is one set; and it leaves its hooks behind
+            model, names = emitting_model([x[i][None] for i in sites])
+            return package.CKA(model, model, names)(batch, epochs=1)
+
+        return work
     from ckatorch.core import cka_base
 
     return lambda: [[cka_base(x[i], x[j], "linear", False) for j in sites] for i in sites]
@@ -327,7 +330,7 @@ def answer(given, peer, request):
             file.write("5")  # the peak starts from here
         before = status("VmRSS")
         seconds = []
-        while sum(seconds) < cases.SHORT:
+        while not seconds or sum(seconds) < cases.SHORT:
             start = time.perf_counter()
             values = work()
             seconds.append(time.perf_counter() - start)

@@ -111,7 +111,7 @@ int serve(char** argv) {
       std::ofstream("/proc/self/clear_refs") << "5";  // the peak starts from here
       std::int64_t const before = status("VmRSS");
       values seconds;
-      for (double spent = 0; spent < enough; spent += seconds.back()) {
+      for (double spent = 0; seconds.empty() || spent < enough; spent += seconds.back()) {
         double const start = rflow::bench::seconds();
         reply["values"] = work(task);
         seconds.push_back(rflow::bench::seconds() - start);

@@ -254,7 +254,7 @@ def caption(record):
         f"turns after a first; one answer where it takes more than {record['budget'] / 2:g} s; given up after "
         f"{record['limit']:g} s. What takes less than {cases.SHORT:g} s is repeated for so long, and the median is the answer.\n\n"
         f"{m['processor']}, {m['cores']} cores, {m['memory_gib']} GiB; {m['system']}; {record['threads']} threads "
-        f"each (repsim, and adjacent cosines by SimSIMD and NumKong: 1). rflow: {record['build']['compiler']}, "
+        f"each (repsim, and adjacent cosines by SimSIMD and NumKong: 1; rflow: at most, as it sees fit). rflow: {record['build']['compiler']}, "
         f"`{record['build']['flags']}`. Python {record['python']}: {versions}. Floor in the same run: "
         f"{record['floor'][0] / 1e9:.0f} Gflop/s of fp32 multiply-adds, {record['floor'][1] / 1e9:.1f} GB/s read. "
         f"{record['date']}."

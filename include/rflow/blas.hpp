@@ -141,7 +141,7 @@ struct on_blas {
   template <class T>
   using batch_stream = on_cpu::batch_stream<T>;
 
-  /// How many threads that is.
+  /// How many threads that is at most; probes and flow_monitor take so many.
   int thread_count() const { return detail::threads_or_all(threads); }
 
   /// @note  on_cpu's: there is no product in it

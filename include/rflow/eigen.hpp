@@ -325,6 +325,7 @@ class flow_walker {
   }
 
   bool with_units() const { return sink_.part != flow_part::adjacent; }
+  bool with_chain() const { return sink_.part == flow_part::all; }
 
   bool needs_gather() const {
     for (std::ptrdiff_t l = 0; l < sites_; ++l)
@@ -396,7 +397,7 @@ class flow_walker {
   }
 
   /// Features begin … end of `Sites` rows x[0], x[1], … whose predecessors are p and q. The same
-  /// features of the rows in `next` are asked for from memory.
+  /// features of the rows in `next` are asked for from memory, where many rows go side by side.
   template <flow_part Part, std::ptrdiff_t Sites>
   static void add_chunks(T const* const* x, T const* const* next, T const* p, T const* q,
                          std::ptrdiff_t begin, std::ptrdiff_t end, C const* mean_before, C* mean,
@@ -498,9 +499,10 @@ class flow_walker {
       sequence_.units[s] += with_units() ? 1 : 0;
       note_norm(l, first_ + k, std::sqrt(r.norm2));
       if (l == 0) continue;
+      note_cosine(l - 1, first_ + k, r.dot / std::sqrt(r.norm2 * product(k, l - 1).norm2), m);
+      // All 0 where only a part is wanted.
       m.spread += r.away2 * (static_cast<double>(l) / static_cast<double>(l + 1));
       m.steps[s - 1] += r.step2;
-      note_cosine(l - 1, first_ + k, r.dot / std::sqrt(r.norm2 * product(k, l - 1).norm2), m);
       if (l > 1) m.turns[s - 2] += r.turn;
     }
   }
@@ -562,7 +564,7 @@ class flow_walker {
         away2 += away * away;
         mean[j] += away / seen;
       }
-      m.spread += unscaled(away2 * ((seen - 1) / seen));
+      if (with_chain()) m.spread += unscaled(away2 * ((seen - 1) / seen));
       if (l > 0 && !rows[s - 1].empty()) {
         std::vector<double> const& p = rows[s - 1];
         double dot = 0, step2 = 0, turn = 0;
@@ -571,8 +573,10 @@ class flow_walker {
           step2 += (x[j] - p[j]) * (x[j] - p[j]);
           if (l > 1 && !rows[s - 2].empty()) turn += (x[j] - p[j]) * (p[j] - rows[s - 2][j]);
         }
-        m.steps[s - 1] += unscaled(step2);
-        if (l > 1) m.turns[s - 2] += unscaled(turn);
+        if (with_chain()) {
+          m.steps[s - 1] += unscaled(step2);
+          if (l > 1) m.turns[s - 2] += unscaled(turn);
+        }
         note_cosine(l - 1, i, dot / std::sqrt(square) / std::sqrt(norm2_before), m);
       } else if (l > 0) {
         note_cosine(l - 1, i, missing, m);
@@ -587,6 +591,7 @@ class flow_walker {
 
   /// Pairs with a zero row have no cosine: NaN for the token, left out of the mean.
   void note_cosine(std::ptrdiff_t pair, std::ptrdiff_t i, double value, flow_moments& m) const {
+    if (sink_.part == flow_part::inter_token) return;
     if (sink_.cosine != nullptr) sink_.cosine[pair * stack_.size() + i] = value;
     if (is_finite(value)) m.cosine[count(pair)].add(value);
   }
@@ -1382,7 +1387,7 @@ struct on_cpu {
   template <class T>
   using batch_stream = detail::batch_stream<T>;
 
-  /// How many threads that is.
+  /// How many threads that is at most; probes and flow_monitor take so many.
   int thread_count() const { return detail::threads_or_all(threads); }
 
   /// @note  O(S n d) time, one read; 16·S·d doubles of memory

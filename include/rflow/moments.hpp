@@ -145,7 +145,8 @@ struct flow_moments {
 /// What of the flow moments is asked for. A backend may leave the rest at 0, and need not.
 enum class flow_part {
   all,          ///< everything
-  inter_token,  ///< cosines between the tokens of a site, and what says why there are none
+  inter_token,  ///< cosines between the tokens of a site, and what says why there are none; no
+                ///< cosines in the sink
   adjacent,     ///< cosines between neighbouring sites, and what says why there are none
 };
 

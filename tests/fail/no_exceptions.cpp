@@ -2,4 +2,4 @@
 // flags: -fno-exceptions
 // SPDX-License-Identifier: Apache-2.0
 // Engines are often built so. Every throw is an error then; this comes first.
-#include <rflow/rflow.hpp>
+#include <rflow/view.hpp>
