@@ -399,10 +399,9 @@ void draw(initializer const& how, random_origin const& from, T* data, std::ptrdi
                          {data + r * row_stride + c * col_stride, row_stride, col_stride},
                          (std::min)(tile_rows, rows - r), (std::min)(tile_cols, cols - c));
   };
-  std::ptrdiff_t team_size =
-      threads > 0 ? threads : static_cast<std::ptrdiff_t>(std::thread::hardware_concurrency());
-  team_size =
-      (std::min)(team_size, (high * wide + 7) / 8);  // a thread costs as much as a few tiles
+  std::ptrdiff_t const team_size =
+      (std::min<std::ptrdiff_t>)(detail::threads_or_all(threads),
+                                 (high * wide + 7) / 8);  // a thread costs as much as a few tiles
   if (team_size <= 1) {
     for (std::ptrdiff_t i = 0; i < high * wide; ++i) tile(i);
   } else {

@@ -142,7 +142,8 @@ struct flow_moments {
   }
 };
 
-/// What of the flow moments is asked for. A backend may leave the rest at 0, and need not.
+/// What of the flow moments is asked for. A backend may leave the rest at 0, and need not: moments of
+/// a part are not to be merged with those of all.
 enum class flow_part {
   all,          ///< everything
   inter_token,  ///< cosines between the tokens of a site, and what says why there are none; no
