@@ -64,18 +64,7 @@ struct debiased {
 
   /// ⟨U(K_p), U(K_q)⟩ of sites p and q, n(n − 3) times HSIC₁, in the moments' units.
   static double hsic(gram_moments const& m, std::ptrdiff_t p, std::ptrdiff_t q) {
-    auto const n = static_cast<std::size_t>(m.tokens);
-    double rows = 0, total_p = 0, total_q = 0;
-    for (std::size_t i = 0; i < n; ++i) {
-      double const rp = m.row_sums[static_cast<std::size_t>(p) * n + i];
-      double const rq = m.row_sums[static_cast<std::size_t>(q) * n + i];
-      rows += rp * rq;
-      total_p += rp;
-      total_q += rq;
-    }
-    double const count = static_cast<double>(n);
-    return m.product(p, q) + total_p * total_q / ((count - 1) * (count - 2)) -
-           2 / (count - 2) * rows;
+    return m.u_product(p, q);
   }
 
   /// The mean of hsic over all permutations of the tokens of q: the rows of U sum to 0.
@@ -164,14 +153,11 @@ inline void require_whole(char const* where, gram_moments const& m) {
 /// Whether a site has a CKA at all, and with what self term.
 template <class Estimator>
 measured self_term(gram_moments const& m, std::ptrdiff_t p) {
-  auto const s = static_cast<std::size_t>(p);
   status const why = why_none(m, p, Estimator::minimum_tokens);
   if (why != status::ok) return why;
   double const self = Estimator::hsic(m, p, p);
-  // The kernel's entries are known to epsilon times its scale, so a self term below what that
-  // rounding makes of a constant kernel matrix is rounding too; 16 allows for its accumulation.
-  double const rounding = 16 * m.epsilon * m.epsilon * m.trace[s] * m.trace[s];
-  return self > rounding ? measured(self) : measured(status::constant_layer);
+  status const known = m.resolved(p, self);
+  return known == status::ok ? measured(self) : measured(known);
 }
 
 }  // namespace detail
@@ -282,9 +268,10 @@ class cka_table {
   /// The same of a site of the second stack.
   measured col_sigma(std::ptrdiff_t col) const { return at(sigma_, first_col_ + col); }
 
-  /// The share of ‖K̃‖² that pairs with its most extreme token make up, in [0, 1] to rounding, and that token
-  /// (an index among the tokens that count; -1 if there is none). Near 1, one token decides the
-  /// whole row of the table.
+  /// The share of ‖K̃‖² (the kernel matrix of centred features without its diagonal) that pairs with its
+  /// most extreme token make up, in [0, 1] to rounding; top_token says which (an index among the tokens that
+  /// count). Near 1, one token decides the whole row of the table. On the feature path only tokens
+  /// with the largest norms are looked at; one that holds more than 8d/n is among them.
   measured top_token_share(std::ptrdiff_t row) const { return at(top_share_, row); }
   /// That token; −1 if there is none.
   std::ptrdiff_t top_token(std::ptrdiff_t row) const {
@@ -330,7 +317,7 @@ class cka_table {
     for (std::ptrdiff_t p = 0; p < m.sites; ++p) {
       auto const begin = m.squares.begin() + p * m.tokens, end = begin + m.tokens;
       auto const top = std::max_element(begin, end);
-      double const total = std::accumulate(begin, end, 0.0);
+      double const total = m.square_sum[static_cast<std::size_t>(p)];
       rflow::status why = detail::why_none(m, p, 2);
       if (why == rflow::status::ok && !(total > 0)) why = rflow::status::constant_layer;
       bool const ok = why == rflow::status::ok;
@@ -479,6 +466,7 @@ inline measured minibatch_cka(minibatch_moments const& m, std::ptrdiff_t p, std:
     auto const s = static_cast<std::size_t>(site);
     if (m.why[s] != status::ok) return m.why[s];
     if (!(sum(site, site) > 16 * m.rounding[s])) return status::constant_layer;
+    if (m.error[s] > m.accuracy * sum(site, site)) return status::ill_conditioned;
   }
   return p == q ? 1.0 : sum(p, q) / (std::sqrt(sum(p, p)) * std::sqrt(sum(q, q)));
 }
@@ -537,13 +525,17 @@ class cka_accumulator {
       status& why = sums_.why[s];
       if (why == status::ok && m.why[s] != status::constant_layer) why = m.why[s];
       int const raised = m.exponent[s] - sums_.exponent[s];
-      sums_.rounding[s] += std::ldexp(scale * square(m.epsilon * m.trace[s]), 2 * raised);
+      double const self = (std::max)(debiased::hsic(m, p, p), 0.), entries = m.entry_rounding[s];
+      double const sums = m.sum_rounding[s] + 2 * m.epsilon * m.product(p, p);
+      sums_.rounding[s] += std::ldexp(scale * (square(entries) + sums / 16), 2 * raised);
+      sums_.error[s] += std::ldexp(scale * (entries * std::sqrt(self) + sums), 2 * raised);
       for (std::ptrdiff_t q = 0; q < m.sites; ++q) {
         auto const r = static_cast<std::size_t>(q);
         sums_.sums[static_cast<std::size_t>(p * m.sites + q)] +=
             std::ldexp(scale * debiased::hsic(m, p, q), raised + m.exponent[r] - sums_.exponent[r]);
       }
     }
+    sums_.accuracy = (std::max)(sums_.accuracy, m.accuracy);
     sums_.tokens += m.tokens;
     ++sums_.batches;
   }

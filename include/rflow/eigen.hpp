@@ -1127,7 +1127,6 @@ class batch_stream {
       return;
     }
     (*multiply_)(kernel(slot, 0), stride(), engine::room(n), products_.data());
-    double const epsilon = static_cast<double>(std::numeric_limits<C>::epsilon()) / 2;
     auto const* const of = summaries_.data() + slot * sites_;
     // In units of the data, but for data whose fourth powers leave the range of double.
     auto const apart = [&](std::ptrdiff_t p) {
@@ -1137,8 +1136,10 @@ class batch_stream {
       if (products_[p * sites_ + p] != 0) m.raise(p, apart(p));
     auto const raised = [&](std::ptrdiff_t p) { return of[p].exponent - m.exponent[count(p)]; };
     for (std::ptrdiff_t p = 0; p < sites_; ++p) {
-      double const rounding = std::ldexp(epsilon * of[p].trace, raised(p));
-      m.rounding[count(p)] += rounding * rounding;
+      double const self = 2 * products_[p * sites_ + p], sums = 2 * unit_roundoff<C> * self;
+      double const entries = of[p].rounding;
+      m.rounding[count(p)] += std::ldexp(entries * entries, 2 * raised(p));
+      m.error[count(p)] += std::ldexp(entries * std::sqrt(self) + sums, 2 * raised(p));
       if (of[p].why == status::non_finite) m.why[count(p)] = status::non_finite;
       for (std::ptrdiff_t q = 0; q <= p; ++q) {
         double const sum = std::ldexp(2 * products_[p * sites_ + q], raised(p) + raised(q));
@@ -1146,6 +1147,7 @@ class batch_stream {
         if (q < p) m.sums[count(q * sites_ + p)] += sum;
       }
     }
+    m.accuracy = std::is_same_v<C, double> ? wide_accuracy : narrow_accuracy;
     m.tokens += n;
     ++m.batches;
   }
@@ -1289,28 +1291,15 @@ class host_sites {
   std::vector<std::function<std::ptrdiff_t(std::ptrdiff_t)>> stored_;  // one a site
 };
 
-/// The Gram moments of the sites of several models, with the product of a backend. Each is a
-/// layer_stack, or a vector of them that hold its tokens one after the other.
-template <class Product, class Kernel, class... Models>
-gram_moments host_gram(char const* where, Kernel const& kernel, gram_options const& options,
-                       Models const&... models) {
-  using C =
-      std::conditional_t<(std::same_as<decltype(element_of(parts_of(models))), double> || ...),
-                         double, float>;
-  work_share const share = options.share;
-  if (share.of < 1 || share.index < 0 || share.index >= share.of)
-    reject(where,
-           "share " + std::to_string(share.index) + " (from 0) of " + std::to_string(share.of));
+/// The Gram moments of the sites of several models, with products in C.
+template <class C, class Product, class Kernel, class... Models>
+gram_moments host_gram_in(char const* where, Kernel const& kernel, gram_options const& options,
+                          Models const&... models) {
   host_sites<C> sites(where);
   (sites.add(parts_of(models)), ...);
   auto const& sources = sites.sources;
   std::ptrdiff_t const tokens = sites.tokens;
-  auto const shared = [&](gram_moments m) {
-    m.shares.assign(static_cast<std::size_t>(share.of), 0);
-    m.shares[static_cast<std::size_t>(share.index)] = 1;
-    return m;
-  };
-  if (tokens == 0) return shared(gram_moments(static_cast<std::ptrdiff_t>(sources.size()), 0));
+  if (tokens == 0) return gram_moments(static_cast<std::ptrdiff_t>(sources.size()), 0);
 
   gram_moments m;
   if constexpr (std::same_as<Kernel, linear>) {
@@ -1326,14 +1315,52 @@ gram_moments host_gram(char const* where, Kernel const& kernel, gram_options con
                   "k(inner product, squared norm, squared norm) -> double");
     m = gram<C, function_kernel<Kernel>, Product>(sources, tokens, {kernel}, options);
   }
-  if (std::same_as<Kernel, linear> && tokens < 3 && share.index == 0)
+  if (std::same_as<Kernel, linear> && tokens < 3 && options.share.index == 0)
     for (std::size_t i = 0; i < m.diagonal.size(); ++i)  // too few to U-centre: G = K, whose rows
       m.row_sums[i] = -m.diagonal[i];                    // sum to 0
   for (std::size_t p = 0; p < sources.size(); ++p)
     if (position& at = m.non_finite[p]; at.found()) at.token = sites.stored_token(p, at.token);
-  m.epsilon = static_cast<double>(std::numeric_limits<C>::epsilon()) / 2;
-  m.find_trace();
-  return shared(std::move(m));
+  m.epsilon = unit_roundoff<C>;
+  return m;
+}
+
+/// The Gram moments of the sites of several models, with the product of a backend. Each is a
+/// layer_stack, or a vector of them that hold its tokens one after the other.
+///
+/// Products are in float unless a stack is double. Where the sums then show that rounding would
+/// be seen in a CKA, everything is done again in double; and by kernel matrices, if that is not enough
+/// and the path is free. A share cannot see all of the sums, so its products stay as they are.
+template <class Product, class Kernel, class... Models>
+gram_moments host_gram(char const* where, Kernel const& kernel, gram_options const& options,
+                       Models const&... models) {
+  constexpr bool wide = (std::same_as<decltype(element_of(parts_of(models))), double> || ...);
+  work_share const share = options.share;
+  if (share.of < 1 || share.index < 0 || share.index >= share.of)
+    reject(where,
+           "share " + std::to_string(share.index) + " (from 0) of " + std::to_string(share.of));
+  auto const in_double = [&](gram_options const& by) {
+    return host_gram_in<double, Product>(where, kernel, by, models...);
+  };
+  auto const accurate = [&](gram_moments m) {
+    m.accuracy = wide ? wide_accuracy : narrow_accuracy;
+    return m;
+  };
+  gram_moments m;
+  if constexpr (wide) {
+    m = accurate(in_double(options));
+  } else {
+    m = accurate(host_gram_in<float, Product>(where, kernel, options, models...));
+    if (share.of == 1 && !m.resolved()) m = accurate(in_double(options));
+  }
+  if (share.of == 1 && m.path == gram_path::feature && options.path == gram_path::automatic &&
+      !m.resolved()) {
+    gram_options by = options;
+    by.path = gram_path::gram;
+    m = accurate(in_double(by));
+  }
+  m.shares.assign(static_cast<std::size_t>(share.of), 0);
+  m.shares[static_cast<std::size_t>(share.index)] = 1;
+  return m;
 }
 
 template <class C, class T, class Visit>

@@ -35,6 +35,7 @@
 #include <memory>
 #include <new>
 #include <numeric>
+#include <span>
 #include <stdexcept>
 #include <string>
 #include <type_traits>
@@ -42,6 +43,7 @@
 #include <vector>
 
 #include <rflow/moments.hpp>
+#include <rflow/numerics.hpp>
 #include <rflow/threads.hpp>
 #include <rflow/view.hpp>
 
@@ -272,7 +274,7 @@ struct packed_product {
 // ---- preparation: means, norms, scale -----------------------------------------------------------
 
 /// A site, ready for its tiles. Centred, scaled values are (x·scale + minus_high) + minus_low: the
-/// mean in two parts, so that subtracting it is as exact as C allows. The scale is a power of two
+/// centre in two parts, so that subtracting it is as exact as C allows. The scale is a power of two
 /// that brings the largest norm to about 1, so that nothing over- or underflows later on.
 template <class C>
 struct prepared_site {
@@ -280,13 +282,33 @@ struct prepared_site {
   C scale = 1;                  // 0 if the site is constant
   aligned_array<C> minus_high;  // d, padded with zeros to whole packets
   aligned_array<C> minus_low;
-  std::vector<double> norms;  // n: a_i = ‖x_i − mean‖² · scale²
+  std::vector<double> norms;  // n: a_i = ‖x_i − centre‖² · scale²
+  std::vector<double> row_sums;  // n: Σ_{j≠i} ⟨x_i − c, x_j − c⟩ · scale²; empty about the mean
   position non_finite;
 
   /// Kernel values of scaled data times 2^exponent() are those of the data.
   int exponent() const { return scale > 0 ? -2 * std::ilogb(static_cast<double>(scale)) : 0; }
   /// The scale, or 1 of a site that has none.
   double some_scale() const { return scale > 0 ? static_cast<double>(scale) : 1; }
+
+  /// ‖x_i − x_j‖² · scale² from the values themselves: exact where two tokens are close to each
+  /// other and far from the centre.
+  double distance(integer i, integer j) const {
+    constexpr integer chunk = 256;
+    C x[chunk], y[chunk];
+    double sum = 0;
+    for (integer k = 0; k < source.cols; k += chunk) {
+      integer const cols = (std::min)(chunk, source.cols - k);
+      source(i, 1, k, cols, x, chunk);
+      source(j, 1, k, cols, y, chunk);
+      for (integer c = 0; c < cols; ++c) {
+        double const s = static_cast<double>(scale);
+        double const apart = static_cast<double>(x[c]) * s - static_cast<double>(y[c]) * s;
+        sum += apart * apart;
+      }
+    }
+    return sum;
+  }
 
   /// Centred, scaled values of a block of rows, filled up with zeros to whole packets of columns.
   void fetch(integer row, integer rows, integer col, integer cols, C* to, integer ld) const {
@@ -439,8 +461,99 @@ double power_of_two(int e) {
 /// x times a power of two, in this order even with -ffast-math: x may be the largest of numbers.
 inline double scaled(double x, double power) { return std::ldexp(x, std::ilogb(power)); }
 
+/// Calls f(row, rows, col, cols, x, ld) with blocks of the centred values of a site, a task a group of
+/// rows; columns are filled up to whole packets.
+template <class C, class F>
+void each_block(team& threads, prepared_site<C> const& site, integer tokens, F const& f) {
+  constexpr integer group = 16, rows_at_once = 4, chunk = 1024;
+  threads.run(ceil_div(tokens, group), [&](integer g) {
+    alignas(128) C x[rows_at_once * chunk];
+    integer const end = (std::min)((g + 1) * group, tokens), d = site.source.cols;
+    for (integer row = g * group; row < end; row += rows_at_once)
+      for (integer k = 0; k < d; k += chunk) {
+        integer const rows = (std::min)(rows_at_once, end - row), cols = (std::min)(chunk, d - k);
+        site.fetch(row, rows, k, cols, x, chunk);
+        f(row, rows, k, round_up(cols, lanes_v<C>), x, chunk);
+      }
+  });
+}
+
+/// The centred values of a site, which must outlive it.
 template <class C>
-prepared_site<C> prepare(team& threads, panel_source<C> const& source, integer tokens) {
+panel_source<C> centred_source(prepared_site<C> const& site) {
+  auto const load = [](void const* self, integer row, integer rows, integer col, integer cols,
+                       C* to, integer ld) {
+    auto const& of = *static_cast<prepared_site<C> const*>(self);
+    constexpr integer chunk = 1024;
+    alignas(128) C x[chunk + lanes_v<C>];  // fetch() fills up whole packets
+    for (integer i = 0; i < rows; ++i)
+      for (integer k = 0; k < cols; k += chunk) {
+        integer const count = (std::min)(chunk, cols - k);
+        of.fetch(row + i, 1, col + k, count, x, chunk);
+        std::copy_n(x, count, to + i * ld + k);
+      }
+  };
+  return {&site, load, site.source.cols};
+}
+
+/// Moves the centre of a site from the mean to the mean of the tokens whose norms are at most `limit`.
+template <class C>
+void centre_among(team& threads, prepared_site<C>& site, integer tokens, double limit) {
+  struct part {  // the closer tokens alone, centred at the mean so far
+    prepared_site<C> const* site;
+    std::vector<integer> closer;
+  };
+  part const from{&site, [&] {
+                    std::vector<integer> closer;
+                    for (integer i = 0; i < tokens; ++i)
+                      if (site.norms.data()[i] <= limit) closer.push_back(i);
+                    return closer;
+                  }()};
+  auto const load = [](void const* self, integer row, integer rows, integer col, integer cols,
+                       C* to, integer ld) {
+    auto const& p = *static_cast<part const*>(self);
+    constexpr integer chunk = 1024;
+    alignas(128) C x[chunk + lanes_v<C>];  // fetch() fills up whole packets
+    for (integer i = 0; i < rows; ++i)
+      for (integer k = 0; k < cols; k += chunk) {
+        integer const count = (std::min)(chunk, cols - k);
+        p.site->fetch(p.closer.data()[row + i], 1, col + k, count, x, chunk);
+        std::copy_n(x, count, to + i * ld + k);
+      }
+  };
+  integer const d = site.source.cols, closer = static_cast<integer>(from.closer.size());
+  std::vector<double> moved, total;
+  double ignored;
+  find_means(threads, panel_source<C>{&from, load, d}, closer, 0, moved, ignored);
+  for (integer k = 0; k < d; ++k) {
+    double const high = static_cast<double>(site.minus_high[k]);
+    double const low = static_cast<double>(site.minus_low[k]) - moved.data()[k];
+    site.minus_high[k] = static_cast<C>(high + low);
+    site.minus_low[k] = static_cast<C>((high - static_cast<double>(site.minus_high[k])) + low);
+  }
+  // The sums of the values as they are rounded now: what the rows of the kernel matrix add up to.
+  find_means(threads, centred_source(site), tokens, 0, total, ignored);
+  for (double& x : total) x *= static_cast<double>(tokens);
+  std::fill(site.norms.begin(), site.norms.end(), 0.);
+  site.row_sums.assign(static_cast<std::size_t>(tokens), 0.);
+  each_block(threads, site, tokens,
+             [&](integer row, integer rows, integer k, integer cols, C const* x, integer ld) {
+               add_norms(x, rows, cols, ld, site.norms.data() + row);
+               for (integer i = 0; i < rows; ++i) {
+                 double sum = 0;
+                 for (integer c = 0; c < (std::min)(cols, d - k); ++c) {
+                   double const value = static_cast<double>(x[i * ld + c]);
+                   sum += value * (total.data()[k + c] - value);
+                 }
+                 site.row_sums.data()[row + i] += sum;
+               }
+             });
+}
+
+/// @param  about_mean  centre at the mean even if tokens far out drag it along
+template <class C>
+prepared_site<C> prepare(team& threads, panel_source<C> const& source, integer tokens,
+                         bool about_mean) {
   prepared_site<C> site;
   site.source = source;
   integer const d = source.cols;
@@ -481,34 +594,28 @@ prepared_site<C> prepare(team& threads, panel_source<C> const& source, integer t
   site.scale = static_cast<C>(scale);
   if constexpr (std::is_same_v<C, double>) {
     // Sums of values far from the origin have lost digits: what is left of the means goes, too.
-    auto const centred = [](void const* self, integer row, integer rows, integer col, integer cols,
-                            C* to, integer ld) {
-      static_cast<prepared_site<C> const*>(self)->fetch(row, rows, col, cols, to, ld);
-    };
     double ignored;
-    find_means(threads, panel_source<C>{&site, centred, d}, tokens, 0, means, ignored);
+    find_means(threads, centred_source(site), tokens, 0, means, ignored);
     for (integer k = 0; k < d; ++k) site.minus_low[k] -= means.data()[k];
   }
-  constexpr integer group = 16, rows_at_once = 4, chunk = 1024;
-  threads.run(ceil_div(tokens, group), [&](integer g) {
-    alignas(128) C x[rows_at_once * chunk];
-    integer const end = (std::min)((g + 1) * group, tokens);
-    for (integer row = g * group; row < end; row += rows_at_once)
-      for (integer k = 0; k < d; k += chunk) {
-        integer const rows = (std::min)(rows_at_once, end - row), cols = (std::min)(chunk, d - k);
-        site.fetch(row, rows, k, cols, x, chunk);
-        add_norms(x, rows, round_up(cols, lanes_v<C>), chunk, site.norms.data() + row);
-      }
-  });
+  each_block(threads, site, tokens,
+             [&](integer row, integer rows, integer, integer cols, C const* x, integer ld) {
+               add_norms(x, rows, cols, ld, site.norms.data() + row);
+             });
 
   // What the rounding of the means alone may leave is a constant site, not a signal.
   double const rounding = (64 + static_cast<double>(tokens) / 128) *
                           std::numeric_limits<double>::epsilon() * scaled(largest, scale);
-  double const norm = *std::max_element(site.norms.begin(), site.norms.end());
+  double norm = *std::max_element(site.norms.begin(), site.norms.end());
   if (norm <= rounding * rounding * static_cast<double>(d)) {
     std::fill(site.norms.begin(), site.norms.end(), 0.);
     drop();
     return site;
+  }
+  std::vector<double> scratch;
+  if (double const limit = centre_limit(site.norms, scratch); !about_mean && is_finite(limit)) {
+    centre_among(threads, site, tokens, limit);
+    norm = *std::max_element(site.norms.begin(), site.norms.end());
   }
   double const wanted = scale * std::ldexp(1., -std::ilogb(norm) / 2);
   double const most = power_of_two<C>(std::numeric_limits<C>::max_exponent - std::ilogb(largest));
@@ -520,6 +627,7 @@ prepared_site<C> prepare(team& threads, panel_source<C> const& source, integer t
     site.minus_low[k] = static_cast<C>(static_cast<double>(site.minus_low[k]) * rescale);
   }
   for (double& a : site.norms) a *= rescale * rescale;
+  for (double& r : site.row_sums) r *= rescale * rescale;
   site.scale = static_cast<C>(final_scale);
   return site;
 }
@@ -528,23 +636,34 @@ prepared_site<C> prepare(team& threads, panel_source<C> const& source, integer t
 //
 // kernel.bind<C>(p, site) returns what turns inner products of site p into G:
 //
-//     C token(double a)                  a number per token, from a_i
-//     P operator()(P k, P ti, P tj)      G from the inner product and both tokens' numbers
-//     double diagonal(double a)          G_ii
-//     int exponent                       G · 2^exponent is in units of the data
-//     static constexpr bool row_sums     false if they vanish
+//     C token(i)                 a number per token
+//     P operator()(P k, P ti, P tj)   G from the inner product and both tokens' numbers
+//     C removed(i)               G_ij + removed(i) + removed(j) is k(x_i, x_j) of features centred at the mean
+//     double diagonal(i)         G_ii
+//     double rounding            of ‖G‖_F without its diagonal, roughly
+//     int exponent               G · 2^exponent is in units of the data
+//     static constexpr bool row_sums    false if they vanish
+//     static constexpr bool repairs     whether it has, for entries that inner products lose,
+//     bool far(), C limit               (ti + tj)(G + c) beyond the limit needs repair(i, j)
+
+template <class C>
+inline constexpr double unit_roundoff = static_cast<double>(std::numeric_limits<C>::epsilon()) / 2;
 
 /// U_ij = K_ij − u_i − u_j, the U-centred linear kernel: its row sums without the diagonal are 0.
 struct linear_kernel {
+  static constexpr bool about_mean = false;
+
   template <class C>
   struct bound {
-    static constexpr bool row_sums = false;
+    static constexpr bool row_sums = false, repairs = false;
     int exponent;
-    double slope, offset;
+    double rounding;
+    std::vector<double> const* norms;
+    u_centring by;
 
-    double shift(double a) const { return slope * a + offset; }
-    C token(double a) const { return static_cast<C>(shift(a)); }
-    double diagonal(double a) const { return a - 2 * shift(a); }
+    C token(integer i) const { return static_cast<C>(by.shift.data()[i]); }
+    C removed(integer i) const { return static_cast<C>(by.removed.data()[i]); }
+    double diagonal(integer i) const { return norms->data()[i] - 2 * by.shift.data()[i]; }
     template <class P>
     P operator()(P const& k, P const& ti, P const& tj) const {
       return Eigen::internal::psub(k, Eigen::internal::padd(ti, tj));
@@ -553,27 +672,36 @@ struct linear_kernel {
 
   template <class C>
   bound<C> bind(integer, prepared_site<C> const& site) const {
-    double const n = static_cast<double>(site.norms.size());
-    if (n < 3) return {site.exponent(), 0, 0};
-    double trace = 0;
-    for (double const a : site.norms) trace += a;
-    return {site.exponent(), -1 / (n - 2), trace / (2 * (n - 1) * (n - 2))};
+    u_centring by;
+    by.fit(site.norms, site.row_sums, site.source.cols, unit_roundoff<C>);
+    double const rounding = by.rounding;
+    return {site.exponent(), rounding, &site.norms, std::move(by)};
   }
 };
 
 /// exp(−‖x_i − x_j‖² / 2σ²) − c, with c near the mean so that little cancels later.
 struct rbf_kernel {
+  static constexpr bool about_mean = false;
   std::vector<double> sigma;  // one a site
-  double centre = 0;
 
   template <class C>
   struct bound {
-    static constexpr bool row_sums = true;
+    static constexpr bool row_sums = true, repairs = true;
     static constexpr int exponent = 0;
-    double rate, centre;
+    prepared_site<C> const* site;
+    double rate, centre = 0, rounding = 0, furthest = 0;
 
-    C token(double a) const { return static_cast<C>(a * rate / 2); }
-    double diagonal(double) const { return 1 - centre; }
+    /// Σ a·rate/2 of two tokens, times the kernel's value, at which too much cancels in its exponent.
+    static constexpr C limit = std::is_same_v<C, double> ? C(4096) : C(4);
+
+    bool far() const { return 2 * furthest > static_cast<double>(limit); }
+    double number(integer i) const { return site->norms.data()[i] * rate / 2; }
+    C token(integer i) const { return static_cast<C>(number(i)); }
+    C removed(integer) const { return static_cast<C>(centre / 2); }
+    double diagonal(integer) const { return 1 - centre; }
+    C repair(integer i, integer j) const {
+      return static_cast<C>(std::exp(-site->distance(i, j) * rate / 2) - centre);
+    }
     template <class P>
     P operator()(P const& k, P const& ti, P const& tj) const {
       using namespace Eigen::internal;
@@ -587,27 +715,41 @@ struct rbf_kernel {
   bound<C> bind(integer p, prepared_site<C> const& site) const {
     double const s = sigma[static_cast<std::size_t>(p)] * site.some_scale();
     constexpr double most = 1e30;  // a_i ≤ 4: the exponent stays finite
-    return {(std::min)(1 / s / s, most), centre};
+    bound<C> b{&site, (std::min)(1 / s / s, most)};
+    double const n = static_cast<double>(site.norms.size());
+    double const typical = median_of(site.norms) * b.rate;  // of (‖x_i‖² + ‖x_j‖²) / 2σ²
+    // Tokens at the typical distance, as C has it: the diagonal has to fit the entries.
+    b.centre = static_cast<double>(static_cast<C>(std::exp(-typical)));
+    b.furthest = *std::max_element(site.norms.begin(), site.norms.end()) * b.rate / 2;
+    double const lost = (std::min)(typical, static_cast<double>(b.limit));
+    b.rounding = unit_roundoff<C> / 2 * std::sqrt(n * (n - 1) * (1 + lost * lost));
+    return b;
   }
 };
 
 /// Any function f(⟨x, y⟩, ‖x‖², ‖y‖²) of centred features, in double, value by value.
 template <class F>
 struct function_kernel {
+  static constexpr bool about_mean = true;
   F f;
 
   template <class C>
   struct bound {
-    static constexpr bool row_sums = true;
+    static constexpr bool row_sums = true, repairs = false;
     static constexpr int exponent = 0;
     F const& f;
-    double factor, centre;
+    std::vector<double> const* norms;
+    double factor, centre, rounding;
 
     double value(double k, double a, double b) const {
       return static_cast<double>(f(k * factor, a * factor, b * factor)) - centre;
     }
-    C token(double a) const { return static_cast<C>(a); }
-    double diagonal(double a) const { return value(a, a, a); }
+    C token(integer i) const { return static_cast<C>(norms->data()[i]); }
+    C removed(integer) const { return static_cast<C>(centre / 2); }
+    double diagonal(integer i) const {
+      double const a = norms->data()[i];
+      return value(a, a, a);
+    }
     template <class P>
     P operator()(P const& k, P const& ti, P const& tj) const {
       using namespace Eigen::internal;
@@ -622,12 +764,15 @@ struct function_kernel {
 
   template <class C>
   bound<C> bind(integer, prepared_site<C> const& site) const {
-    double trace = 0;
+    double trace = 0, values = 0;
     for (double const a : site.norms) trace += a;
     double const unit = std::ldexp(1., site.exponent());
     double const typical = trace / static_cast<double>(site.norms.size()) * unit;
     double const centre = static_cast<double>(f(0., typical, typical));
-    return {f, unit, is_finite(centre) ? centre : 0};
+    bound<C> b{f, &site.norms, unit, is_finite(centre) ? centre : 0, 0};
+    for (double const a : site.norms) values += std::abs(b.value(a, a, a) + b.centre);
+    b.rounding = unit_roundoff<C> * values;
+    return b;
   }
 };
 
@@ -930,10 +1075,34 @@ struct block_sums {
   double *row_squares, *col_squares, *row_sums, *col_sums;
 };
 
-/// Turns inner products into G, zeroes what is not below the diagonal, adds up sums per token.
+/// Puts right the entries of a tile whose inner products have lost them: pairs of tokens that are close
+/// to each other and far from the centre.
 template <class Product, class C, class Bound>
-void finish_tile(Bound const& kernel, C const* token, integer i0, integer j0, integer n, C* g,
-                 block_sums const& to) {
+void repair_tile(Bound const& kernel, C const* token, C const* removed, integer i0, integer j0,
+                 integer n, C* g) {
+  constexpr integer R = Product::template rows<C>, N = Product::template cols<C>;
+  for (integer j = j0; j < (std::min)(j0 + N, n); ++j, g += R)
+    for (integer i = (std::max)(i0, j + 1); i < (std::min)(i0 + R, n); ++i) {
+      C const value = g[i - i0] + (removed[i] + removed[j]);
+      if ((token[i] + token[j]) * value > Bound::limit) g[i - i0] = kernel.repair(i, j);
+    }
+}
+
+/// A packet of a column from row i on, without what is not below the diagonal.
+template <class C, class P>
+P only_below(P const& k, integer i, integer j, integer n) {
+  C x[lanes_v<C>];
+  Eigen::internal::pstoreu(x, k);
+  for (integer w = 0; w < lanes_v<C>; ++w)
+    if (i + w <= j || i + w >= n) x[w] = C(0);
+  return Eigen::internal::ploadu<P>(x);
+}
+
+/// Turns inner products into G, zeroes what is not below the diagonal, adds up sums per token: of G, and
+/// squares of the kernel matrix.
+template <class Product, class C, class Bound>
+void finish_tile(Bound const& kernel, C const* token, C const* removed, integer i0, integer j0,
+                 integer n, C* g, block_sums const& to) {
   using namespace Eigen::internal;
   using P = packet_t<C>;
   constexpr integer W = lanes_v<C>, R = Product::template rows<C>, N = Product::template cols<C>;
@@ -945,6 +1114,8 @@ void finish_tile(Bound const& kernel, C const* token, integer i0, integer j0, in
       pstore(x, kernel(P(pload<P>(x)), P(ploadu<P>(token + i0 + r * W)), tj));
     }
   }
+  if constexpr (Bound::repairs)
+    if (kernel.far()) repair_tile<Product>(kernel, token, removed, i0, j0, n, g);
   if (i0 < j0 + N || i0 + R > n)
     for (integer j = 0; j < N; ++j)
       for (integer i = 0; i < R; ++i)
@@ -952,12 +1123,16 @@ void finish_tile(Bound const& kernel, C const* token, integer i0, integer j0, in
 
   P squares[packets], sums[packets];
   for (integer r = 0; r < packets; ++r) squares[r] = sums[r] = pset1<P>(C(0));
+  bool const whole = i0 >= j0 + N && i0 + R <= n;  // else what is not there has no square
   for (integer j = 0; j < N; ++j) {
     P square = pset1<P>(C(0)), sum = square;
+    P const of_col = pset1<P>(removed[j0 + j]);
     for (integer r = 0; r < packets; ++r) {
       P const x = pload<P>(g + j * R + r * W);
-      square = pmadd(x, x, square);
-      squares[r] = pmadd(x, x, squares[r]);
+      P k = padd(x, padd(ploadu<P>(removed + i0 + r * W), of_col));
+      if (!whole) k = only_below<C>(k, i0 + r * W, j0 + j, n);
+      square = pmadd(k, k, square);
+      squares[r] = pmadd(k, k, squares[r]);
       if constexpr (Bound::row_sums) sum = padd(sum, x), sums[r] = padd(sums[r], x);
     }
     to.col_squares[j] += static_cast<double>(predux(square));
@@ -1070,6 +1245,9 @@ void deliver(std::vector<prepared_site<C>> const& sites, std::vector<int> const&
       m.diagonal.data()[i] *= unit;
       if (!m.squares.empty()) m.squares.data()[i] *= unit * unit;
     }
+    m.square_sum.data()[p] *= unit * unit;
+    m.entry_rounding.data()[p] *= std::abs(unit);
+    m.sum_rounding.data()[p] *= unit * unit;
   }
 }
 
@@ -1110,17 +1288,19 @@ class gram_engine {
   gram_moments operator()(Kernel const& kernel) {
     using bound = decltype(kernel.template bind<C>(0, sites_[0]));
     std::vector<bound> kernels;
-    std::vector<aligned_array<C>> token;
+    std::vector<per_token> token;
     gram_moments m(site_count_, tokens_);
     m.squares.resize(m.diagonal.size());
     for (integer p = 0; p < site_count_; ++p) {
-      auto const& site = sites_[static_cast<std::size_t>(p)];
-      kernels.push_back(kernel.template bind<C>(p, site));
-      token.emplace_back(round_up(tokens_, R) + R + N, C(0));
+      kernels.push_back(kernel.template bind<C>(p, sites_[static_cast<std::size_t>(p)]));
+      bound const& k = kernels.back();
+      m.entry_rounding.data()[p] = k.rounding;
+      integer const room = round_up(tokens_, R) + R + N;
+      token.push_back({aligned_array<C>(room, C(0)), aligned_array<C>(room, C(0))});
       for (integer i = 0; i < tokens_; ++i) {
-        double const a = site.norms.data()[i];
-        token.back()[i] = kernels.back().token(a);
-        m.diagonal.data()[p * tokens_ + i] = kernels.back().diagonal(a);
+        token.back().number[i] = k.token(i);
+        token.back().removed[i] = k.removed(i);
+        m.diagonal.data()[p * tokens_ + i] = k.diagonal(i);
       }
     }
     allocate<bound::row_sums>();
@@ -1136,6 +1316,9 @@ class gram_engine {
       reduce<bound::row_sums>(t, m);
     });
     for (double& x : m.products) x *= 2;
+    for (integer p = 0; p < site_count_; ++p)
+      for (integer i = 0; i < tokens_; ++i)
+        m.square_sum.data()[p] += m.squares.data()[p * tokens_ + i];
     std::vector<int> exponents;
     for (auto const& k : kernels) exponents.push_back(k.exponent);
     deliver(sites_, exponents, m);
@@ -1143,6 +1326,9 @@ class gram_engine {
   }
 
  private:
+  struct per_token {
+    aligned_array<C> number, removed;
+  };
   struct step {
     integer site;
     depth_range k;
@@ -1235,8 +1421,7 @@ class gram_engine {
   /// Fills the buffer with G of every site. Panels of the next step are packed along with the
   /// products of this one: no thread waits while another packs.
   template <class Bound>
-  void fill(tile const& t, std::vector<Bound> const& kernels,
-            std::vector<aligned_array<C>> const& token) {
+  void fill(tile const& t, std::vector<Bound> const& kernels, std::vector<per_token> const& token) {
     std::vector<step> const all = steps();
     integer const blocks = static_cast<integer>(t.blocks.size());
     packing<Product, C> const panels{t, tokens_, threads_.size() > 1};
@@ -1258,7 +1443,8 @@ class gram_engine {
                                 double* const r = sums + (i - b.row);
                                 double* const c = sums + height + (j - b.col);
                                 integer const plain = Bound::row_sums ? height + width : 0;
-                                finish_tile<Product>(kernels[p], token[p].data(), i, j, tokens_, g,
+                                finish_tile<Product>(kernels[p], token[p].number.data(),
+                                                     token[p].removed.data(), i, j, tokens_, g,
                                                      block_sums{r, c, r + plain, c + plain});
                               });
     };
@@ -1330,6 +1516,9 @@ class gram_engine {
 /// Linear moments from d × d cross-covariances, for many tokens and few features:
 /// Σ_{i≠j} K^p_ij K^q_ij = ‖X_pᵀ X_q‖² − Σ_i a_i b_i. The rows of a tile are features of all sites,
 /// one after the other; the depth of the products is tokens.
+///
+/// A token far out would be most of both terms and cancel: such tokens are left out of the
+/// cross-covariances, and their pairs are added one by one, in double.
 template <class Product, class C>
 class feature_engine {
   static constexpr integer R = Product::template rows<C>, N = Product::template cols<C>;
@@ -1354,6 +1543,7 @@ class feature_engine {
     };
     while (side_ > R && bytes() > bound) side_ = (std::max)(R, side_ / 2 / R * R);
     if (bytes() > bound) reject_bound(bound, bytes());
+    find_far();
   }
 
   gram_moments operator()() {
@@ -1373,17 +1563,23 @@ class feature_engine {
                         }));
     };
     each_of_share(share_, tiles_of_all, [&](tile const& t) { add_tile(t, m); });
+    bool const first = share_.index == 0;
+    if (first) add_far(m);
     std::vector<int> exponents;
     for (integer p = 0; p < m.sites; ++p) {
-      auto const& a = norms(p);
+      auto const& site = sites_[static_cast<std::size_t>(p)];
+      auto const& a = site.norms;
       std::copy(a.begin(), a.end(), m.diagonal.begin() + p * tokens_);
-      if (share_.index == 0) {  // what the tiles have too much, once
-        for (integer q = 0; q <= p; ++q)
-          for (integer i = 0; i < tokens_; ++i)
-            m.products.data()[p * m.sites + q] -= a.data()[i] * norms(q).data()[i];
-        for (integer i = 0; i < tokens_; ++i) m.row_sums.data()[p * tokens_ + i] = -a.data()[i];
+      if (first) {  // what the tiles have too much, once
+        for (integer q = 0; q <= p; ++q) m.products.data()[p * m.sites + q] -= diagonals(p, q);
+        for (integer i = 0; i < tokens_; ++i)
+          if (!is_far(i)) m.row_sums.data()[p * tokens_ + i] = row_sum(p, i);
       }
-      exponents.push_back(sites_[static_cast<std::size_t>(p)].exponent());
+      m.square_sum.data()[p] = m.products.data()[p * m.sites + p] + (first ? about_the_mean(p) : 0);
+      double const growth = 1 + std::sqrt(static_cast<double>(tokens_) / (1 << 18));
+      m.entry_rounding.data()[p] = 0;
+      m.sum_rounding.data()[p] = 4 * unit_roundoff<C> * growth * diagonals(p, p);
+      exponents.push_back(site.exponent());
     }
     deliver(sites_, exponents, m);
     return m;
@@ -1398,6 +1594,150 @@ class feature_engine {
   std::vector<double> const& norms(integer p) const {
     return sites_[static_cast<std::size_t>(p)].norms;
   }
+  double row_sum(integer p, integer i) const {
+    auto const& site = sites_[static_cast<std::size_t>(p)];
+    return site.row_sums.empty() ? -site.norms.data()[i] : site.row_sums.data()[i];
+  }
+  /// ⟨x_i − centre, Σ_j (x_j − centre)⟩: 0 about the mean.
+  double lean(integer p, integer i) const { return row_sum(p, i) + norms(p).data()[i]; }
+
+  /// Tokens ten times as far out as others, in any site: the furthest, as many as cost little.
+  void find_far() {
+    std::vector<double> how_far(static_cast<std::size_t>(tokens_));
+    for (auto const& site : sites_) {
+      double const middle = median_of(site.norms);
+      for (std::size_t i = 0; i < how_far.size(); ++i)
+        if (site.norms[i] > 100 * middle)
+          how_far[i] = (std::max)(how_far[i], site.norms[i] / (std::max)(middle, 1e-300));
+    }
+    for (integer i = 0; i < tokens_; ++i)
+      if (how_far.data()[i] > 0) far_.push_back(i);
+    integer const most = std::clamp<integer>(features() / 32, 4, 64);
+    if (static_cast<integer>(far_.size()) > most) {
+      std::nth_element(far_.begin(), far_.begin() + most, far_.end(), [&](integer i, integer j) {
+        double const a = how_far.data()[i], b = how_far.data()[j];
+        return a > b || (a == b && i < j);
+      });
+      far_.resize(static_cast<std::size_t>(most));
+      std::sort(far_.begin(), far_.end());
+    }
+  }
+  bool is_far(integer token) const { return std::binary_search(far_.begin(), far_.end(), token); }
+
+  /// Σ a_i b_i over the tokens that the cross-covariances have.
+  double diagonals(integer p, integer q) const {
+    double sum = 0;
+    for (integer i = 0, next = 0; i < tokens_; ++i)
+      if (next < static_cast<integer>(far_.size()) && far_.data()[next] == i)
+        ++next;
+      else
+        sum += norms(p).data()[i] * norms(q).data()[i];
+    return sum;
+  }
+
+  /// What ‖K̃‖² has more if features are centred at their mean.
+  double about_the_mean(integer p) const {
+    double const n = static_cast<double>(tokens_);
+    double leaning = 0, squares = 0, more = 0;
+    for (integer i = 0; i < tokens_; ++i) {
+      leaning += lean(p, i);
+      squares += lean(p, i) * lean(p, i);
+    }
+    if (sites_[static_cast<std::size_t>(p)].row_sums.empty()) return 0;
+    for (integer i = 0; i < tokens_; ++i) {
+      double const a = norms(p).data()[i];
+      double const b = a - 2 * lean(p, i) / n + leaning / n / n;
+      more += (a - b) * (a + b);
+    }
+    return more - 2 * squares / n + leaning / n * (leaning / n);
+  }
+
+  /// Adds the pairs of the tokens far out, and sums of squares of these and of the furthest of a site.
+  void add_far(gram_moments& m) {
+    integer const count = m.sites, far = static_cast<integer>(far_.size()), rows = far + 1;
+    integer widest = 0;
+    for (auto const& site : sites_) widest = (std::max)(widest, site.source.cols);
+    using P = packet_t<double>;
+    integer const ld = round_up(widest, 4 * lanes_v<double>);
+    auto const widened = [&](integer p, integer token, double* to) {
+      constexpr integer chunk = 1024;
+      alignas(128) C x[chunk + W];
+      integer const d = sites_[static_cast<std::size_t>(p)].source.cols;
+      for (integer k = 0; k < d; k += chunk) {
+        integer const cols = (std::min)(chunk, d - k);
+        sites_[static_cast<std::size_t>(p)].fetch(token, 1, k, cols, x, chunk);
+        for (integer c = 0; c < cols; ++c) to[k + c] = static_cast<double>(x[c]);
+      }
+      std::fill(to + d, to + ld, 0.);
+    };
+    auto const dot = [&](double const* x, double const* y) {
+      using namespace Eigen::internal;
+      constexpr integer L = lanes_v<double>;
+      P sum[4] = {pset1<P>(0.), pset1<P>(0.), pset1<P>(0.), pset1<P>(0.)};
+      for (integer k = 0; k < ld; k += 4 * L)
+        for (integer u = 0; u < 4; ++u)
+          sum[u] = pmadd(pload<P>(x + k + u * L), pload<P>(y + k + u * L), sum[u]);
+      return predux(padd(padd(sum[0], sum[1]), padd(sum[2], sum[3])));
+    };
+
+    aligned_array<double> outer(count * rows * ld);  // of each site: tokens far out, its furthest
+    std::vector<integer> furthest(sites_.size());
+    std::vector<double> leaning(sites_.size());
+    threads_.run(count, [&](integer p) {
+      auto const& a = norms(p);
+      furthest.data()[p] = std::max_element(a.begin(), a.end()) - a.begin();
+      for (integer i = 0; i < tokens_; ++i) leaning.data()[p] += lean(p, i);
+      for (integer r = 0; r < rows; ++r)
+        widened(p, r < far ? far_.data()[r] : furthest.data()[p],
+                outer.data() + (p * rows + r) * ld);
+    });
+
+    // Fixed slices of tokens, added up in order.
+    integer const slices = std::clamp<integer>(tokens_ / 64, 1, 64);
+    integer const sums = count * count + 2 * count * rows;
+    aligned_array<double> parts(slices * sums, 0.);
+    double const n = static_cast<double>(tokens_);
+    threads_.run(slices, [&](integer s) {
+      aligned_array<double> x(ld), k(count * rows);
+      double* const products = parts.data() + s * sums;
+      double* const squares = products + count * count;
+      double* const plain = squares + count * rows;
+      for (integer i = s * tokens_ / slices; i < (s + 1) * tokens_ / slices; ++i) {
+        double const weight = is_far(i) ? 1 : 2;
+        for (integer p = 0; p < count; ++p) {
+          widened(p, i, x.data());
+          for (integer r = 0; r < rows; ++r) {
+            integer const token = r < far ? far_.data()[r] : furthest.data()[p];
+            double const inner = dot(x.data(), outer.data() + (p * rows + r) * ld);
+            double const centred =
+                inner - (lean(p, i) + lean(p, token)) / n + leaning.data()[p] / n / n;
+            k[p * rows + r] = token == i ? 0 : inner;
+            squares[p * rows + r] += token == i ? 0 : centred * centred;
+            plain[p * rows + r] += k[p * rows + r];
+          }
+        }
+        for (integer p = 0; p < count; ++p)
+          for (integer q = 0; q <= p && far > 0; ++q) {
+            double sum = 0;
+            for (integer r = 0; r < far; ++r) sum += k[p * rows + r] * k[q * rows + r];
+            products[p * count + q] += weight * sum;
+          }
+      }
+    });
+    m.squares.resize(m.diagonal.size());
+    for (integer s = 0; s < slices; ++s) {
+      double const* const part = parts.data() + s * sums;
+      for (integer k = 0; k < count * count; ++k) m.products.data()[k] += part[k];
+      for (integer p = 0; p < count; ++p)
+        for (integer r = 0; r < rows; ++r) {
+          integer const token = r < far ? far_.data()[r] : furthest.data()[p];
+          integer const at = p * tokens_ + token, from = count * count + p * rows + r;
+          if (r < far || !is_far(token)) m.squares.data()[at] += part[from];
+          if (r < far) m.row_sums.data()[at] += part[from + count * rows];
+        }
+    }
+  }
+
   site_range sites_of(integer feature, integer count) const {
     integer const first = owner_.data()[feature];
     return {first, owner_.data()[feature + count - 1] - first + 1};
@@ -1417,6 +1757,9 @@ class feature_engine {
         std::fill(x + here * W, x + chunk * W, C(0));
         sites_[static_cast<std::size_t>(p)].fetch(token + t, here, f - starts_.data()[p], end - f,
                                                   x, W);
+        for (auto at = std::lower_bound(far_.begin(), far_.end(), token + t);
+             at != far_.end() && *at < token + t + here; ++at)
+          std::fill_n(x + (*at - token - t) * W, W, C(0));
         C* const row = to + (f - feature) * ld + t;
         if (end - f == W) {
           for (integer i = 0; i < W; i += S)
@@ -1502,6 +1845,7 @@ class feature_engine {
   integer tokens_, depth_ = 0, side_ = 0;
   work_share share_;
   std::vector<integer> starts_, owner_;  // first feature of each site; site of each feature
+  std::vector<integer> far_;             // tokens left out of the cross-covariances, in order
   aligned_array<C> buffer_;
   panel<C> rows_[2], cols_[2];
 };
@@ -1539,7 +1883,7 @@ third_moments find_third_moments(prepared_site<C> const& site, Bound const& kern
   constexpr integer R = Product::template rows<C>, N = Product::template cols<C>, W = lanes_v<C>;
   integer const n = static_cast<integer>(site.norms.size());
   aligned_array<C> u(n * n, C(0)), token(round_up(n, R) + R + N, C(0));
-  for (integer i = 0; i < n; ++i) token[i] = kernel.token(site.norms.data()[i]);
+  for (integer i = 0; i < n; ++i) token[i] = kernel.token(i);
   std::vector<double> shift(static_cast<std::size_t>(n));
   double total = 0;
   auto const form = [&](integer i0, integer j0, C const* g) {
@@ -1629,18 +1973,18 @@ double median_distance(prepared_site<C> const& site, integer tokens, rbf::median
     for (integer i = 0; i < rows; ++i) site.fetch(row(r + i), 1, col, cols, to + i * ld, ld);
   };
   constexpr integer R = Product::template rows<C>;
-  std::vector<C> distances;
+  std::vector<double> distances;
   distances.reserve(static_cast<std::size_t>(m * (m - 1) / 2));
 
-  // Below this share of the norms a distance is rounding: copies of a token are at distance 0.
-  double const rounding = (8 + std::sqrt(static_cast<double>(d))) *
-                          static_cast<double>(std::numeric_limits<C>::epsilon());
+  // Where two tokens are far closer to each other than to the centre, their inner product has lost
+  // the distance.
+  constexpr double limit = std::is_same_v<C, double> ? 4096 : 8;
   auto const collect = [&](integer i0, integer j0, C const* g) {
     for (integer j = j0; j < j0 + Product::template cols<C>; ++j, g += R)
       for (integer i = (std::max)(i0, j + 1); i < (std::min)(i0 + R, m); ++i) {
         double const norms = site.norms.data()[row(i)] + site.norms.data()[row(j)];
         double const distance = norms - 2 * static_cast<double>(g[i - i0]);
-        distances.push_back(distance > rounding * norms ? static_cast<C>(distance) : C(0));
+        distances.push_back(limit * distance > norms ? distance : site.distance(row(i), row(j)));
       }
   };
   inner_products<Product, C>(fetch, m, d, collect);
@@ -1653,7 +1997,7 @@ double median_distance(prepared_site<C> const& site, integer tokens, rbf::median
     if (all) k = k < m ? -1 : (k - m) / 2;
     if (k < 0) return 0.;
     std::nth_element(distances.begin(), distances.begin() + k, distances.end());
-    return static_cast<double>(distances[static_cast<std::size_t>(k)]);
+    return distances[static_cast<std::size_t>(k)];
   };
   double const low = at((size - 1) / 2);
   return (low + at(size / 2)) / 2;
@@ -1671,8 +2015,8 @@ class batch_engine {
  public:
   /// What is left of a site's batch, beside the kernel's entries.
   struct summary {
-    double trace = 0;  // Σ‖x_i − mean‖², in the entries' units
-    int exponent = 0;  // entries times 2^exponent are in units of the data
+    double rounding = 0;  // what rounding makes of ‖U‖_F, in the entries' units
+    int exponent = 0;     // entries times 2^exponent are in units of the data
     status why = status::ok;
   };
 
@@ -1692,7 +2036,13 @@ class batch_engine {
         rows_{aligned_array<C>(round_up(most, R) * block_, C(0)), round_up(most, R)},
         cols_{aligned_array<C>(round_up(most, R) * block_, C(0)), round_up(most, R)},
         means_(static_cast<std::size_t>(ld_)),
-        norms_(static_cast<std::size_t>(round_up(most, R) + R)) {}
+        norms_(static_cast<std::size_t>(round_up(most, R) + R)),
+        row_sums_(norms_.size()),
+        scratch_(norms_.size()),
+        wide_(ld_) {
+    by_.shift.reserve(norms_.size());
+    by_.removed.reserve(norms_.size());
+  }
 
   /// Writes U_ij of the first n rows, i > j, row after row, and zeros up to room(n).
   /// @param n  from 4 to the number of tokens given at construction
@@ -1702,10 +2052,32 @@ class batch_engine {
       std::fill_n(out, room(n), C(0));
       return s;
     }
-    for (integer i = 0; i < n; ++i) s.trace += norms_.data()[i];
-    double const count = static_cast<double>(n);
-    double const offset = s.trace / (2 * (count - 1) * (count - 2));
-    auto const shift = [&](integer i) { return offset - norms_.data()[i] / (count - 2); };
+    fit(n, unit_roundoff<C>);
+    multiply(n, out);
+    std::fill(out + entries(n), out + room(n), C(0));
+    if constexpr (!std::is_same_v<C, double>)
+      if (double const norm = norm_of(out, n); by_.rounding > narrow_accuracy * norm)
+        multiply_in_double(source, n, out);
+    s.rounding = by_.rounding;
+    return s;
+  }
+
+ private:
+  std::span<double const> first(std::vector<double> const& values, integer n) const {
+    return {values.data(), static_cast<std::size_t>(n)};
+  }
+  void fit(integer n, double unit) {
+    by_.fit(first(norms_, n), robust_ ? first(row_sums_, n) : std::span<double const>{}, width_,
+            unit);
+  }
+  static double norm_of(C const* u, integer n) {
+    double sum = 0;
+    for (integer k = 0; k < entries(n); ++k)
+      sum += 2 * static_cast<double>(u[k]) * static_cast<double>(u[k]);
+    return std::sqrt(sum);
+  }
+
+  void multiply(integer n, C* out) {
     auto const fetch = [&](integer row, integer rows, integer col, integer cols, C* to,
                            integer ld) {
       for (integer i = 0; i < rows; ++i)
@@ -1713,10 +2085,10 @@ class batch_engine {
     };
     auto const finish = [&](integer i0, integer j0, C const* g) {
       for (integer j = j0; j < (std::min)(j0 + N, n); ++j) {
-        double const tj = shift(j);
+        double const tj = by_.shift.data()[j];
         for (integer i = (std::max)(i0, j + 1); i < (std::min)(i0 + R, n); ++i)
-          out[entries(i) + j] =
-              static_cast<C>(static_cast<double>(g[(j - j0) * R + i - i0]) - (shift(i) + tj));
+          out[entries(i) + j] = static_cast<C>(static_cast<double>(g[(j - j0) * R + i - i0]) -
+                                               (by_.shift.data()[i] + tj));
       }
     };
     for (integer k = 0; k < width_; k += block_) {
@@ -1729,11 +2101,39 @@ class batch_engine {
           multiply_block<Product>(tile_, b, rows_, cols_, range, k == 0, k + block_ >= width_,
                                   products_.data(), finish);
     }
-    std::fill(out + entries(n), out + room(n), C(0));
-    return s;
   }
 
- private:
+  /// The same with products in double, for what float cannot tell: without panels, and slow.
+  void multiply_in_double(panel_source<C> const& source, integer n, C* out) {
+    source(0, n, 0, width_, x_.data(), ld_);
+    auto const value = [&](integer i, integer k) {
+      return (static_cast<double>(x_[i * ld_ + k]) * scale_ + static_cast<double>(high_[k]) +
+              static_cast<double>(low_[k])) *
+             rescale_;
+    };
+    std::fill(means_.begin(), means_.end(), 0.);
+    for (integer i = 0; i < n; ++i)
+      for (integer k = 0; k < width_; ++k) means_.data()[k] += value(i, k);
+    for (integer i = 0; i < n; ++i) {
+      norms_.data()[i] = row_sums_.data()[i] = 0;
+      for (integer k = 0; k < width_; ++k) {
+        double const x = value(i, k);
+        norms_.data()[i] += x * x;
+        row_sums_.data()[i] += x * (means_.data()[k] - x);
+      }
+    }
+    robust_ = true;
+    fit(n, unit_roundoff<double>);
+    for (integer i = 1; i < n; ++i) {
+      for (integer k = 0; k < width_; ++k) wide_[k] = value(i, k);
+      for (integer j = 0; j < i; ++j) {
+        double sum[4] = {};
+        for (integer k = 0; k < width_; ++k) sum[k % 4] += wide_[k] * value(j, k);
+        out[entries(i) + j] = static_cast<C>((sum[0] + sum[1]) + (sum[2] + sum[3]) -
+                                             (by_.shift.data()[i] + by_.shift.data()[j]));
+      }
+    }
+  }
   /// Column means of the rows at hand, summed times 2^exponent; false if a sum is not finite.
   bool find_means(integer n, int exponent) {
     std::fill(means_.begin(), means_.end(), 0.);
@@ -1747,13 +2147,59 @@ class batch_engine {
     return finite;
   }
 
+  void load(panel_source<C> const& source, integer n) {
+    source(0, n, 0, width_, x_.data(), ld_);
+    for (integer i = 0; i < round_up(n, 4); ++i)
+      std::fill(x_.data() + i * ld_ + (i < n ? width_ : 0), x_.data() + (i + 1) * ld_, C(0));
+  }
+  void subtract_centre(integer n) {
+    using namespace Eigen::internal;
+    using P = packet_t<C>;
+    std::fill(norms_.begin(), norms_.end(), 0.);
+    each_packet(n, [&](C* x, integer k) {
+      P const s = pset1<P>(static_cast<C>(scale_));
+      pstore(x,
+             P(padd(pmadd(pload<P>(x), s, pload<P>(high_.data() + k)), pload<P>(low_.data() + k))));
+    });
+    add_norms(x_.data(), n, ld_, ld_, norms_.data());
+  }
+  /// Moves the centre to the mean of the tokens that are closer; see centre_among.
+  void centre_among_closer(panel_source<C> const& source, integer n, double limit) {
+    std::fill(means_.begin(), means_.end(), 0.);
+    double closer = 0;
+    for (integer i = 0; i < n; ++i)
+      if (norms_.data()[i] <= limit) {
+        ++closer;
+        for (integer k = 0; k < width_; ++k)
+          means_.data()[k] += static_cast<double>(x_[i * ld_ + k]);
+      }
+    for (integer k = 0; k < width_; ++k) {
+      double const high = static_cast<double>(high_[k]);
+      double const low = static_cast<double>(low_[k]) - means_.data()[k] / closer;
+      high_[k] = static_cast<C>(high + low);
+      low_[k] = static_cast<C>((high - static_cast<double>(high_[k])) + low);
+    }
+    load(source, n);
+    subtract_centre(n);
+    std::fill(means_.begin(), means_.end(), 0.);
+    for (integer i = 0; i < n; ++i)
+      for (integer k = 0; k < width_; ++k) means_.data()[k] += static_cast<double>(x_[i * ld_ + k]);
+    for (integer i = 0; i < n; ++i) {
+      double sum = 0;
+      for (integer k = 0; k < width_; ++k) {
+        double const x = static_cast<double>(x_[i * ld_ + k]);
+        sum += x * (means_.data()[k] - x);
+      }
+      row_sums_.data()[i] = sum;
+    }
+  }
+
   /// Fills x_ with centred, scaled rows and norms_ with their squared norms; as prepare() does.
   summary centre(panel_source<C> const& source, integer n) {
     using namespace Eigen::internal;
     using P = packet_t<C>;
-    source(0, n, 0, width_, x_.data(), ld_);
-    for (integer i = 0; i < round_up(n, 4); ++i)
-      std::fill(x_.data() + i * ld_ + (i < n ? width_ : 0), x_.data() + (i + 1) * ld_, C(0));
+    robust_ = false;
+    load(source, n);
     if (!find_means(n, 0)) {
       for (integer i = 0; i < n * ld_; ++i)
         if (!is_finite(x_[i])) return {0, 0, status::non_finite};
@@ -1762,30 +2208,36 @@ class batch_engine {
     double const largest =
         static_cast<double>(predux_max(largest_of(x_.data(), n * ld_, pset1<P>(C(0)))));
     if (!(largest > 0)) return {0, 0, status::constant_layer};
-    double const scale = power_of_two<C>(-std::ilogb(largest) - 1);
+    scale_ = power_of_two<C>(-std::ilogb(largest) - 1);
     for (integer k = 0; k < ld_; ++k) {
-      double const mean = k < width_ ? means_.data()[k] * scale : 0;
+      double const mean = k < width_ ? means_.data()[k] * scale_ : 0;
       high_[k] = static_cast<C>(-mean);
       low_[k] = static_cast<C>(-mean - static_cast<double>(high_[k]));
     }
-    std::fill(norms_.begin(), norms_.end(), 0.);
-    each_packet(n, [&](C* x, integer k) {
-      P const s = pset1<P>(static_cast<C>(scale));
-      pstore(x,
-             P(padd(pmadd(pload<P>(x), s, pload<P>(high_.data() + k)), pload<P>(low_.data() + k))));
-    });
-    add_norms(x_.data(), n, ld_, ld_, norms_.data());
+    if constexpr (std::is_same_v<C, double>) {  // what is left of the means goes, too
+      subtract_centre(n);
+      find_means(n, 0);
+      for (integer k = 0; k < width_; ++k) low_[k] -= means_.data()[k];
+      load(source, n);
+    }
+    subtract_centre(n);
     double const rounding = (64 + static_cast<double>(n) / 128) *
-                            std::numeric_limits<double>::epsilon() * scaled(largest, scale);
-    double const norm = *std::max_element(norms_.begin(), norms_.end());
+                            std::numeric_limits<double>::epsilon() * scaled(largest, scale_);
+    double norm = *std::max_element(norms_.begin(), norms_.end());
     if (norm <= rounding * rounding * static_cast<double>(width_))
       return {0, 0, status::constant_layer};
-    double const rescale = std::ldexp(1., -std::ilogb(norm) / 2);
+    if (double const limit = centre_limit(first(norms_, n), scratch_); is_finite(limit)) {
+      centre_among_closer(source, n, limit);
+      norm = *std::max_element(norms_.begin(), norms_.end());
+      robust_ = true;
+    }
+    rescale_ = std::ldexp(1., -std::ilogb(norm) / 2);
     each_packet(n, [&](C* x, integer) {
-      pstore(x, P(pmul(pload<P>(x), pset1<P>(static_cast<C>(rescale)))));
+      pstore(x, P(pmul(pload<P>(x), pset1<P>(static_cast<C>(rescale_)))));
     });
-    for (double& a : norms_) a *= rescale * rescale;
-    return {0, -2 * (std::ilogb(scale) + std::ilogb(rescale)), status::ok};
+    for (auto* const of : {&norms_, &row_sums_})
+      for (double& a : *of) a *= rescale_ * rescale_;
+    return {0, -2 * (std::ilogb(scale_) + std::ilogb(rescale_)), status::ok};
   }
 
   template <class F>
@@ -1798,7 +2250,11 @@ class batch_engine {
   tile tile_;
   aligned_array<C> x_, high_, low_, products_;
   panel<C> rows_, cols_;
-  std::vector<double> means_, norms_;
+  std::vector<double> means_, norms_, row_sums_, scratch_;
+  aligned_array<double> wide_;  // a row
+  u_centring by_;
+  double scale_ = 1, rescale_ = 1;
+  bool robust_ = false;  // centred among the closer tokens: row_sums_ counts
 };
 
 // ---- tokens in several places -------------------------------------------------------------------
@@ -1833,9 +2289,9 @@ panel_source<C> source_of(joined_rows<T> const& site) {
 template <class C>
 std::vector<prepared_site<C>> prepare_all(team& threads,
                                           std::vector<panel_source<C>> const& sources,
-                                          integer tokens) {
+                                          integer tokens, bool about_mean) {
   std::vector<prepared_site<C>> sites;
-  for (auto const& source : sources) sites.push_back(prepare(threads, source, tokens));
+  for (auto const& source : sources) sites.push_back(prepare(threads, source, tokens, about_mean));
   return sites;
 }
 
@@ -1877,7 +2333,7 @@ gram_moments gram(std::vector<panel_source<C>> const& sources, integer tokens, K
     operations = features ? cost.feature : cost.gram;
   }
   team threads(crew_for(operations, sources, tokens, options));
-  auto const sites = prepare_all(threads, sources, tokens);
+  auto const sites = prepare_all(threads, sources, tokens, Kernel::about_mean);
   gram_moments m;  // the engines are gone before third moments take their memory
   if (features)
     m = feature_engine<Product, C>(threads, sites, tokens, options.memory_bound, options.share)();
@@ -1896,8 +2352,8 @@ gram_moments gram_rbf(std::vector<panel_source<C>> const& sources, integer token
   double const exponentials = 64 * pairs * static_cast<double>(sources.size());
   team threads(
       crew_for(count_operations(tokens, sources).gram + exponentials, sources, tokens, options));
-  auto const sites = prepare_all(threads, sources, tokens);
-  rbf_kernel k{kernel.sigma, std::exp(-0.5 / (kernel.fraction * kernel.fraction))};
+  auto const sites = prepare_all(threads, sources, tokens, rbf_kernel::about_mean);
+  rbf_kernel k{kernel.sigma};
   if (k.sigma.empty()) {
     k.sigma.resize(sites.size());
     threads.run(static_cast<integer>(sites.size()), [&](integer p) {

@@ -206,20 +206,25 @@ struct work_share {
 /// subtract what makes the sums exact (row means for linear, a constant for RBF).
 ///
 /// Shares of the same tokens' work add to these sums, by merge(); other tokens do not (see
-/// minibatch_moments). In a share products, row_sums, squares, cubes and triangles are parts of the
-/// whole, everything else is as in the whole.
+/// minibatch_moments). In a share products, row_sums, squares, square_sum, cubes and triangles are parts
+/// of the whole, everything else is as in the whole.
 struct gram_moments {
   std::ptrdiff_t sites = 0;      ///< S
   std::ptrdiff_t tokens = 0;     ///< n
   std::vector<double> products;  ///< S × S: Σ_{i≠j} G^p_ij G^q_ij
   std::vector<double> row_sums;  ///< S × n: Σ_{j≠i} G^p_ij
   std::vector<double> diagonal;  ///< S × n: G^p_ii
-  std::vector<double> squares;   ///< S × n: Σ_{j≠i} (G^p_ij)²; empty if the path has no tiles
-  std::vector<double> trace;     ///< S: Σ_i k(x_i, x_i), the scale of the kernel matrix
+  std::vector<double>
+      squares;  ///< S × n: Σ_{j≠i} k(x_i, x_j)² of centred features; where the path has no
+                ///< tiles, of the tokens with the largest norms, else 0
+  std::vector<double> square_sum;  ///< S: Σ of all of those, of tokens that squares leaves out, too
+  std::vector<double> entry_rounding;  ///< S: what rounding makes of ‖G^p‖_F without its diagonal
+  std::vector<double> sum_rounding;    ///< S: what rounding makes of a product beyond that
   std::vector<int>
-      exponent;        ///< S: G^p · 2^exponent is in units of the data. 0, but for data whose
-                       ///< fourth powers would leave the range of double
-  double epsilon = 0;  ///< unit roundoff of the products
+      exponent;         ///< S: G^p · 2^exponent is in units of the data. 0, but for data whose
+                        ///< fourth powers would leave the range of double
+  double epsilon = 0;   ///< unit roundoff of the products
+  double accuracy = 0;  ///< how far a self term may be off, relative to itself, and still count
   std::vector<double> sigma;      ///< S, for kernels with a bandwidth
   std::vector<double> cubes;      ///< S: Σ U_ij³ / ‖U‖³, U = U(G^p); empty unless asked for
   std::vector<double> triangles;  ///< S: tr U³ / ‖U‖³; the same
@@ -238,7 +243,9 @@ struct gram_moments {
     products.resize(s * s);
     row_sums.resize(s * n);
     diagonal.resize(s * n);
-    trace.resize(s);
+    square_sum.resize(s);
+    entry_rounding.resize(s);
+    sum_rounding.resize(s);
     exponent.resize(s);
     why.resize(s, status::ok);
     non_finite.resize(s);
@@ -256,7 +263,8 @@ struct gram_moments {
     bool same = sites == other.sites && tokens == other.tokens && path == other.path &&
                 shares.size() == other.shares.size() && squares.size() == other.squares.size() &&
                 cubes.size() == other.cubes.size() && sigma == other.sigma &&
-                exponent == other.exponent && epsilon == other.epsilon && why == other.why;
+                exponent == other.exponent && epsilon == other.epsilon &&
+                accuracy == other.accuracy && why == other.why;
     for (std::size_t i = 0; same && i < diagonal.size(); ++i)  // a NaN is unequal to itself
       same = !(diagonal[i] < other.diagonal[i]) && !(diagonal[i] > other.diagonal[i]);
     if (!same)
@@ -266,26 +274,53 @@ struct gram_moments {
         detail::reject(where, "share " + std::to_string(k) + " of " +
                                   std::to_string(shares.size()) + " is in both");
     for (std::size_t k = 0; k < shares.size(); ++k) shares[k] |= other.shares[k];
-    for (auto const of : {&gram_moments::products, &gram_moments::row_sums, &gram_moments::squares,
-                          &gram_moments::cubes, &gram_moments::triangles})
+    for (auto const of :
+         {&gram_moments::products, &gram_moments::row_sums, &gram_moments::squares,
+          &gram_moments::square_sum, &gram_moments::cubes, &gram_moments::triangles})
       for (std::size_t i = 0; i < (this->*of).size(); ++i) (this->*of)[i] += (other.*of)[i];
-    find_trace();
   }
 
   /// Whether no share of the work is missing.
   bool whole() const { return std::find(shares.begin(), shares.end(), 0) == shares.end(); }
 
-  /// Fills in trace from the other sums.
-  void find_trace() {
-    for (std::ptrdiff_t p = 0; p < sites && tokens > 0; ++p)
-      trace[static_cast<std::size_t>(p)] = sigma.empty()
-                                               ? std::abs(centred_trace(p))
-                                               : static_cast<double>(tokens);  // RBF: k(x, x) = 1
-  }
-
   /// Σ_{i≠j} G^p_ij G^q_ij.
   double product(std::ptrdiff_t p, std::ptrdiff_t q) const {
     return products[static_cast<std::size_t>(p * sites + q)];
+  }
+
+  /// ⟨U(K_p), U(K_q)⟩ of the U-centred kernel matrices, for n ≥ 4.
+  double u_product(std::ptrdiff_t p, std::ptrdiff_t q) const {
+    auto const n = static_cast<std::size_t>(tokens);
+    double rows = 0, total_p = 0, total_q = 0;
+    for (std::size_t i = 0; i < n; ++i) {
+      double const rp = row_sums[static_cast<std::size_t>(p) * n + i];
+      double const rq = row_sums[static_cast<std::size_t>(q) * n + i];
+      rows += rp * rq;
+      total_p += rp;
+      total_q += rq;
+    }
+    double const count = static_cast<double>(n);
+    return product(p, q) + total_p * total_q / ((count - 1) * (count - 2)) - 2 / (count - 2) * rows;
+  }
+
+  /// Whether a self term of site p, in the moments' units, is known to `accuracy`: ok, ill_conditioned, or
+  /// constant_layer if it is no more than rounding.
+  status resolved(std::ptrdiff_t p, double self) const {
+    auto const s = static_cast<std::size_t>(p);
+    double const norm = std::sqrt((std::max)(self, 0.)), entries = entry_rounding[s];
+    double const sums = sum_rounding[s] + 2 * epsilon * std::abs(product(p, p));
+    if (!(norm > 4 * entries && self > sums)) return status::constant_layer;
+    return entries <= accuracy * norm && sums <= accuracy * self ? status::ok
+                                                                 : status::ill_conditioned;
+  }
+
+  /// Whether every site that has a debiased self term has it to `accuracy`.
+  bool resolved() const {
+    bool all = true;
+    for (std::ptrdiff_t p = 0; p < sites && tokens >= 4; ++p)
+      if (why[static_cast<std::size_t>(p)] == status::ok)
+        all = all && resolved(p, u_product(p, p)) == status::ok;
+    return all;
   }
 
   /// tr(HK_pH), H = I − 11ᵀ/n.
@@ -316,7 +351,9 @@ struct minibatch_moments {
   std::ptrdiff_t left_out = 0;                ///< batches of fewer than 4 tokens
   batch_weight weight = batch_weight::pairs;  ///< how batches of different size count
   std::vector<double> sums;  ///< S × S: times 2^(exponent_p + exponent_q), in units of the data
-  std::vector<double> rounding;  ///< S: what the rounding of the kernels' entries may make of a sum
+  std::vector<double> rounding;  ///< S: what rounding alone may make of a sum of a site with itself
+  std::vector<double> error;     ///< S: how far that sum may be off
+  double accuracy = 0;           ///< how far it may be off, relative to itself, and still count
   std::vector<int> exponent;  ///< S: 0, but for data whose fourth powers leave the range of double
   std::vector<status> why;    ///< S: ok, zero_bandwidth or non_finite
 
@@ -327,6 +364,7 @@ struct minibatch_moments {
     auto const s = static_cast<std::size_t>(site_count);
     sums.resize(s * s);
     rounding.resize(s);
+    error.resize(s);
     exponent.resize(s);
     why.resize(s, status::ok);
   }
@@ -355,8 +393,10 @@ struct minibatch_moments {
       for (std::size_t q = 0; q < s; ++q)
         sums[p * s + q] += std::ldexp(other.sums[p * s + q], raised(p) + raised(q));
       rounding[p] += std::ldexp(other.rounding[p], 2 * raised(p));
+      error[p] += std::ldexp(other.error[p], 2 * raised(p));
       if (why[p] == status::ok) why[p] = other.why[p];
     }
+    accuracy = (std::max)(accuracy, other.accuracy);
     tokens += other.tokens;
     batches += other.batches;
   }
@@ -376,8 +416,10 @@ struct minibatch_moments {
       rescale(p * sites + q);
       rescale(q * sites + p);  // the self term has both
     }
-    double& known = rounding[static_cast<std::size_t>(p)];
-    known = std::ldexp(known, 2 * (now - to));
+    for (auto* const known : {&rounding, &error}) {
+      double& x = (*known)[static_cast<std::size_t>(p)];
+      x = std::ldexp(x, 2 * (now - to));
+    }
     now = to;
   }
 };
@@ -480,10 +522,10 @@ void each_number(flow_moments& m, F const& f) {
 }
 template <class F>
 void each_number(gram_moments& m, F const& f) {
-  f(m.epsilon);
+  f(m.epsilon), f(m.accuracy);
   for (std::uint8_t& x : m.shares) detail::as_number(x, f);
-  for (auto* const values : {&m.products, &m.row_sums, &m.diagonal, &m.squares, &m.trace, &m.sigma,
-                             &m.cubes, &m.triangles})
+  for (auto* const values : {&m.products, &m.row_sums, &m.diagonal, &m.squares, &m.square_sum,
+                             &m.entry_rounding, &m.sum_rounding, &m.sigma, &m.cubes, &m.triangles})
     for (double& x : *values) f(x);
   for (int& x : m.exponent) detail::as_number(x, f);
   for (status& why : m.why) detail::as_number(why, f);
@@ -492,8 +534,9 @@ void each_number(gram_moments& m, F const& f) {
 template <class F>
 void each_number(minibatch_moments& m, F const& f) {
   for (std::ptrdiff_t* const x : {&m.tokens, &m.batches, &m.left_out}) detail::as_number(*x, f);
-  for (double& x : m.sums) f(x);
-  for (double& x : m.rounding) f(x);
+  f(m.accuracy);
+  for (auto* const values : {&m.sums, &m.rounding, &m.error})
+    for (double& x : *values) f(x);
   for (int& x : m.exponent) detail::as_number(x, f);
   for (status& why : m.why) detail::as_number(why, f);
 }

@@ -120,16 +120,17 @@ using compute_t = std::conditional_t<std::same_as<T, double>, double, float>;
 /// Why a value is not a number.
 enum class status : std::uint8_t {
   ok,
-  too_few_rows,    ///< fewer tokens than the estimator needs
-  too_few_sites,   ///< a chain of one site has no steps
-  zero_rows,       ///< too few rows with a non-zero norm, so no direction to compare
-  constant_layer,  ///< all tokens have the same representation (to rounding)
-  zero_step,       ///< a layer equals the one before it (to rounding): the path has no direction
-  zero_bandwidth,  ///< the median distance is 0, so an RBF kernel has no scale
-  non_finite,      ///< the data hold a NaN or an infinity
-  out_of_range,    ///< doubles whose squares leave the range of double: scale the data
-  diverged,        ///< an optimisation ended in numbers that are not finite
-  not_requested,   ///< the option that would compute it is off
+  too_few_rows,     ///< fewer tokens than the estimator needs
+  too_few_sites,    ///< a chain of one site has no steps
+  zero_rows,        ///< too few rows with a non-zero norm, so no direction to compare
+  constant_layer,   ///< all tokens have the same representation (to rounding)
+  ill_conditioned,  ///< rounding leaves fewer digits than are promised, even with products in double
+  zero_step,        ///< a layer equals the one before it (to rounding): the path has no direction
+  zero_bandwidth,   ///< the median distance is 0, so an RBF kernel has no scale
+  non_finite,       ///< the data hold a NaN or an infinity
+  out_of_range,     ///< doubles whose squares leave the range of double: scale the data
+  diverged,         ///< an optimisation ended in numbers that are not finite
+  not_requested,    ///< the option that would compute it is off
 };
 
 /// The reason in words, for reports.
@@ -140,6 +141,7 @@ constexpr std::string_view to_string(status why) {
     case status::too_few_sites: return "too_few_sites";
     case status::zero_rows: return "zero_rows";
     case status::constant_layer: return "constant_layer";
+    case status::ill_conditioned: return "ill_conditioned";
     case status::zero_step: return "zero_step";
     case status::zero_bandwidth: return "zero_bandwidth";
     case status::non_finite: return "non_finite";

@@ -1,0 +1,97 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+// What every backend decides alike about the numbers of a kernel matrix: where features are centred, how
+// a linear kernel is U-centred, and what the rounding of its entries may be. Plain C++ on the host.
+
+#include <algorithm>
+#include <cmath>
+#include <cstddef>
+#include <limits>
+#include <span>
+#include <vector>
+
+namespace rflow::detail {
+
+/// How far a self term may be off, relative to itself, and still make a CKA.
+inline constexpr double narrow_accuracy = 1e-5;  ///< of float, f16 and bf16 data
+inline constexpr double wide_accuracy = 1e-10;   ///< if any data are double
+
+/// The lower median; 0 of nothing.
+inline double median_of(std::span<double const> values, std::vector<double>& scratch) {
+  if (values.empty()) return 0;
+  scratch.assign(values.begin(), values.end());
+  auto const middle = scratch.begin() + static_cast<std::ptrdiff_t>((values.size() - 1) / 2);
+  std::nth_element(scratch.begin(), middle, scratch.end());
+  return *middle;
+}
+inline double median_of(std::span<double const> values) {
+  std::vector<double> scratch;
+  return median_of(values, scratch);
+}
+
+/// Squared distances from the mean up to which tokens make the centre: infinity if all of them do.
+///
+/// U-centring removes whatever the centre adds to the entries, but their rounding stays. A token at M
+/// pulls the mean by M/n, and then all entries hold M²/n² that means nothing. So, if a token is
+/// that far out, features are centred at the mean of the closer half.
+inline double centre_limit(std::span<double const> norms, std::vector<double>& scratch) {
+  double const everywhere = std::numeric_limits<double>::infinity();
+  if (norms.size() < 4) return everywhere;
+  double const middle = median_of(norms, scratch);
+  double const largest = *std::max_element(norms.begin(), norms.end());
+  double const far = (std::min)(64., static_cast<double>(norms.size()) / 2);
+  return largest > far * middle ? middle : everywhere;
+}
+
+/// Σ_{i≠j} a_i a_j, without losing what stands beside one huge a.
+inline double sum_of_pairs(std::span<double const> a) {
+  if (a.empty()) return 0;
+  auto const top = std::max_element(a.begin(), a.end());
+  double rest = 0, squares = 0;
+  for (auto i = a.begin(); i != a.end(); ++i)
+    if (i != top) rest += *i, squares += *i * *i;
+  return 2 * *top * rest + (std::max)(rest * rest - squares, 0.);
+}
+
+/// The linear kernel K_ij = ⟨x_i − c, x_j − c⟩ of n tokens, by token: U_ij = K_ij − shift_i − shift_j
+/// has no row sums, and U_ij + removed_i + removed_j is the kernel of features centred at their mean.
+struct u_centring {
+  std::vector<double> shift, removed;
+  double rounding = 0;  ///< what rounding makes of ‖U‖_F, roughly
+
+  /// @param  norms  ‖x_i − c‖²
+  /// @param  rows   Σ_{j≠i} K_ij; empty if c is the mean: then −‖x_i − c‖²
+  /// @param  width  d
+  /// @param  unit   unit roundoff of the products
+  void fit(std::span<double const> norms, std::span<double const> rows, std::ptrdiff_t width,
+           double unit) {
+    shift.assign(norms.size(), 0.);
+    removed.assign(norms.size(), 0.);
+    rounding = 0;
+    double const n = static_cast<double>(norms.size());
+    if (n < 3) return;
+    auto const row = [&](std::size_t i) { return rows.empty() ? -norms[i] : rows[i]; };
+    double total = 0, leaning = 0, trace = 0, sum = 0, squares = 0;
+    for (std::size_t i = 0; i < norms.size(); ++i) {
+      total += row(i);
+      leaning += row(i) + norms[i];
+    }
+    auto const about_mean = [&](std::size_t i) {
+      return norms[i] - 2 * (row(i) + norms[i]) / n + leaning / n / n;
+    };
+    for (std::size_t i = 0; i < norms.size(); ++i) trace += about_mean(i);
+    double const half = 1 / (2 * (n - 1) * (n - 2));
+    for (std::size_t i = 0; i < norms.size(); ++i) {
+      shift[i] = row(i) / (n - 2) - total * half;
+      removed[i] = trace * half - about_mean(i) / (n - 2);
+      sum += shift[i];
+      squares += shift[i] * shift[i];
+    }
+    double const taken = 2 * (n - 2) * squares + 2 * sum * sum;  // Σ_{i≠j} (shift_i + shift_j)²
+    double const depth = (std::min)(static_cast<double>(width), 528.);
+    rounding = unit / 2 * std::sqrt(depth * taken + sum_of_pairs(norms));
+  }
+};
+
+}  // namespace rflow::detail
