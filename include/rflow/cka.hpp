@@ -34,20 +34,7 @@ struct biased {
 
   /// ⟨HK_pH, HK_qH⟩ of sites p and q, (n − 1)² times HSIC₀, in the moments' units.
   static double hsic(gram_moments const& m, std::ptrdiff_t p, std::ptrdiff_t q) {
-    auto const n = static_cast<std::size_t>(m.tokens);
-    double diagonals = 0, rows = 0, total_p = 0, total_q = 0;
-    for (std::size_t i = 0; i < n; ++i) {
-      double const dp = m.diagonal[static_cast<std::size_t>(p) * n + i];
-      double const dq = m.diagonal[static_cast<std::size_t>(q) * n + i];
-      double const rp = m.row_sums[static_cast<std::size_t>(p) * n + i] + dp;
-      double const rq = m.row_sums[static_cast<std::size_t>(q) * n + i] + dq;
-      diagonals += dp * dq;
-      rows += rp * rq;
-      total_p += rp;
-      total_q += rq;
-    }
-    double const count = static_cast<double>(n);
-    return m.product(p, q) + diagonals - 2 / count * rows + total_p * total_q / (count * count);
+    return m.h_product(p, q);
   }
 
   /// The mean of hsic over all permutations of the tokens of q.
@@ -198,7 +185,10 @@ class cka_table {
         std::ptrdiff_t const q = first_col_ + j;
         measured const a = self[static_cast<std::size_t>(i)], b = self[static_cast<std::size_t>(q)];
         if (!a.ok() || !b.ok()) {
-          values_[cell(i, j)] = chance_[cell(i, j)] = a.ok() ? b.why : a.why;
+          // The first site's reason, so that the table is symmetric.
+          measured const& first = i <= q ? a : b;
+          measured const& second = i <= q ? b : a;
+          values_[cell(i, j)] = chance_[cell(i, j)] = first.ok() ? second.why : first.why;
           continue;
         }
         double const norms = std::sqrt(a.value) * std::sqrt(b.value);

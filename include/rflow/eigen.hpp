@@ -1136,9 +1136,10 @@ class batch_stream {
       if (products_[p * sites_ + p] != 0) m.raise(p, apart(p));
     auto const raised = [&](std::ptrdiff_t p) { return of[p].exponent - m.exponent[count(p)]; };
     for (std::ptrdiff_t p = 0; p < sites_; ++p) {
-      double const self = 2 * products_[p * sites_ + p], sums = 2 * unit_roundoff<C> * self;
+      double const self = 2 * products_[p * sites_ + p];
+      double const sums = 2 * unit_roundoff<C> * self + of[p].floor;
       double const entries = of[p].rounding;
-      m.rounding[count(p)] += std::ldexp(entries * entries, 2 * raised(p));
+      m.rounding[count(p)] += std::ldexp(entries * entries + of[p].floor / 16, 2 * raised(p));
       m.error[count(p)] += std::ldexp(entries * std::sqrt(self) + sums, 2 * raised(p));
       if (of[p].why == status::non_finite) m.why[count(p)] = status::non_finite;
       for (std::ptrdiff_t q = 0; q <= p; ++q) {

@@ -553,7 +553,7 @@ void centre_among(team& threads, prepared_site<C>& site, integer tokens, double 
 /// @param  about_mean  centre at the mean even if tokens far out drag it along
 template <class C>
 prepared_site<C> prepare(team& threads, panel_source<C> const& source, integer tokens,
-                         bool about_mean) {
+                         bool about_mean = true) {
   prepared_site<C> site;
   site.source = source;
   integer const d = source.cols;
@@ -636,15 +636,16 @@ prepared_site<C> prepare(team& threads, panel_source<C> const& source, integer t
 //
 // kernel.bind<C>(p, site) returns what turns inner products of site p into G:
 //
-//     C token(i)                 a number per token
-//     P operator()(P k, P ti, P tj)   G from the inner product and both tokens' numbers
-//     C removed(i)               G_ij + removed(i) + removed(j) is k(x_i, x_j) of features centred at the mean
+//     C token(i), C removed(i)   two numbers per token: G_ij + removed(i) + removed(j) is k(x_i, x_j) of features
+//                                centred at their mean
+//     P operator()(P k, P ti, P tj, P removed)   G from the inner product, the tokens' numbers and the sum
+//                                of their removed ones
 //     double diagonal(i)         G_ii
-//     double rounding            of ‖G‖_F without its diagonal, roughly
+//     double rounding, floor     what rounding makes of ‖G‖_F, and of ‖U‖²_F beyond that
 //     int exponent               G · 2^exponent is in units of the data
-//     static constexpr bool row_sums    false if they vanish
-//     static constexpr bool repairs     whether it has, for entries that inner products lose,
-//     bool far(), C limit               (ti + tj)(G + c) beyond the limit needs repair(i, j)
+//     static constexpr bool row_sums   false if they vanish
+//     static constexpr bool repairs    whether it has, for entries that inner products lose,
+//     bool far(), bool lost(k, ti, tj), C repair(i, j)
 
 template <class C>
 inline constexpr double unit_roundoff = static_cast<double>(std::numeric_limits<C>::epsilon()) / 2;
@@ -657,7 +658,7 @@ struct linear_kernel {
   struct bound {
     static constexpr bool row_sums = false, repairs = false;
     int exponent;
-    double rounding;
+    double rounding, floor;
     std::vector<double> const* norms;
     u_centring by;
 
@@ -665,7 +666,7 @@ struct linear_kernel {
     C removed(integer i) const { return static_cast<C>(by.removed.data()[i]); }
     double diagonal(integer i) const { return norms->data()[i] - 2 * by.shift.data()[i]; }
     template <class P>
-    P operator()(P const& k, P const& ti, P const& tj) const {
+    P operator()(P const& k, P const& ti, P const& tj, P const&) const {
       return Eigen::internal::psub(k, Eigen::internal::padd(ti, tj));
     }
   };
@@ -674,12 +675,12 @@ struct linear_kernel {
   bound<C> bind(integer, prepared_site<C> const& site) const {
     u_centring by;
     by.fit(site.norms, site.row_sums, site.source.cols, unit_roundoff<C>);
-    double const rounding = by.rounding;
-    return {site.exponent(), rounding, &site.norms, std::move(by)};
+    double const rounding = by.rounding, floor = by.floor;
+    return {site.exponent(), rounding, floor, &site.norms, std::move(by)};
   }
 };
 
-/// exp(−‖x_i − x_j‖² / 2σ²) − c, with c near the mean so that little cancels later.
+/// exp(−‖x_i − x_j‖² / 2σ²) − c_i − c_j, with c_i + c_j near the mean of a row: little cancels later.
 struct rbf_kernel {
   static constexpr bool about_mean = false;
   std::vector<double> sigma;  // one a site
@@ -689,25 +690,35 @@ struct rbf_kernel {
     static constexpr bool row_sums = true, repairs = true;
     static constexpr int exponent = 0;
     prepared_site<C> const* site;
-    double rate, centre = 0, rounding = 0, furthest = 0;
+    double rate, typical = 0, rounding = 0, floor = 0, furthest = 0;
 
-    /// Σ a·rate/2 of two tokens, times the kernel's value, at which too much cancels in its exponent.
-    static constexpr C limit = std::is_same_v<C, double> ? C(4096) : C(4);
+    /// The exponent is a difference of sums: what they may be, times the kernel's value.
+    static constexpr double limit = std::is_same_v<C, double> ? 4096 : 4;
 
-    bool far() const { return 2 * furthest > static_cast<double>(limit); }
     double number(integer i) const { return site->norms.data()[i] * rate / 2; }
     C token(integer i) const { return static_cast<C>(number(i)); }
-    C removed(integer) const { return static_cast<C>(centre / 2); }
-    double diagonal(integer) const { return 1 - centre; }
+    /// Half of the kernel of two typical tokens apart; 0 − that for one that is far from all.
+    double half(integer i) const {
+      return std::exp(-number(i) - typical) - std::exp(-2 * typical) / 2;
+    }
+    C removed(integer i) const { return static_cast<C>(half(i)); }
+    double diagonal(integer i) const { return 1 - 2 * static_cast<double>(removed(i)); }
+
+    bool far() const { return 2 * furthest > limit; }
+    bool lost(double k, double ti, double tj) const {
+      double const sum = ti + tj;
+      return sum > limit &&
+             k * rate - sum + 64 * unit_roundoff<C> * sum > std::log(limit) - std::log(sum);
+    }
     C repair(integer i, integer j) const {
-      return static_cast<C>(std::exp(-site->distance(i, j) * rate / 2) - centre);
+      return static_cast<C>(std::exp(-site->distance(i, j) * rate / 2) -
+                            (static_cast<double>(removed(i)) + static_cast<double>(removed(j))));
     }
     template <class P>
-    P operator()(P const& k, P const& ti, P const& tj) const {
+    P operator()(P const& k, P const& ti, P const& tj, P const& removed) const {
       using namespace Eigen::internal;
       P const power = psub(pmul(k, pset1<P>(static_cast<C>(rate))), padd(ti, tj));
-      P const value = pexp(pmin(power, pset1<P>(C(0))));
-      return psub(value, pset1<P>(static_cast<C>(centre)));
+      return psub(pexp(pmin(power, pset1<P>(C(0)))), removed);
     }
   };
 
@@ -717,11 +728,9 @@ struct rbf_kernel {
     constexpr double most = 1e30;  // a_i ≤ 4: the exponent stays finite
     bound<C> b{&site, (std::min)(1 / s / s, most)};
     double const n = static_cast<double>(site.norms.size());
-    double const typical = median_of(site.norms) * b.rate;  // of (‖x_i‖² + ‖x_j‖²) / 2σ²
-    // Tokens at the typical distance, as C has it: the diagonal has to fit the entries.
-    b.centre = static_cast<double>(static_cast<C>(std::exp(-typical)));
+    b.typical = median_of(site.norms) * b.rate / 2;
     b.furthest = *std::max_element(site.norms.begin(), site.norms.end()) * b.rate / 2;
-    double const lost = (std::min)(typical, static_cast<double>(b.limit));
+    double const lost = (std::min)(2 * b.typical, b.limit);
     b.rounding = unit_roundoff<C> / 2 * std::sqrt(n * (n - 1) * (1 + lost * lost));
     return b;
   }
@@ -739,7 +748,7 @@ struct function_kernel {
     static constexpr int exponent = 0;
     F const& f;
     std::vector<double> const* norms;
-    double factor, centre, rounding;
+    double factor, centre, rounding = 0, floor = 0;
 
     double value(double k, double a, double b) const {
       return static_cast<double>(f(k * factor, a * factor, b * factor)) - centre;
@@ -751,7 +760,7 @@ struct function_kernel {
       return value(a, a, a);
     }
     template <class P>
-    P operator()(P const& k, P const& ti, P const& tj) const {
+    P operator()(P const& k, P const& ti, P const& tj, P const&) const {
       using namespace Eigen::internal;
       C x[3][lanes_v<C>];
       pstoreu(x[0], k), pstoreu(x[1], ti), pstoreu(x[2], tj);
@@ -769,7 +778,7 @@ struct function_kernel {
     double const unit = std::ldexp(1., site.exponent());
     double const typical = trace / static_cast<double>(site.norms.size()) * unit;
     double const centre = static_cast<double>(f(0., typical, typical));
-    bound<C> b{f, &site.norms, unit, is_finite(centre) ? centre : 0, 0};
+    bound<C> b{f, &site.norms, unit, is_finite(centre) ? centre : 0};
     for (double const a : site.norms) values += std::abs(b.value(a, a, a) + b.centre);
     b.rounding = unit_roundoff<C> * values;
     return b;
@@ -1075,17 +1084,24 @@ struct block_sums {
   double *row_squares, *col_squares, *row_sums, *col_sums;
 };
 
-/// Puts right the entries of a tile whose inner products have lost them: pairs of tokens that are close
-/// to each other and far from the centre.
+/// The entries of a tile whose inner products have lost them, NaN elsewhere: pairs of tokens that are close
+/// to each other and far from the centre. Returns whether there are any.
 template <class Product, class C, class Bound>
-void repair_tile(Bound const& kernel, C const* token, C const* removed, integer i0, integer j0,
-                 integer n, C* g) {
+bool repairs_of(Bound const& kernel, C const* token, integer i0, integer j0, integer n, C const* g,
+                C* entries) {
   constexpr integer R = Product::template rows<C>, N = Product::template cols<C>;
-  for (integer j = j0; j < (std::min)(j0 + N, n); ++j, g += R)
+  bool any = false;
+  for (integer j = j0; j < (std::min)(j0 + N, n); ++j)
     for (integer i = (std::max)(i0, j + 1); i < (std::min)(i0 + R, n); ++i) {
-      C const value = g[i - i0] + (removed[i] + removed[j]);
-      if ((token[i] + token[j]) * value > Bound::limit) g[i - i0] = kernel.repair(i, j);
+      integer const at = (j - j0) * R + i - i0;
+      if (!kernel.lost(static_cast<double>(g[at]), static_cast<double>(token[i]),
+                       static_cast<double>(token[j])))
+        continue;
+      if (!any) std::fill_n(entries, R * N, std::numeric_limits<C>::quiet_NaN());
+      any = true;
+      entries[at] = kernel.repair(i, j);
     }
+  return any;
 }
 
 /// A packet of a column from row i on, without what is not below the diagonal.
@@ -1107,15 +1123,22 @@ void finish_tile(Bound const& kernel, C const* token, C const* removed, integer 
   using P = packet_t<C>;
   constexpr integer W = lanes_v<C>, R = Product::template rows<C>, N = Product::template cols<C>;
   constexpr integer packets = R / W;
+  std::vector<C> repaired;
+  if constexpr (Bound::repairs)
+    if (kernel.far()) {
+      repaired.resize(R * N);
+      if (!repairs_of<Product>(kernel, token, i0, j0, n, g, repaired.data())) repaired.clear();
+    }
   for (integer j = 0; j < N; ++j) {
-    P const tj = pset1<P>(token[j0 + j]);
+    P const tj = pset1<P>(token[j0 + j]), of_col = pset1<P>(removed[j0 + j]);
     for (integer r = 0; r < packets; ++r) {
       C* const x = g + j * R + r * W;
-      pstore(x, kernel(P(pload<P>(x)), P(ploadu<P>(token + i0 + r * W)), tj));
+      pstore(x, kernel(P(pload<P>(x)), P(ploadu<P>(token + i0 + r * W)), tj,
+                       P(padd(ploadu<P>(removed + i0 + r * W), of_col))));
     }
   }
-  if constexpr (Bound::repairs)
-    if (kernel.far()) repair_tile<Product>(kernel, token, removed, i0, j0, n, g);
+  for (std::size_t k = 0; k < repaired.size(); ++k)
+    if (is_finite(repaired[k])) g[k] = repaired[k];
   if (i0 < j0 + N || i0 + R > n)
     for (integer j = 0; j < N; ++j)
       for (integer i = 0; i < R; ++i)
@@ -1295,6 +1318,7 @@ class gram_engine {
       kernels.push_back(kernel.template bind<C>(p, sites_[static_cast<std::size_t>(p)]));
       bound const& k = kernels.back();
       m.entry_rounding.data()[p] = k.rounding;
+      m.sum_rounding.data()[p] = k.floor;
       integer const room = round_up(tokens_, R) + R + N;
       token.push_back({aligned_array<C>(room, C(0)), aligned_array<C>(room, C(0))});
       for (integer i = 0; i < tokens_; ++i) {
@@ -1578,7 +1602,9 @@ class feature_engine {
       m.square_sum.data()[p] = m.products.data()[p * m.sites + p] + (first ? about_the_mean(p) : 0);
       double const growth = 1 + std::sqrt(static_cast<double>(tokens_) / (1 << 18));
       m.entry_rounding.data()[p] = 0;
-      m.sum_rounding.data()[p] = 4 * unit_roundoff<C> * growth * diagonals(p, p);
+      u_centring by;
+      by.fit(a, site.row_sums, site.source.cols, unit_roundoff<C>);
+      m.sum_rounding.data()[p] = 4 * unit_roundoff<C> * growth * diagonals(p, p) + by.floor;
       exponents.push_back(site.exponent());
     }
     deliver(sites_, exponents, m);
@@ -1883,15 +1909,22 @@ third_moments find_third_moments(prepared_site<C> const& site, Bound const& kern
   constexpr integer R = Product::template rows<C>, N = Product::template cols<C>, W = lanes_v<C>;
   integer const n = static_cast<integer>(site.norms.size());
   aligned_array<C> u(n * n, C(0)), token(round_up(n, R) + R + N, C(0));
-  for (integer i = 0; i < n; ++i) token[i] = kernel.token(i);
+  aligned_array<C> removed(round_up(n, R) + R + N, C(0));
+  for (integer i = 0; i < n; ++i) token[i] = kernel.token(i), removed[i] = kernel.removed(i);
   std::vector<double> shift(static_cast<std::size_t>(n));
   double total = 0;
   auto const form = [&](integer i0, integer j0, C const* g) {
     alignas(128) C column[R];
     for (integer j = j0; j < (std::min)(j0 + N, n); ++j, g += R) {
       for (integer r = 0; r < R; r += W)
-        pstore(column + r, kernel(P(pload<P>(g + r)), P(ploadu<P>(token.data() + i0 + r)),
-                                  P(pset1<P>(token[j]))));
+        pstore(
+            column + r,
+            kernel(P(pload<P>(g + r)), P(ploadu<P>(token.data() + i0 + r)), P(pset1<P>(token[j])),
+                   P(padd(ploadu<P>(removed.data() + i0 + r), pset1<P>(removed[j])))));
+      if constexpr (Bound::repairs)
+        for (integer i = (std::max)(i0, j + 1); i < (std::min)(i0 + R, n) && kernel.far(); ++i)
+          if (kernel.lost(static_cast<double>(g[i - i0]), kernel.number(i), kernel.number(j)))
+            column[i - i0] = kernel.repair(i, j);
       for (integer i = (std::max)(i0, j + 1); i < (std::min)(i0 + R, n); ++i) {
         u[i * n + j] = column[i - i0];
         shift.data()[i] += static_cast<double>(column[i - i0]);
@@ -2016,6 +2049,7 @@ class batch_engine {
   /// What is left of a site's batch, beside the kernel's entries.
   struct summary {
     double rounding = 0;  // what rounding makes of ‖U‖_F, in the entries' units
+    double floor = 0;     // and of ‖U‖²_F beyond that
     int exponent = 0;     // entries times 2^exponent are in units of the data
     status why = status::ok;
   };
@@ -2059,6 +2093,7 @@ class batch_engine {
       if (double const norm = norm_of(out, n); by_.rounding > narrow_accuracy * norm)
         multiply_in_double(source, n, out);
     s.rounding = by_.rounding;
+    s.floor = by_.floor;
     return s;
   }
 
@@ -2202,12 +2237,12 @@ class batch_engine {
     load(source, n);
     if (!find_means(n, 0)) {
       for (integer i = 0; i < n * ld_; ++i)
-        if (!is_finite(x_[i])) return {0, 0, status::non_finite};
+        if (!is_finite(x_[i])) return {0, 0, 0, status::non_finite};
       find_means(n, -64);  // finite doubles whose sum is not
     }
     double const largest =
         static_cast<double>(predux_max(largest_of(x_.data(), n * ld_, pset1<P>(C(0)))));
-    if (!(largest > 0)) return {0, 0, status::constant_layer};
+    if (!(largest > 0)) return {0, 0, 0, status::constant_layer};
     scale_ = power_of_two<C>(-std::ilogb(largest) - 1);
     for (integer k = 0; k < ld_; ++k) {
       double const mean = k < width_ ? means_.data()[k] * scale_ : 0;
@@ -2225,7 +2260,7 @@ class batch_engine {
                             std::numeric_limits<double>::epsilon() * scaled(largest, scale_);
     double norm = *std::max_element(norms_.begin(), norms_.end());
     if (norm <= rounding * rounding * static_cast<double>(width_))
-      return {0, 0, status::constant_layer};
+      return {0, 0, 0, status::constant_layer};
     if (double const limit = centre_limit(first(norms_, n), scratch_); is_finite(limit)) {
       centre_among_closer(source, n, limit);
       norm = *std::max_element(norms_.begin(), norms_.end());
@@ -2237,7 +2272,7 @@ class batch_engine {
     });
     for (auto* const of : {&norms_, &row_sums_})
       for (double& a : *of) a *= rescale_ * rescale_;
-    return {0, -2 * (std::ilogb(scale_) + std::ilogb(rescale_)), status::ok};
+    return {0, 0, -2 * (std::ilogb(scale_) + std::ilogb(rescale_)), status::ok};
   }
 
   template <class F>

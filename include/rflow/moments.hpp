@@ -288,6 +288,24 @@ struct gram_moments {
     return products[static_cast<std::size_t>(p * sites + q)];
   }
 
+  /// ⟨HK_pH, HK_qH⟩, H = I − 11ᵀ/n.
+  double h_product(std::ptrdiff_t p, std::ptrdiff_t q) const {
+    auto const n = static_cast<std::size_t>(tokens);
+    double diagonals = 0, rows = 0, total_p = 0, total_q = 0;
+    for (std::size_t i = 0; i < n; ++i) {
+      double const dp = diagonal[static_cast<std::size_t>(p) * n + i];
+      double const dq = diagonal[static_cast<std::size_t>(q) * n + i];
+      double const rp = row_sums[static_cast<std::size_t>(p) * n + i] + dp;
+      double const rq = row_sums[static_cast<std::size_t>(q) * n + i] + dq;
+      diagonals += dp * dq;
+      rows += rp * rq;
+      total_p += rp;
+      total_q += rq;
+    }
+    double const count = static_cast<double>(n);
+    return product(p, q) + diagonals - 2 / count * rows + total_p * total_q / (count * count);
+  }
+
   /// ⟨U(K_p), U(K_q)⟩ of the U-centred kernel matrices, for n ≥ 4.
   double u_product(std::ptrdiff_t p, std::ptrdiff_t q) const {
     auto const n = static_cast<std::size_t>(tokens);
@@ -314,12 +332,12 @@ struct gram_moments {
                                                                  : status::ill_conditioned;
   }
 
-  /// Whether every site that has a debiased self term has it to `accuracy`.
+  /// Whether every site has a debiased self term to `accuracy`; with fewer than 4 tokens, a biased one.
   bool resolved() const {
     bool all = true;
-    for (std::ptrdiff_t p = 0; p < sites && tokens >= 4; ++p)
+    for (std::ptrdiff_t p = 0; p < sites && tokens >= 2; ++p)
       if (why[static_cast<std::size_t>(p)] == status::ok)
-        all = all && resolved(p, u_product(p, p)) == status::ok;
+        all = all && resolved(p, tokens < 4 ? h_product(p, p) : u_product(p, p)) == status::ok;
     return all;
   }
 

@@ -59,6 +59,7 @@ inline double sum_of_pairs(std::span<double const> a) {
 struct u_centring {
   std::vector<double> shift, removed;
   double rounding = 0;  ///< what rounding makes of ‖U‖_F, roughly
+  double floor = 0;  ///< what the rounding of the shifts makes of ‖U‖²_F, where it is nothing else
 
   /// @param  norms  ‖x_i − c‖²
   /// @param  rows   Σ_{j≠i} K_ij; empty if c is the mean: then −‖x_i − c‖²
@@ -68,7 +69,7 @@ struct u_centring {
            double unit) {
     shift.assign(norms.size(), 0.);
     removed.assign(norms.size(), 0.);
-    rounding = 0;
+    rounding = floor = 0;
     double const n = static_cast<double>(norms.size());
     if (n < 3) return;
     auto const row = [&](std::size_t i) { return rows.empty() ? -norms[i] : rows[i]; };
@@ -91,6 +92,8 @@ struct u_centring {
     double const taken = 2 * (n - 2) * squares + 2 * sum * sum;  // Σ_{i≠j} (shift_i + shift_j)²
     double const depth = (std::min)(static_cast<double>(width), 528.);
     rounding = unit / 2 * std::sqrt(depth * taken + sum_of_pairs(norms));
+    double const lost = 4 * std::numeric_limits<double>::epsilon() * (leaning / n + trace);
+    floor = lost * lost / n;
   }
 };
 
