@@ -518,7 +518,7 @@ class cka_accumulator {
       double const self = (std::max)(debiased::hsic(m, p, p), 0.), entries = m.entry_rounding[s];
       double const sums = m.sum_rounding[s] + 2 * m.epsilon * m.product(p, p);
       sums_.rounding[s] += std::ldexp(scale * (square(entries) + sums / 16), 2 * raised);
-      sums_.error[s] += std::ldexp(scale * (entries * std::sqrt(self) + sums), 2 * raised);
+      sums_.error[s] += std::ldexp(scale * (std::max)(entries * std::sqrt(self), sums), 2 * raised);
       for (std::ptrdiff_t q = 0; q < m.sites; ++q) {
         auto const r = static_cast<std::size_t>(q);
         sums_.sums[static_cast<std::size_t>(p * m.sites + q)] +=

@@ -1140,7 +1140,7 @@ class batch_stream {
       double const sums = 2 * unit_roundoff<C> * self + of[p].floor;
       double const entries = of[p].rounding;
       m.rounding[count(p)] += std::ldexp(entries * entries + of[p].floor / 16, 2 * raised(p));
-      m.error[count(p)] += std::ldexp(entries * std::sqrt(self) + sums, 2 * raised(p));
+      m.error[count(p)] += std::ldexp((std::max)(entries * std::sqrt(self), sums), 2 * raised(p));
       if (of[p].why == status::non_finite) m.why[count(p)] = status::non_finite;
       for (std::ptrdiff_t q = 0; q <= p; ++q) {
         double const sum = std::ldexp(2 * products_[p * sites_ + q], raised(p) + raised(q));

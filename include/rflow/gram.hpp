@@ -282,7 +282,8 @@ struct prepared_site {
   C scale = 1;                  // 0 if the site is constant
   aligned_array<C> minus_high;  // d, padded with zeros to whole packets
   aligned_array<C> minus_low;
-  std::vector<double> norms;  // n: a_i = ‖x_i − centre‖² · scale²
+  double trace = 0, furthest = 0;  // Σ a_i and the largest
+  std::vector<double> norms;       // n: a_i = ‖x_i − centre‖² · scale²
   std::vector<double> row_sums;  // n: Σ_{j≠i} ⟨x_i − c, x_j − c⟩ · scale²; empty about the mean
   position non_finite;
 
@@ -606,14 +607,16 @@ prepared_site<C> prepare(team& threads, panel_source<C> const& source, integer t
   // What the rounding of the means alone may leave is a constant site, not a signal.
   double const rounding = (64 + static_cast<double>(tokens) / 128) *
                           std::numeric_limits<double>::epsilon() * scaled(largest, scale);
-  double norm = *std::max_element(site.norms.begin(), site.norms.end());
+  double norm = 0;
+  for (double const a : site.norms) site.trace += a, norm = (std::max)(norm, a);
   if (norm <= rounding * rounding * static_cast<double>(d)) {
     std::fill(site.norms.begin(), site.norms.end(), 0.);
     drop();
     return site;
   }
   std::vector<double> scratch;
-  if (double const limit = centre_limit(site.norms, scratch); !about_mean && is_finite(limit)) {
+  if (double const limit = centre_limit(site.norms, site.trace, norm, scratch);
+      !about_mean && is_finite(limit)) {
     centre_among(threads, site, tokens, limit);
     norm = *std::max_element(site.norms.begin(), site.norms.end());
   }
@@ -626,7 +629,9 @@ prepared_site<C> prepare(team& threads, panel_source<C> const& source, integer t
     site.minus_high[k] = static_cast<C>(static_cast<double>(site.minus_high[k]) * rescale);
     site.minus_low[k] = static_cast<C>(static_cast<double>(site.minus_low[k]) * rescale);
   }
-  for (double& a : site.norms) a *= rescale * rescale;
+  site.trace = 0;
+  for (double& a : site.norms) site.trace += a *= rescale * rescale;
+  site.furthest = norm * rescale * rescale;
   for (double& r : site.row_sums) r *= rescale * rescale;
   site.scale = static_cast<C>(final_scale);
   return site;
@@ -1104,16 +1109,6 @@ bool repairs_of(Bound const& kernel, C const* token, integer i0, integer j0, int
   return any;
 }
 
-/// A packet of a column from row i on, without what is not below the diagonal.
-template <class C, class P>
-P only_below(P const& k, integer i, integer j, integer n) {
-  C x[lanes_v<C>];
-  Eigen::internal::pstoreu(x, k);
-  for (integer w = 0; w < lanes_v<C>; ++w)
-    if (i + w <= j || i + w >= n) x[w] = C(0);
-  return Eigen::internal::ploadu<P>(x);
-}
-
 /// Turns inner products into G, zeroes what is not below the diagonal, adds up sums per token: of G, and
 /// squares of the kernel matrix.
 template <class Product, class C, class Bound>
@@ -1146,14 +1141,20 @@ void finish_tile(Bound const& kernel, C const* token, C const* removed, integer 
 
   P squares[packets], sums[packets];
   for (integer r = 0; r < packets; ++r) squares[r] = sums[r] = pset1<P>(C(0));
-  bool const whole = i0 >= j0 + N && i0 + R <= n;  // else what is not there has no square
+  bool const whole = i0 >= j0 + N && i0 + R <= n;
+  alignas(128) C kept[R];  // of a column, without what is not there
   for (integer j = 0; j < N; ++j) {
     P square = pset1<P>(C(0)), sum = square;
     P const of_col = pset1<P>(removed[j0 + j]);
+    if (!whole)
+      for (integer i = 0; i < R; ++i) {
+        C const k = g[j * R + i] + (removed[i0 + i] + removed[j0 + j]);
+        kept[i] = i0 + i > j0 + j && i0 + i < n ? k : C(0);
+      }
     for (integer r = 0; r < packets; ++r) {
       P const x = pload<P>(g + j * R + r * W);
-      P k = padd(x, padd(ploadu<P>(removed + i0 + r * W), of_col));
-      if (!whole) k = only_below<C>(k, i0 + r * W, j0 + j, n);
+      P const k =
+          whole ? padd(x, padd(ploadu<P>(removed + i0 + r * W), of_col)) : pload<P>(kept + r * W);
       square = pmadd(k, k, square);
       squares[r] = pmadd(k, k, squares[r]);
       if constexpr (Bound::row_sums) sum = padd(sum, x), sums[r] = padd(sums[r], x);
@@ -1583,12 +1584,17 @@ class feature_engine {
         for (integer col = 0; col <= row; col += side_)
           f(tiles::plan(row, (std::min)(side_, features() - row), col,
                         (std::min)(side_, features() - col), true, [&](block const& b) {
-                          return sites_of(b.row, b.rows).count * sites_of(b.col, b.cols).count;
+                          return 2 * sites_of(b.row, b.rows).count * sites_of(b.col, b.cols).count;
                         }));
     };
-    each_of_share(share_, tiles_of_all, [&](tile const& t) { add_tile(t, m); });
     bool const first = share_.index == 0;
-    if (first) add_far(m);
+    bool const plain = far_.empty() && std::all_of(sites_.begin(), sites_.end(), [](auto const& x) {
+                         return x.row_sums.empty();
+                       });
+    find_furthest();
+    each_of_share(share_, tiles_of_all, [&](tile const& t) { add_tile(t, m); });
+    m.squares.resize(m.diagonal.size());
+    if (first && !plain) add_far(m);
     std::vector<int> exponents;
     for (integer p = 0; p < m.sites; ++p) {
       auto const& site = sites_[static_cast<std::size_t>(p)];
@@ -1599,12 +1605,16 @@ class feature_engine {
         for (integer i = 0; i < tokens_; ++i)
           if (!is_far(i)) m.row_sums.data()[p * tokens_ + i] = row_sum(p, i);
       }
+      if (plain) {  // Σ_j K_mj² = x_mᵀ(XᵀX)x_m − a_m² of the furthest token
+        double const of_it = a.data()[furthest_.data()[p]];
+        m.squares.data()[p * tokens_ + furthest_.data()[p]] =
+            quadratic_.data()[p] - (first ? of_it * of_it : 0);
+      }
       m.square_sum.data()[p] = m.products.data()[p * m.sites + p] + (first ? about_the_mean(p) : 0);
       double const growth = 1 + std::sqrt(static_cast<double>(tokens_) / (1 << 18));
       m.entry_rounding.data()[p] = 0;
-      u_centring by;
-      by.fit(a, site.row_sums, site.source.cols, unit_roundoff<C>);
-      m.sum_rounding.data()[p] = 4 * unit_roundoff<C> * growth * diagonals(p, p) + by.floor;
+      m.sum_rounding.data()[p] = 4 * unit_roundoff<C> * growth * diagonals(p, p) +
+                                 u_centring::floor_of(site.trace, a.size());
       exponents.push_back(site.exponent());
     }
     deliver(sites_, exponents, m);
@@ -1631,6 +1641,7 @@ class feature_engine {
   void find_far() {
     std::vector<double> how_far(static_cast<std::size_t>(tokens_));
     for (auto const& site : sites_) {
+      if (!has_outlier(site.trace, site.furthest, how_far.size())) continue;
       double const middle = median_of(site.norms);
       for (std::size_t i = 0; i < how_far.size(); ++i)
         if (site.norms[i] > 100 * middle)
@@ -1648,11 +1659,35 @@ class feature_engine {
       std::sort(far_.begin(), far_.end());
     }
   }
+  /// The token with the largest norm of every site, and its features.
+  void find_furthest() {
+    furthest_.clear();
+    features_of_it_ = aligned_array<double>(features());
+    quadratic_.assign(sites_.size(), 0.);
+    for (integer p = 0; p < static_cast<integer>(sites_.size()); ++p) {
+      auto const& a = norms(p);
+      furthest_.push_back(std::max_element(a.begin(), a.end()) - a.begin());
+      constexpr integer chunk = 1024;
+      alignas(128) C x[chunk + W];
+      integer const d = starts_.data()[p + 1] - starts_.data()[p];
+      for (integer k = 0; k < d; k += chunk) {
+        integer const cols = (std::min)(chunk, d - k);
+        sites_[static_cast<std::size_t>(p)].fetch(furthest_.back(), 1, k, cols, x, chunk);
+        for (integer c = 0; c < cols; ++c)
+          features_of_it_[starts_.data()[p] + k + c] = static_cast<double>(x[c]);
+      }
+    }
+  }
   bool is_far(integer token) const { return std::binary_search(far_.begin(), far_.end(), token); }
 
   /// Σ a_i b_i over the tokens that the cross-covariances have.
   double diagonals(integer p, integer q) const {
     double sum = 0;
+    if (far_.empty()) {
+      double const *const a = norms(p).data(), *const b = norms(q).data();
+      for (integer i = 0; i < tokens_; ++i) sum += a[i] * b[i];
+      return sum;
+    }
     for (integer i = 0, next = 0; i < tokens_; ++i)
       if (next < static_cast<integer>(far_.size()) && far_.data()[next] == i)
         ++next;
@@ -1664,12 +1699,12 @@ class feature_engine {
   /// What ‖K̃‖² has more if features are centred at their mean.
   double about_the_mean(integer p) const {
     double const n = static_cast<double>(tokens_);
+    if (sites_[static_cast<std::size_t>(p)].row_sums.empty()) return 0;
     double leaning = 0, squares = 0, more = 0;
     for (integer i = 0; i < tokens_; ++i) {
       leaning += lean(p, i);
       squares += lean(p, i) * lean(p, i);
     }
-    if (sites_[static_cast<std::size_t>(p)].row_sums.empty()) return 0;
     for (integer i = 0; i < tokens_; ++i) {
       double const a = norms(p).data()[i];
       double const b = a - 2 * lean(p, i) / n + leaning / n / n;
@@ -1678,79 +1713,102 @@ class feature_engine {
     return more - 2 * squares / n + leaning / n * (leaning / n);
   }
 
+  /// ⟨x, y⟩ of `count` values, a multiple of four packets.
+  template <class D>
+  static D inner_product(D const* x, D const* y, integer count) {
+    using namespace Eigen::internal;
+    using P = packet_t<D>;
+    constexpr integer L = lanes_v<D>;
+    P sum[2] = {pset1<P>(D(0)), pset1<P>(D(0))};
+    for (integer k = 0; k < count; k += 2 * L)
+      for (integer u = 0; u < 2; ++u)
+        sum[u] = pmadd(pload<P>(x + k + u * L), pload<P>(y + k + u * L), sum[u]);
+    return predux(padd(sum[0], sum[1]));
+  }
+
   /// Adds the pairs of the tokens far out, and sums of squares of these and of the furthest of a site.
   void add_far(gram_moments& m) {
     integer const count = m.sites, far = static_cast<integer>(far_.size()), rows = far + 1;
     integer widest = 0;
     for (auto const& site : sites_) widest = (std::max)(widest, site.source.cols);
-    using P = packet_t<double>;
-    integer const ld = round_up(widest, 4 * lanes_v<double>);
-    auto const widened = [&](integer p, integer token, double* to) {
+    integer const ld = round_up(widest, 4 * W);
+    auto const fetch_rows = [&](integer p, integer token, integer tokens, C* to) {
       constexpr integer chunk = 1024;
-      alignas(128) C x[chunk + W];
-      integer const d = sites_[static_cast<std::size_t>(p)].source.cols;
-      for (integer k = 0; k < d; k += chunk) {
-        integer const cols = (std::min)(chunk, d - k);
-        sites_[static_cast<std::size_t>(p)].fetch(token, 1, k, cols, x, chunk);
-        for (integer c = 0; c < cols; ++c) to[k + c] = static_cast<double>(x[c]);
-      }
-      std::fill(to + d, to + ld, 0.);
-    };
-    auto const dot = [&](double const* x, double const* y) {
-      using namespace Eigen::internal;
-      constexpr integer L = lanes_v<double>;
-      P sum[4] = {pset1<P>(0.), pset1<P>(0.), pset1<P>(0.), pset1<P>(0.)};
-      for (integer k = 0; k < ld; k += 4 * L)
-        for (integer u = 0; u < 4; ++u)
-          sum[u] = pmadd(pload<P>(x + k + u * L), pload<P>(y + k + u * L), sum[u]);
-      return predux(padd(padd(sum[0], sum[1]), padd(sum[2], sum[3])));
+      auto const& site = sites_[static_cast<std::size_t>(p)];
+      for (integer k = 0; k < site.source.cols; k += chunk)
+        site.fetch(token, tokens, k, (std::min)(chunk, site.source.cols - k), to + k, ld);
     };
 
-    aligned_array<double> outer(count * rows * ld);  // of each site: tokens far out, its furthest
-    std::vector<integer> furthest(sites_.size());
+    aligned_array<C> outer(count * ld, C(0));               // of each site: its furthest token
+    aligned_array<double> outer_far(count * far * ld, 0.);  // and those far out
+    auto const& furthest = furthest_;
     std::vector<double> leaning(sites_.size());
     threads_.run(count, [&](integer p) {
-      auto const& a = norms(p);
-      furthest.data()[p] = std::max_element(a.begin(), a.end()) - a.begin();
-      for (integer i = 0; i < tokens_; ++i) leaning.data()[p] += lean(p, i);
-      for (integer r = 0; r < rows; ++r)
-        widened(p, r < far ? far_.data()[r] : furthest.data()[p],
-                outer.data() + (p * rows + r) * ld);
+      for (integer i = 0; i < tokens_ && !sites_[static_cast<std::size_t>(p)].row_sums.empty(); ++i)
+        leaning.data()[p] += lean(p, i);
+      aligned_array<C> row(ld, C(0));
+      for (integer r = 0; r < far; ++r) {
+        fetch_rows(p, far_.data()[r], 1, row.data());
+        for (integer k = 0; k < ld; ++k)
+          outer_far[(p * far + r) * ld + k] = static_cast<double>(row[k]);
+      }
+      fetch_rows(p, furthest.data()[p], 1, outer.data() + p * ld);
     });
 
     // Fixed slices of tokens, added up in order.
+    constexpr integer group = 8;
     integer const slices = std::clamp<integer>(tokens_ / 64, 1, 64);
     integer const sums = count * count + 2 * count * rows;
     aligned_array<double> parts(slices * sums, 0.);
     double const n = static_cast<double>(tokens_);
     threads_.run(slices, [&](integer s) {
-      aligned_array<double> x(ld), k(count * rows);
+      aligned_array<C> x(group * ld, C(0));
+      aligned_array<double> wide(ld), k(group * count * rows);
       double* const products = parts.data() + s * sums;
       double* const squares = products + count * count;
       double* const plain = squares + count * rows;
-      for (integer i = s * tokens_ / slices; i < (s + 1) * tokens_ / slices; ++i) {
-        double const weight = is_far(i) ? 1 : 2;
+      integer const end = (s + 1) * tokens_ / slices;
+      for (integer from = s * tokens_ / slices; from < end; from += group) {
+        integer const here = (std::min)(group, end - from);
         for (integer p = 0; p < count; ++p) {
-          widened(p, i, x.data());
-          for (integer r = 0; r < rows; ++r) {
-            integer const token = r < far ? far_.data()[r] : furthest.data()[p];
-            double const inner = dot(x.data(), outer.data() + (p * rows + r) * ld);
-            double const centred =
-                inner - (lean(p, i) + lean(p, token)) / n + leaning.data()[p] / n / n;
-            k[p * rows + r] = token == i ? 0 : inner;
-            squares[p * rows + r] += token == i ? 0 : centred * centred;
-            plain[p * rows + r] += k[p * rows + r];
+          fetch_rows(p, from, here, x.data());
+          bool const about_mean = sites_[static_cast<std::size_t>(p)].row_sums.empty();
+          integer const used = round_up(sites_[static_cast<std::size_t>(p)].source.cols, 4 * W);
+          for (integer g = 0; g < here; ++g) {
+            C const* const row = x.data() + g * ld;
+            std::fill(
+                x.data() + g * ld + round_up(sites_[static_cast<std::size_t>(p)].source.cols, W),
+                x.data() + g * ld + used, C(0));
+            for (integer k0 = 0; k0 < used && far > 0; ++k0)
+              wide[k0] = static_cast<double>(row[k0]);
+            for (integer r = 0; r < rows; ++r) {
+              integer const i = from + g, token = r < far ? far_.data()[r] : furthest.data()[p];
+              double const inner =
+                  token == i ? 0
+                  : r < far
+                      ? inner_product(wide.data(), outer_far.data() + (p * far + r) * ld, used)
+                      : static_cast<double>(inner_product(row, outer.data() + p * ld, used));
+              double const centred = about_mean ? inner
+                                                : inner - (lean(p, i) + lean(p, token)) / n +
+                                                      leaning.data()[p] / n / n;
+              k[(g * count + p) * rows + r] = inner;
+              plain[p * rows + r] += inner;
+              squares[p * rows + r] += token == i ? 0 : centred * centred;
+            }
           }
         }
-        for (integer p = 0; p < count; ++p)
-          for (integer q = 0; q <= p && far > 0; ++q) {
-            double sum = 0;
-            for (integer r = 0; r < far; ++r) sum += k[p * rows + r] * k[q * rows + r];
-            products[p * count + q] += weight * sum;
-          }
+        for (integer g = 0; g < here && far > 0; ++g) {
+          double const weight = is_far(from + g) ? 1 : 2;
+          double const* const of = k.data() + g * count * rows;
+          for (integer p = 0; p < count; ++p)
+            for (integer q = 0; q <= p; ++q) {
+              double sum = 0;
+              for (integer r = 0; r < far; ++r) sum += of[p * rows + r] * of[q * rows + r];
+              products[p * count + q] += weight * sum;
+            }
+        }
       }
     });
-    m.squares.resize(m.diagonal.size());
     for (integer s = 0; s < slices; ++s) {
       double const* const part = parts.data() + s * sums;
       for (integer k = 0; k < count * count; ++k) m.products.data()[k] += part[k];
@@ -1837,11 +1895,14 @@ class feature_engine {
           if (p.first + i >= q.first + j)
             m.products.data()[(p.first + i) * m.sites + q.first + j] +=
                 sums[b.sums + i * q.count + j];
+      for (integer i = 0; i < p.count; ++i)
+        if (integer const j = p.first + i - q.first; j >= 0 && j < q.count)
+          quadratic_.data()[p.first + i] += sums[b.sums + (p.count + i) * q.count + j];
     }
   }
 
-  /// Squares of a micro tile, by the sites of its row and column. Entries above the diagonal are
-  /// left out; within one site the others count twice.
+  /// Squares of a micro tile, by the sites of its row and column, and then x_mᵀ(XᵀX)x_m of the furthest
+  /// token of a site. Entries above the diagonal are left out; within one site the others count twice.
   void add_squares(block const& b, integer i0, integer j0, C const* g, double* sums) const {
     site_range const p = sites_of(b.row, b.rows), q = sites_of(b.col, b.cols);
     integer const last = b.row + b.rows;
@@ -1850,18 +1911,23 @@ class feature_engine {
       for (integer i = (std::max)(i0, j); i < (std::min)(i0 + R, last);) {
         integer const of_row = owner_.data()[i];
         integer const end = (std::min)((std::min)(i0 + R, last), starts_.data()[of_row + 1]);
-        double sum = 0, diagonal = 0;
+        double sum = 0, diagonal = 0, along = 0;
+        double const* const furthest = features_of_it_.data();
         if (i == j) {
           double const x = static_cast<double>(g[i - i0]);
           diagonal = x * x;
+          along = x * furthest[i] / 2;
           ++i;
         }
+        if (of_row == of_col)
+          for (integer k = i; k < end; ++k) along += static_cast<double>(g[k - i0]) * furthest[k];
         for (; i < end; ++i) {
           double const x = static_cast<double>(g[i - i0]);
           sum += x * x;
         }
-        sums[(of_row - p.first) * q.count + of_col - q.first] +=
-            (of_row == of_col ? 2 : 1) * sum + diagonal;
+        integer const at = (of_row - p.first) * q.count + of_col - q.first;
+        sums[at] += (of_row == of_col ? 2 : 1) * sum + diagonal;
+        sums[p.count * q.count + at] += 2 * along * furthest[j];
       }
     }
   }
@@ -1872,6 +1938,9 @@ class feature_engine {
   work_share share_;
   std::vector<integer> starts_, owner_;  // first feature of each site; site of each feature
   std::vector<integer> far_;             // tokens left out of the cross-covariances, in order
+  std::vector<integer> furthest_;        // S: the token with the largest norm
+  std::vector<double> quadratic_;        // S: x_mᵀ(XᵀX)x_m of it
+  aligned_array<double> features_of_it_;
   aligned_array<C> buffer_;
   panel<C> rows_[2], cols_[2];
 };
@@ -2261,7 +2330,10 @@ class batch_engine {
     double norm = *std::max_element(norms_.begin(), norms_.end());
     if (norm <= rounding * rounding * static_cast<double>(width_))
       return {0, 0, 0, status::constant_layer};
-    if (double const limit = centre_limit(first(norms_, n), scratch_); is_finite(limit)) {
+    double trace = 0;
+    for (integer i = 0; i < n; ++i) trace += norms_.data()[i];
+    if (double const limit = centre_limit(first(norms_, n), trace, norm, scratch_);
+        is_finite(limit)) {
       centre_among_closer(source, n, limit);
       norm = *std::max_element(norms_.begin(), norms_.end());
       robust_ = true;

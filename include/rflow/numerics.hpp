@@ -30,16 +30,22 @@ inline double median_of(std::span<double const> values) {
   return median_of(values, scratch);
 }
 
+/// Whether one of n tokens may be far out, by the sum of their norms and the largest.
+inline bool has_outlier(double trace, double largest, std::size_t tokens) {
+  double const n = static_cast<double>(tokens);
+  return largest * n > (std::min)(8., n / 4) * trace;
+}
+
 /// Squared distances from the mean up to which tokens make the centre: infinity if all of them do.
 ///
 /// U-centring removes whatever the centre adds to the entries, but their rounding stays. A token at M
 /// pulls the mean by M/n, and then all entries hold M²/n² that means nothing. So, if a token is
 /// that far out, features are centred at the mean of the closer half.
-inline double centre_limit(std::span<double const> norms, std::vector<double>& scratch) {
+inline double centre_limit(std::span<double const> norms, double trace, double largest,
+                           std::vector<double>& scratch) {
   double const everywhere = std::numeric_limits<double>::infinity();
-  if (norms.size() < 4) return everywhere;
+  if (norms.size() < 4 || !has_outlier(trace, largest, norms.size())) return everywhere;
   double const middle = median_of(norms, scratch);
-  double const largest = *std::max_element(norms.begin(), norms.end());
   double const far = (std::min)(64., static_cast<double>(norms.size()) / 2);
   return largest > far * middle ? middle : everywhere;
 }
@@ -60,6 +66,12 @@ struct u_centring {
   std::vector<double> shift, removed;
   double rounding = 0;  ///< what rounding makes of ‖U‖_F, roughly
   double floor = 0;  ///< what the rounding of the shifts makes of ‖U‖²_F, where it is nothing else
+
+  /// The floor of tokens whose ‖x_i − c‖² have this sum.
+  static double floor_of(double trace, std::size_t tokens) {
+    double const lost = 8 * std::numeric_limits<double>::epsilon() * trace;
+    return lost * lost / static_cast<double>(tokens);
+  }
 
   /// @param  norms  ‖x_i − c‖²
   /// @param  rows   Σ_{j≠i} K_ij; empty if c is the mean: then −‖x_i − c‖²
@@ -92,8 +104,7 @@ struct u_centring {
     double const taken = 2 * (n - 2) * squares + 2 * sum * sum;  // Σ_{i≠j} (shift_i + shift_j)²
     double const depth = (std::min)(static_cast<double>(width), 528.);
     rounding = unit / 2 * std::sqrt(depth * taken + sum_of_pairs(norms));
-    double const lost = 4 * std::numeric_limits<double>::epsilon() * (leaning / n + trace);
-    floor = lost * lost / n;
+    floor = floor_of(leaning / n + trace, norms.size());
   }
 };
 
