@@ -605,8 +605,12 @@ struct __attribute__((visibility("hidden"))) on_cuda {
     std::scoped_lock const turn(context->mutex);
     detail::device_scope const scope(device);
     detail::cuda_device on(*context, stream, tf32);
-    gram_moments m = detail::passes::gram(where, on, memory_bound, kernel, stacks...);
-    if (tf32) m.epsilon = std::max(m.epsilon, 0x1p-11);
+    gram_moments m = detail::passes::gram(where, on, memory_bound, tf32, kernel, stacks...);
+    if (tf32 && m.epsilon > 0x1p-30) {  // products of float
+      for (double& x : m.entry_rounding) x *= 0x1p-11 / m.epsilon;
+      m.epsilon = 0x1p-11;
+      m.accuracy = 1e-2;
+    }
     return m;
   }
 };

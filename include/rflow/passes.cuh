@@ -20,6 +20,7 @@
 #include <concepts>
 #include <cstddef>
 #include <limits>
+#include <span>
 #include <stdexcept>
 #include <string>
 #include <tuple>
@@ -29,6 +30,7 @@
 #include <cuda_runtime.h>
 
 #include <rflow/moments.hpp>
+#include <rflow/numerics.hpp>
 #include <rflow/view.hpp>
 
 namespace rflow::detail::passes {
@@ -783,6 +785,89 @@ struct set_means {
   }
 };
 
+/// Moves centres by `factor` times sums of centred values.
+template <class C>
+struct move_centres {
+  double const* total;
+  double factor;
+  C *minus_high, *minus_low;
+
+  __host__ __device__ void operator()(integer j) const {
+    double const high = static_cast<double>(minus_high[j]);
+    double const low = static_cast<double>(minus_low[j]) - total[j] * factor;
+    C const moved = static_cast<C>(high + low);
+    minus_high[j] = moved;
+    minus_low[j] = static_cast<C>((high - static_cast<double>(moved)) + low);
+  }
+};
+
+template <class C>
+struct scale_centres {
+  C factor;
+  C *minus_high, *minus_low;
+
+  __host__ __device__ void operator()(integer j) const {
+    minus_high[j] *= factor;
+    minus_low[j] *= factor;
+  }
+};
+
+/// Column sums of centred values over slices of tokens, of those whose norms are at most `limit`. An item
+/// is a column a lane over one slice.
+template <class T, class C>
+struct sum_centred {
+  token_rows<T> x;
+  integer tokens, slice;
+  centring<C> centre;
+  double const* norms;
+  double limit;
+  double* sums;  // slices × cols
+
+  template <class Group>
+  __host__ __device__ void operator()(integer item, Group g) const {
+    integer const chunks = ceil_div(x.cols, integer{Group::size});
+    integer const s = item / chunks, j = item % chunks * Group::size + g.lane();
+    integer const last = smaller(tokens, (s + 1) * slice);
+    double sum = 0;
+    for (integer t = s * slice; j < x.cols && t < last; ++t)
+      if (norms[t] <= limit)
+        sum += static_cast<double>(centre(static_cast<C>(x.row(t)[j * x.col_stride]), j));
+    if (j < x.cols) sums[s * x.cols + j] = sum;
+  }
+};
+
+/// Adds sums over slices to those of all.
+struct fold_sums {
+  integer cols, slices;
+  double const* sums;
+  double* total;
+
+  __host__ __device__ void operator()(integer j) const {
+    for (integer s = 0; s < slices; ++s) total[j] += sums[s * cols + j];
+  }
+};
+
+/// Σ_{j≠i} ⟨x_i, x_j⟩ of centred rows, from their sum. An item is a token.
+template <class T, class C>
+struct centred_row_sums {
+  token_rows<T> x;
+  centring<C> centre;
+  double const* total;
+  double* out;
+
+  template <class Group>
+  __host__ __device__ void operator()(integer t, Group g) const {
+    T const* const row = x.row(t);
+    double sum = 0;
+    for (integer j = g.lane(); j < x.cols; j += Group::size) {
+      double const value = static_cast<double>(centre(static_cast<C>(row[j * x.col_stride]), j));
+      sum += value * (total[j] - value);
+    }
+    sum = g.sum(sum);
+    if (g.lane() == 0) out[t] = sum;
+  }
+};
+
 /// ‖·‖² of centred rows: in C over a few terms, in double beyond. An item is a token.
 template <class T, class C>
 struct centred_norms {
@@ -835,38 +920,35 @@ struct fill_panel {
 
 // ---- Gram: kernels ------------------------------------------------------------------------------
 //
-// What turns inner products of one site into G:
-//
-//     double token(double a)         a number per token, from a_i = ‖x_i‖²; it is rounded to C
-//     C operator()(C k, C ti, C tj)  G from the inner product and both tokens' numbers
-//     double diagonal(double a)      G_ii
-//     int exponent                   G · 2^exponent is in units of the data
+// What turns inner products of one site into G: C operator()(C k, C ti, C tj, C removed), from the inner
+// product, a number of both tokens and the sum of what was removed for both; see gram.hpp. The host fills
+// in a kernel_facts for every site.
+
+/// A site's kernel, by token: what entries need, and what rounding makes of them.
+struct kernel_facts {
+  std::vector<double> number, removed, diagonal;
+  double rounding = 0, floor = 0;
+  int exponent = 0;  // G · 2^exponent is in units of the data
+};
 
 /// U_ij = K_ij − u_i − u_j, the U-centred linear kernel: its row sums without the diagonal are 0.
 template <class C>
 struct linear_entry {
   static constexpr bool row_sums = false;
-  int exponent;
-  double slope, offset;
 
-  double token(double a) const { return slope * a + offset; }
-  double diagonal(double a) const { return a - 2 * token(a); }
-  __host__ __device__ C operator()(C k, C ti, C tj) const { return k - (ti + tj); }
+  __host__ __device__ C operator()(C k, C ti, C tj, C) const { return k - (ti + tj); }
 };
 
-/// exp(−‖x_i − x_j‖² / 2σ²) − c, with c near the mean so that little cancels later.
+/// exp(−‖x_i − x_j‖² / 2σ²) − c_i − c_j, with c_i + c_j near the mean of a row: little cancels later.
 template <class C>
 struct rbf_entry {
   static constexpr bool row_sums = true;
-  static constexpr int exponent = 0;
-  C rate, centre;
+  C rate;
 
-  double token(double a) const { return a * static_cast<double>(rate) / 2; }
-  double diagonal(double) const { return 1 - static_cast<double>(centre); }
-  __host__ __device__ C operator()(C k, C ti, C tj) const {
+  __host__ __device__ C operator()(C k, C ti, C tj, C removed) const {
     using std::exp;
     C const power = k * rate - (ti + tj);
-    return exp(power < 0 ? power : C(0)) - centre;
+    return exp(power < 0 ? power : C(0)) - removed;
   }
 };
 
@@ -889,6 +971,7 @@ struct finish_tile {
   tile at;
   Entry entry;
   C const *ti, *tj;  // the numbers of the tile's row and column tokens
+  C const *ri, *rj;  // and what was removed for them
   C* g;
   double *row_parts, *col_parts;  // column blocks × side; strips × side: squares, then plain sums
 
@@ -903,10 +986,12 @@ struct finish_tile {
     for (integer j = first; j < smaller(at.side, first + tile_columns); ++j) {
       C* const here = g + j * at.side + i;
       bool const counts = i < at.rows && j < at.cols && (!at.diagonal() || i > j);
-      C const value = counts ? entry(*here, ti[i], tj[j]) : C(0);
+      C const removed = counts ? ri[i] + rj[j] : C(0);
+      C const value = counts ? entry(*here, ti[i], tj[j], removed) : C(0);
       if (held) *here = value;
-      square += value * value;
-      C const col_square = group.sum(value * value);
+      C const of_kernel = (value + removed) * (value + removed);
+      square += of_kernel;
+      C const col_square = group.sum(of_kernel);
       if (group.lane() == 0) col_parts[s * at.side + j] = static_cast<double>(col_square);
       if constexpr (Entry::row_sums) {
         sum += value;
@@ -991,7 +1076,8 @@ double median(std::vector<C>& distances, integer m, rbf::median convention) {
 /// What the host knows of a site.
 struct site_facts {
   integer cols, first_col;
-  double largest = 0, pre = 1, scale = 0, trace = 0;  // scale 0: nothing to compare
+  double largest = 0, pre = 1, scale = 0;  // scale 0: nothing to compare
+  bool about_mean = true;                  // else row sums count
   position bad = {};
 
   /// Kernel values of scaled data times 2^exponent() are those of the data.
@@ -1009,7 +1095,8 @@ class gram_pass {
         pairs;
     arena::place<column_facts> facts;
     arena::place<integer> bad;
-    arena::place<C> high, low, token, rows, cols, tiles, slices, sample;
+    arena::place<double> kernel_rows;
+    arena::place<C> high, low, token, removed, rows, cols, tiles, slices, sample;
   };
 
  public:
@@ -1033,9 +1120,11 @@ class gram_pass {
     choose_side(where, memory_bound, sampled);
   }
 
-  /// Runs everything; `make_entry` gives the kernel of a site once its norms are known.
-  template <class MakeEntry>
-  gram_moments operator()(MakeEntry const& make_entry, rbf const* bandwidth = nullptr) {
+  /// Runs everything. make_facts(site, norms, row sums, sigma) gives the kernel of a site once its norms are
+  /// known, make_entry(site, sigma) what devices need of it.
+  template <class MakeFacts, class MakeEntry>
+  gram_moments operator()(MakeFacts const& make_facts, MakeEntry const& make_entry,
+                          rbf const* bandwidth = nullptr) {
     auto const owner = on_.allocate(memory_.bytes());
     memory_.settle(owner.data());
     std::apply([&](auto&... source) { (source.start(on_, memory_), ...); }, sources_);
@@ -1043,20 +1132,30 @@ class gram_pass {
 
     gram_moments m(count(), tokens_);
     if (bandwidth != nullptr) m.sigma = sigmas(*bandwidth);
-    using entry = decltype(make_entry(site_facts{}, integer{}, 0.));
+    using entry = decltype(make_entry(site_facts{}, 0.));
     std::vector<entry> entries;
-    std::vector<C> token(size_of(count() * padded_tokens()));
+    std::vector<kernel_facts> kernels;
+    std::vector<C> token(size_of(count() * padded_tokens())), removed(token.size());
     for (integer p = 0; p < count(); ++p) {
       site_facts const& s = sites_[size_of(p)];
       double const sigma = m.sigma.empty() ? 0 : m.sigma[size_of(p)];
-      entries.push_back(make_entry(s, tokens_, sigma));
+      auto const of = [&](std::vector<double> const& all) {
+        return std::span<double const>(all).subspan(size_of(p * tokens_), size_of(tokens_));
+      };
+      entries.push_back(make_entry(s, sigma));
+      kernels.push_back(make_facts(
+          s, of(norms_), s.about_mean ? std::span<double const>{} : of(kernel_rows_), sigma));
+      kernel_facts const& k = kernels.back();
+      m.entry_rounding[size_of(p)] = k.rounding;
+      m.sum_rounding[size_of(p)] = k.floor;
       for (integer i = 0; i < tokens_; ++i) {
-        double const a = norms_[size_of(p * tokens_ + i)];
-        token[size_of(p * padded_tokens() + i)] = static_cast<C>(entries.back().token(a));
-        m.diagonal[size_of(p * tokens_ + i)] = entries.back().diagonal(a);
+        token[size_of(p * padded_tokens() + i)] = static_cast<C>(k.number[size_of(i)]);
+        removed[size_of(p * padded_tokens() + i)] = static_cast<C>(k.removed[size_of(i)]);
+        m.diagonal[size_of(p * tokens_ + i)] = k.diagonal[size_of(i)];
       }
     }
     on_.upload(token.data(), static_cast<integer>(token.size()), memory_[at_.token]);
+    on_.upload(removed.data(), static_cast<integer>(removed.size()), memory_[at_.removed]);
     on_.zero(memory_[at_.pairs], count() * count());
     on_.zero(memory_[at_.squares], count() * tokens_);
     on_.zero(memory_[at_.row_sums], count() * tokens_);
@@ -1071,9 +1170,12 @@ class gram_pass {
     on_.download(memory_[at_.row_sums], count() * tokens_, m.row_sums.data());
     on_.wait();
     m.epsilon = static_cast<double>(std::numeric_limits<C>::epsilon()) / 2;
-    deliver(entries, m);
+    deliver(kernels, m);
     return m;
   }
+
+  /// Whether products of C may have lost entries that the moments do not tell of.
+  bool lost() const { return lost_; }
 
  private:
   integer count() const { return static_cast<integer>(sites_.size()); }
@@ -1100,6 +1202,7 @@ class gram_pass {
     at.largest = memory.reserve<double>(Device::column_slices * chunks_);
     at.bad = memory.reserve<integer>(n);
     at.norms = memory.reserve<double>(s * n);
+    at.kernel_rows = memory.reserve<double>(s * n);
     at.squares = memory.reserve<double>(s * n);
     at.row_sums = memory.reserve<double>(s * n);
     at.row_parts = memory.reserve<double>(2 * ceil_div(side, tile_columns) * side);
@@ -1108,6 +1211,7 @@ class gram_pass {
     at.high = memory.reserve<C>(total_cols_);
     at.low = memory.reserve<C>(total_cols_);
     at.token = memory.reserve<C>(s * round_up(n, side));
+    at.removed = memory.reserve<C>(s * round_up(n, side));
     integer const widest_side =  // the rows' panel holds the sample, too
         sampled ? std::max(side, sample_side()) : side;
     at.rows = memory.reserve<C>(widest_side * depth_);
@@ -1231,6 +1335,78 @@ class gram_pass {
                                 memory_[at_.high] + s.first_col, memory_[at_.low] + s.first_col});
   }
 
+  /// Column sums of centred values, of the tokens whose norms are at most `limit`, into totals.
+  void sum_columns_of(integer p, double limit) {
+    site_facts const& s = sites_[size_of(p)];
+    double* const total = memory_[at_.totals] + s.first_col;
+    on_.zero(total, padded(s.cols));
+    each_part(p, [&]<class T>(token_rows<T> const& x, integer first, integer rows) {
+      integer const slice = round_up(ceil_div(rows, Device::column_slices), 4);
+      integer const slices = ceil_div(rows, slice);
+      on_.each_group(
+          slices * ceil_div(s.cols, integer{group::size}),
+          sum_centred<T, C>{x, rows, slice, centre(p), memory_[at_.norms] + p * tokens_ + first,
+                            limit, memory_[at_.sums]});
+      on_.each_index(s.cols, fold_sums{s.cols, slices, memory_[at_.sums], total});
+    });
+  }
+  void move(integer p, double factor) {
+    site_facts const& s = sites_[size_of(p)];
+    on_.each_index(padded(s.cols), move_centres<C>{memory_[at_.totals] + s.first_col, factor,
+                                                   memory_[at_.high] + s.first_col,
+                                                   memory_[at_.low] + s.first_col});
+  }
+  void measure_norms(integer p) {
+    each_part(p, [&]<class T>(token_rows<T> const& x, integer first, integer rows) {
+      on_.each_group(rows,
+                     centred_norms<T, C>{x, centre(p), memory_[at_.norms] + p * tokens_ + first});
+    });
+  }
+  void read_norms() {
+    norms_.resize(size_of(count() * tokens_));
+    kernel_rows_.resize(norms_.size());
+    on_.download(memory_[at_.norms], static_cast<integer>(norms_.size()), norms_.data());
+    on_.download(memory_[at_.kernel_rows], static_cast<integer>(norms_.size()),
+                 kernel_rows_.data());
+    on_.wait();
+  }
+
+  /// Centres sites with tokens far out at the mean of the closer ones; see centre_limit.
+  void centre_among_closer() {
+    bool any = false;
+    std::vector<double> scratch;
+    for (integer p = 0; p < count(); ++p) {
+      site_facts& s = sites_[size_of(p)];
+      auto const norms =
+          std::span<double const>(norms_).subspan(size_of(p * tokens_), size_of(tokens_));
+      double trace = 0, largest = 0;
+      for (double const a : norms) trace += a, largest = std::max(largest, a);
+      double const limit = centre_limit(norms, trace, largest, scratch);
+      if (!(s.scale > 0) || constant(s, largest) || !is_finite(limit)) continue;
+      double closer = 0;
+      for (double const a : norms) closer += a <= limit;
+      sum_columns_of(p, limit);
+      move(p, 1 / closer);
+      sum_columns_of(p, std::numeric_limits<double>::infinity());
+      each_part(p, [&]<class T>(token_rows<T> const& x, integer first, integer rows) {
+        on_.each_group(rows,
+                       centred_row_sums<T, C>{x, centre(p), memory_[at_.totals] + s.first_col,
+                                              memory_[at_.kernel_rows] + p * tokens_ + first});
+      });
+      measure_norms(p);
+      s.about_mean = false;
+      any = true;
+    }
+    if (any) read_norms();
+  }
+
+  /// What the rounding of the means alone may leave is a constant site, not a signal.
+  bool constant(site_facts const& s, double norm) const {
+    double const rounding = (64 + static_cast<double>(tokens_) / 128) *
+                            std::numeric_limits<double>::epsilon() * s.largest * s.scale;
+    return norm <= rounding * rounding * static_cast<double>(s.cols);
+  }
+
   void prepare() {
     for (integer p = 0; p < count(); ++p) add_columns(p);
     std::vector<bool> finite = read_facts();
@@ -1252,14 +1428,15 @@ class gram_pass {
       if (s.bad.found() || !(s.largest > 0)) continue;
       s.scale = power_of_two<C>(-std::ilogb(s.largest) - 1);
       write_means(p);
-      each_part(p, [&]<class T>(token_rows<T> const& x, integer first, integer rows) {
-        on_.each_group(rows,
-                       centred_norms<T, C>{x, centre(p), memory_[at_.norms] + p * tokens_ + first});
-      });
+      if constexpr (std::same_as<C, double>) {  // what is left of the means goes, too
+        sum_columns_of(p, std::numeric_limits<double>::infinity());
+        move(p, 1 / static_cast<double>(tokens_));
+      }
+      measure_norms(p);
     }
-    norms_.resize(size_of(count() * tokens_));
-    on_.download(memory_[at_.norms], static_cast<integer>(norms_.size()), norms_.data());
-    on_.wait();
+    on_.zero(memory_[at_.kernel_rows], count() * tokens_);
+    read_norms();
+    centre_among_closer();
     for (integer p = 0; p < count(); ++p) rescale(p);
   }
 
@@ -1269,10 +1446,7 @@ class gram_pass {
     if (!(s.scale > 0)) return;
     auto const norms = norms_.begin() + p * tokens_;
     double const norm = *std::max_element(norms, norms + tokens_);
-    // What the rounding of the means alone may leave is a constant site, not a signal.
-    double const rounding = (64 + static_cast<double>(tokens_) / 128) *
-                            std::numeric_limits<double>::epsilon() * s.largest * s.scale;
-    if (norm <= rounding * rounding * static_cast<double>(s.cols)) {
+    if (constant(s, norm)) {
       std::fill(norms, norms + tokens_, 0.);
       s.scale = 0;
       return;
@@ -1284,8 +1458,13 @@ class gram_pass {
                                   power_of_two<C>(-(1 << 20)));
     double const change = scale / s.scale;
     s.scale = scale;
-    for (integer i = 0; i < tokens_; ++i) s.trace += norms[i] *= change * change;
-    write_means(p);
+    for (integer i = 0; i < tokens_; ++i) {
+      norms[i] *= change * change;
+      kernel_rows_[size_of(p * tokens_ + i)] *= change * change;
+    }
+    on_.each_index(padded(s.cols),
+                   scale_centres<C>{static_cast<C>(change), memory_[at_.high] + s.first_col,
+                                    memory_[at_.low] + s.first_col});
   }
 
   // ---- the bandwidth
@@ -1320,6 +1499,8 @@ class gram_pass {
       for (integer i = j + 1; i < m; ++i) {
         double const both = norm(i) + norm(j);
         double const distance = both - 2 * static_cast<double>(products[size_of(j * side + i)]);
+        constexpr double limit = std::same_as<C, double> ? 4096 : 8;
+        lost_ = lost_ || !(limit * distance > both);  // far closer to each other than to the centre
         distances.push_back(distance > rounding * both ? static_cast<C>(distance) : C(0));
       }
     return median(distances, m, convention);
@@ -1364,9 +1545,11 @@ class gram_pass {
     for (integer p = 0; p < count(); ++p) {
       C* const g = memory_[at_.tiles] + p * area;
       C const* const token = memory_[at_.token] + p * padded_tokens();
+      C const* const removed = memory_[at_.removed] + p * padded_tokens();
       multiply(p, t, g);
       on_.each_group(strips * blocks,
-                     finish_tile<Entry, C>{t, entries[size_of(p)], token + t.row, token + t.col, g,
+                     finish_tile<Entry, C>{t, entries[size_of(p)], token + t.row, token + t.col,
+                                           removed + t.row, removed + t.col, g,
                                            memory_[at_.row_parts], memory_[at_.col_parts]});
       on_.each_index(t.side, fold_tile<Entry::row_sums>{t, strips, blocks, memory_[at_.row_parts],
                                                         memory_[at_.col_parts],
@@ -1380,8 +1563,7 @@ class gram_pass {
   }
 
   /// Both halves, in units of the data; NaN where the data are not finite.
-  template <class Entry>
-  void deliver(std::vector<Entry> const& entries, gram_moments& m) const {
+  void deliver(std::vector<kernel_facts> const& entries, gram_moments& m) const {
     std::vector<double> unit(sites_.size());
     for (std::size_t p = 0; p < unit.size(); ++p) {
       site_facts const& s = sites_[p];
@@ -1396,13 +1578,15 @@ class gram_pass {
         m.row_sums[i] *= unit[p];
         m.diagonal[i] *= unit[p];
         m.squares[i] *= unit[p] * unit[p];
+        m.square_sum[p] += m.squares[i];
       }
+      m.entry_rounding[p] *= unit[p];
+      m.sum_rounding[p] *= unit[p] * unit[p];
       for (std::size_t q = 0; q <= p; ++q) {
         double const product = 2 * m.products[p * unit.size() + q] * unit[p] * unit[q];
         m.products[p * unit.size() + q] = m.products[q * unit.size() + p] = product;
       }
     }
-    m.find_trace();
   }
 
   Device& on_;
@@ -1410,27 +1594,60 @@ class gram_pass {
   std::tuple<Sources...> sources_;
   integer tokens_, total_cols_ = 0, widest_ = 1, chunks_ = 1, depth_ = 1;
   std::vector<site_facts> sites_;
-  std::vector<double> norms_;
+  std::vector<double> norms_, kernel_rows_;
+  bool lost_ = false;
   places at_{};
 };
 
 template <class C>
 struct make_linear {
-  linear_entry<C> operator()(site_facts const& s, integer tokens, double) const {
-    double const n = static_cast<double>(tokens);
-    if (n < 3) return {s.exponent(), 0, 0};
-    return {s.exponent(), -1 / (n - 2), s.trace / (2 * (n - 1) * (n - 2))};
+  linear_entry<C> operator()(site_facts const&, double) const { return {}; }
+  kernel_facts operator()(site_facts const& s, std::span<double const> norms,
+                          std::span<double const> rows, double) const {
+    u_centring by;
+    by.fit(norms, rows, s.cols, static_cast<double>(std::numeric_limits<C>::epsilon()) / 2);
+    kernel_facts k{by.shift, by.removed, {}, by.rounding, by.floor, s.exponent()};
+    for (std::size_t i = 0; i < norms.size(); ++i) k.diagonal.push_back(norms[i] - 2 * by.shift[i]);
+    return k;
   }
 };
 
 template <class C>
 struct make_rbf {
-  double centre;
-
-  rbf_entry<C> operator()(site_facts const& s, integer, double sigma) const {
+  static double rate(site_facts const& s, double sigma) {
     constexpr double most = 1e30;  // a_i ≤ 4: the exponent stays finite
     double const width = sigma * (s.scale > 0 ? s.scale : 1);
-    return {static_cast<C>(std::min(1 / width / width, most)), static_cast<C>(centre)};
+    return static_cast<double>(static_cast<C>(std::min(1 / width / width, most)));
+  }
+  rbf_entry<C> operator()(site_facts const& s, double sigma) const {
+    return {static_cast<C>(rate(s, sigma))};
+  }
+  kernel_facts operator()(site_facts const& s, std::span<double const> norms,
+                          std::span<double const>, double sigma) const {
+    double const half = rate(s, sigma) / 2, n = static_cast<double>(norms.size());
+    double const typical = median_of(norms) * half;
+    double const limit = std::same_as<C, double> ? 4096 : 4;
+    double const cancels = std::min(2 * typical, limit);
+    kernel_facts k;
+    k.rounding = static_cast<double>(std::numeric_limits<C>::epsilon()) / 4 *
+                 std::sqrt(n * (n - 1) * (1 + cancels * cancels));
+    std::vector<double> far;
+    for (double const a : norms) {
+      k.number.push_back(a * half);
+      double const c = std::exp(-a * half - typical) - std::exp(-2 * typical) / 2;
+      k.removed.push_back(static_cast<double>(static_cast<C>(c)));
+      k.diagonal.push_back(1 - 2 * k.removed.back());
+      if (2 * a * half > limit) far.push_back(std::sqrt(a * half));
+    }
+    // Two tokens far from the centre and at the same distance from it may be close to each other, and
+    // then C has lost their entry.
+    std::sort(far.begin(), far.end());
+    double lost = 0;
+    for (std::size_t i = 1; i < far.size(); ++i) lost += far[i] - far[i - 1] < 5;
+    if (lost > 0)
+      k.rounding = std::hypot(k.rounding, 16 * std::numeric_limits<C>::epsilon() * far.back() *
+                                              far.back() * std::sqrt(lost));
+    return k;
   }
 };
 
@@ -1439,13 +1656,14 @@ inline void require_tiles(char const* where, rflow::gram_path path) {
     reject(where, "gram_path::feature is for on_cpu; here moments come from kernel matrices");
 }
 
-/// The Gram moments of the sites of several stacks.
+/// The Gram moments of the sites of several stacks. Products are in float unless a stack is double; where
+/// rounding would be seen in a CKA, everything is done again in double.
+/// @param  rounded  products are rounded on purpose (TF32): they stay as they are
 /// @throws std::invalid_argument if the stacks differ in tokens, bandwidths in number from sites, or
 ///         the memory bound is below the smallest tile
 template <class Device, class Kernel, class... T, class... Memory>
-gram_moments gram(char const* where, Device& on, std::size_t memory_bound, Kernel const& kernel,
-                  layer_stack<T, Memory> const&... stacks) {
-  using C = std::conditional_t<(std::same_as<T, double> || ...), double, float>;
+gram_moments gram(char const* where, Device& on, std::size_t memory_bound, bool rounded,
+                  Kernel const& kernel, layer_stack<T, Memory> const&... stacks) {
   integer const tokens = std::get<0>(std::tie(stacks...)).size();
   integer sites = 0;
   auto const check = [&](auto const& stack) {
@@ -1457,20 +1675,29 @@ gram_moments gram(char const* where, Device& on, std::size_t memory_bound, Kerne
   (check(stacks), ...);
   if (tokens == 0) return gram_moments(sites, 0);
 
-  using pass = gram_pass<Device, C, source_of<Device, layer_stack<T, Memory>>...>;
-  gram_moments m;
-  if constexpr (std::same_as<Kernel, linear>) {
-    m = pass(where, on, memory_bound, false, stacks...)(make_linear<C>{});
-    if (tokens < 3)  // too few to U-centre: G = K, whose rows sum to 0
-      for (std::size_t i = 0; i < m.diagonal.size(); ++i) m.row_sums[i] = -m.diagonal[i];
-  } else {
-    static_assert(std::same_as<Kernel, rbf>);
+  if constexpr (std::same_as<Kernel, rbf>)
     if (!kernel.sigma.empty() && static_cast<integer>(kernel.sigma.size()) != sites)
       reject(where, std::to_string(kernel.sigma.size()) + " bandwidths for " +
                         std::to_string(sites) + " sites");
-    double const centre = std::exp(-0.5 / (kernel.fraction * kernel.fraction));
-    m = pass(where, on, memory_bound, true, stacks...)(make_rbf<C>{centre}, &kernel);
-  }
+  constexpr bool wide = (std::same_as<T, double> || ...);
+  gram_moments m;
+  bool lost = false;
+  auto const run = [&]<class C>(C) {
+    gram_pass<Device, C, source_of<Device, layer_stack<T, Memory>>...> pass(
+        where, on, memory_bound, std::same_as<Kernel, rbf>, stacks...);
+    if constexpr (std::same_as<Kernel, linear>) {
+      m = pass(make_linear<C>{}, make_linear<C>{});
+      if (tokens < 3)  // too few to U-centre: G = K, whose rows sum to 0
+        for (std::size_t i = 0; i < m.diagonal.size(); ++i) m.row_sums[i] = -m.diagonal[i];
+    } else {
+      static_assert(std::same_as<Kernel, rbf>);
+      m = pass(make_rbf<C>{}, make_rbf<C>{}, &kernel);
+    }
+    m.accuracy = wide ? wide_accuracy : narrow_accuracy;
+    lost = pass.lost();
+  };
+  if constexpr (!wide) run(float{});
+  if (wide || (!rounded && (lost || !m.resolved()))) run(double{});
   auto at = m.non_finite.begin();
   auto const in_the_data = [&](auto const& stack) {
     for (integer l = 0; l < stack.sites(); ++l, ++at)
