@@ -20,6 +20,7 @@ case $what in
              libopenmpi-dev=mpi-headers openmpi-bin=mpirun
              libthrust-dev=thrust/version.h libopenblas-dev=cblas.h libtbb-dev=tbb/tbb.h
              libdlpack-dev=dlpack/dlpack.h
+             g++-aarch64-linux-gnu=aarch64-linux-gnu-g++ qemu-user=qemu-aarch64
              clang=clang++ clang-format=clang-format clang-tidy=clang-tidy llvm=llvm-symbolizer libclang-rt-dev=asan-runtime" ;;
   *) echo "usage: cmake/setup.sh [demo|test|bench|ci]" >&2; exit 64 ;;
 esac

@@ -147,8 +147,10 @@ chunk<T> load_chunk(T const* from) {
     using Int = typename packet::unpacket_traits<P>::integer_packet;
     Int const both = packet::ploadu<Int>(reinterpret_cast<std::int32_t const*>(from));
     Int const upper = packet::pset1<Int>(static_cast<std::int32_t>(0xffff0000u));
-    return {{widened_lanes<T, P, Int>(packet::plogical_shift_left<16>(both)),
-             widened_lanes<T, P, Int>(packet::pand(both, upper))}};
+    P const low = widened_lanes<T, P, Int>(packet::plogical_shift_left<16>(both));
+    P const high = widened_lanes<T, P, Int>(packet::pand(both, upper));
+    constexpr bool low_first = std::endian::native == std::endian::little;
+    return {{low_first ? low : high, low_first ? high : low}};
   } else if constexpr (std::same_as<T, compute_t<T>>) {
     return {{packet::ploadu<P>(from)}};
   } else {
@@ -166,11 +168,12 @@ std::ptrdiff_t place_of(std::ptrdiff_t j) {
 
 /// Sums of unit vectors of a sequence that is not over yet, S × padded, features in their places.
 struct open_sequence {
-  Eigen::ArrayXXd sum;        // padded × S
+  // padded × S, site after site, whatever EIGEN_DEFAULT_TO_ROW_MAJOR says
+  Eigen::Array<double, Eigen::Dynamic, Eigen::Dynamic, Eigen::ColMajor> sum;
   std::vector<double> units;  // S: number of terms
 
   open_sequence(std::ptrdiff_t sites, std::ptrdiff_t padded)
-      : sum(Eigen::ArrayXXd::Zero(padded, sites)), units(static_cast<std::size_t>(sites)) {}
+      : sum(decltype(sum)::Zero(padded, sites)), units(static_cast<std::size_t>(sites)) {}
 
   void clear() {
     sum.setZero();

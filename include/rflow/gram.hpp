@@ -190,22 +190,29 @@ EIGEN_ALWAYS_INLINE void unrolled(F const& f) {
 ///
 /// Rows are packed side by side, depth by depth, and loaded as packets. Columns lie one after the
 /// other and are read value by value: broadcasting costs nothing, so they need no interleaving.
-struct packed_product {
-  static constexpr bool many_registers = EIGEN_ARCH_DEFAULT_NUMBER_OF_REGISTERS >= 32;
+///
+/// A template over what machines differ in, so that the tile of each can be tested on any of them.
+/// @tparam Packet     the vector type of a scalar type
+/// @tparam Registers  how many of them fit the machine's registers
+template <template <class> class Packet, integer Registers>
+struct register_product {
+  static constexpr bool many_registers = Registers >= 32;
 
   static constexpr bool wide(std::size_t bytes) { return bytes > 16; }
 
   /// Row packets × columns of the register tile: 3 × 8 accumulators where there are 32 registers,
   /// 3 × 4 of 16; with packets of 16 bytes 4 × 4 and 2 × 4. Whole column strips fit a row strip.
   template <class C>
-  static constexpr integer packets = wide(sizeof(packet_t<C>)) ? 3
-                                     : many_registers          ? 4
-                                                               : 2;
+  static constexpr integer packets = wide(sizeof(Packet<C>)) ? 3
+                                     : many_registers        ? 4
+                                                             : 2;
   template <class C>
-  static constexpr integer rows = packets<C>* lanes_v<C>;
+  static constexpr integer lanes = Eigen::internal::unpacket_traits<Packet<C>>::size;
+  template <class C>
+  static constexpr integer rows = packets<C>* lanes<C>;
   template <class C>
   static constexpr integer cols = std::gcd(rows<C>,
-                                           many_registers&& wide(sizeof(packet_t<C>)) ? 8 : 4);
+                                           many_registers&& wide(sizeof(Packet<C>)) ? 8 : 4);
 
   /// Depth of a block in cache lines: a column strip of it stays in L1, a few row strips in L2.
   /// Odd, for columns that are a power of two apart fight for the same few sets of L1.
@@ -218,21 +225,27 @@ struct packed_product {
   template <class C>
   static void multiply(C const* a, C const* b, integer depth, bool accumulate, integer above,
                        C const* next, C* out) {
-    if (above < lanes_v<C>)
-      strip<0>(a, b, depth, accumulate, next, out);
-    else if (above < 2 * lanes_v<C>)
-      strip<1>(a, b, depth, accumulate, next, out);
-    else
-      strip<packets<C> - 1>(a, b, depth, accumulate, next, out);
+    skip<0>(a, b, depth, accumulate, above, next, out);
   }
 
  private:
+  /// Leaves out the packets that are wholly among the first `above` rows, First of them at least and
+  /// all but one at most: a case for each number of packets, however many there are.
+  template <integer First, class C>
+  EIGEN_ALWAYS_INLINE static void skip(C const* a, C const* b, integer depth, bool accumulate,
+                                       integer above, C const* next, C* out) {
+    if constexpr (First + 1 < packets<C>)
+      if (above >= (First + 1) * lanes<C>)
+        return skip<First + 1>(a, b, depth, accumulate, above, next, out);
+    strip<First>(a, b, depth, accumulate, next, out);
+  }
+
   /// Without the first First packets of rows.
   template <integer First, class C>
   static void strip(C const* a, C const* b, integer depth, bool accumulate, C const* next, C* out) {
     using namespace Eigen::internal;
-    using P = packet_t<C>;
-    constexpr integer N = cols<C>, W = lanes_v<C>, all = packets<C>, R = all - First;
+    using P = Packet<C>;
+    constexpr integer N = cols<C>, W = lanes<C>, all = packets<C>, R = all - First;
     if (!accumulate)
       unrolled<N>([&](integer j) __attribute__((always_inline)) {
         unrolled<First>([&](integer r) __attribute__((always_inline)) {
@@ -270,6 +283,9 @@ struct packed_product {
     });
   }
 };
+
+/// The product for this machine.
+using packed_product = register_product<packet_t, EIGEN_ARCH_DEFAULT_NUMBER_OF_REGISTERS>;
 
 // ---- preparation: means, norms, scale -----------------------------------------------------------
 
