@@ -40,7 +40,7 @@ def neo(**k):
 def neox(**k):
     return hf.GPTNeoXForCausalLM, hf.GPTNeoXConfig(
         vocab_size=37, hidden_size=k.pop("hidden", 24), num_hidden_layers=2, num_attention_heads=k.pop("heads", 2),
-        intermediate_size=k.pop("inner", 40), max_position_embeddings=32,
+        intermediate_size=k.pop("inner", 40), max_position_embeddings=k.pop("positions", 32),
         rope_parameters={"rope_theta": k.pop("base", 10000.0), "partial_rotary_factor": k.pop("part", 0.25),
                          **k.pop("rope", {"rope_type": "default"})}, **k)
 
@@ -220,7 +220,7 @@ def draw(r, family):
             rope = {r.choice(["type", "rope_type"]): "linear", "factor": r.choice([2.0, 4, r.uniform(1, 9)])}
         if r.random() < 0.4:
             stored["words"] = "older"
-        return neox(hidden=heads * width, heads=heads, part=part, base=r.choice([10000.0, 500.0, 1e6]), rope=rope,
+        return neox(hidden=heads * width, heads=heads, positions=700, part=part, base=r.choice([10000.0, 500.0, 1e6]), rope=rope,
                     inner=r.randint(1, 50), use_parallel_residual=r.random() < 0.5, attention_bias=r.random() < 0.5,
                     hidden_act=gelu, layer_norm_eps=epsilon, tie_word_embeddings=tied), stored
     original = r.random() < 0.4
@@ -245,7 +245,8 @@ def check(program, count, seed):
         for k in range(count):
             family = ("neo", "neox", "mamba", "mamba2")[k % 4]
             (model_class, config), stored = draw(r, family)
-            make(folder, f"{family}_{seed}_{k}", model_class, config, r.randint(1, 31 if family == "neox" else 60), **stored)
+            tokens = r.randint(1, 700 if family == "neox" and r.random() < 0.3 else 60)
+            make(folder, f"{family}_{seed}_{k}", model_class, config, tokens, **stored)
         return subprocess.run([program, "--test-case=*what Hugging Face computes*"], env={"RFLOW_TEST_MODELS": folder},
                               check=False).returncode
 
