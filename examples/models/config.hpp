@@ -352,7 +352,9 @@ class fields {
   /// Checks the fields that are not read. To be called last: what is wrong with a field that is
   /// read says more.
   void check() const {
-    for (auto const& [key, value] : values_.items()) {
+    for (auto const& entry : values_.items()) {  // clang 14 captures no structured binding
+      std::string const& key = entry.key();
+      nlohmann::json const& value = entry.value();
       rule const* const r = known_.find(key);
       if (r == nullptr)
         fail("'" + rflow::detail::printable(name(key)) + "' is not a field known for " +

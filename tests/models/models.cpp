@@ -444,7 +444,7 @@ TEST_CASE("a field that changes the function is read or refused") {
     char const* complaint;
   };
   for (
-      auto const& [config, complaint] : {
+      expectation const& e : {
           // the rotation
           expectation{
               R"({"model_type": "gpt_neox", "rope_parameters": {"type": "yarn", "factor": 2}})",
@@ -525,8 +525,8 @@ TEST_CASE("a field that changes the function is read or refused") {
           {R"({"d_model": 64, "attn_layer_idx": [1]})", "attn_layer_idx: [1] is not supported"},
           {R"({"d_model": 64, "rms_norm": false})", "rms_norm: false is not supported"},
       }) {
-    CAPTURE(config);
-    CHECK(holds(config_file(std::string(config)).complaint, complaint));
+    CAPTURE(e.config);
+    CHECK(holds(config_file(std::string(e.config)).complaint, e.complaint));
   }
 }
 
@@ -545,7 +545,7 @@ TEST_CASE("the same model in other words computes the same") {
              newer = {{"rope_type", "linear"}, {"factor", 2.5}};
   json full = newer;
   full["partial_rotary_factor"] = 0.5, full["rope_theta"] = 10000;
-  for (auto const& [name, change] : {
+  for (spelling const& s : {
            spelling{"neox_linear", rope(full, "rope_parameters")},
            {"neox_linear",
             [&](json& c) { rope(old, "rope_parameters")(c), c["rotary_pct"] = 0.5; }},
@@ -564,11 +564,11 @@ TEST_CASE("the same model in other words computes the same") {
               c["time_step_limit"] = {0, "Infinity"};
             }},
        }) {
-    CAPTURE(name);
-    copy_of const model(name);
-    model.configure(change);
+    CAPTURE(s.model);
+    copy_of const model(s.model);
+    model.configure(s.change);
     rflow::safetensors_file const file(model.path() / "sites.safetensors");
-    auto const meant = run(references / name, tokens_of(file));
+    auto const meant = run(references / s.model, tokens_of(file));
     for (auto const& [site, x] : run(model.path(), tokens_of(file))) CHECK(x == meant.at(site));
   }
 }
