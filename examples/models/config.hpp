@@ -137,7 +137,9 @@ inline constexpr rule mamba_rules[] = {
      "vocab_size use_conv_bias use_bias layer_norm_epsilon hidden_act"},
     {effect::none,
      "time_step_scale time_step_min time_step_max time_step_floor time_step_init_scheme "
-     "rescale_prenorm_residual residual_in_fp32 use_mambapy use_associative_scan"},
+     "residual_in_fp32 use_mambapy use_associative_scan"},
+    // An initialisation, but transformers 5 divides weights that it loads by it, too.
+    {effect::fixed, "rescale_prenorm_residual", "[false]"},
     // Converted files keep some of the original package's fields.
     {effect::repeats, "d_model", "hidden_size"},
     {effect::repeats, "n_layer", "num_hidden_layers"},
@@ -153,7 +155,8 @@ inline constexpr rule mamba2_rules[] = {
      "vocab_size use_conv_bias use_bias layer_norm_epsilon time_step_limit hidden_act"},
     {effect::none,
      "time_step_rank time_step_scale time_step_min time_step_max time_step_floor "
-     "time_step_init_scheme rescale_prenorm_residual residual_in_fp32 chunk_size"},
+     "time_step_init_scheme residual_in_fp32 chunk_size"},
+    {effect::fixed, "rescale_prenorm_residual", "[false]"},  // as above
     {effect::none, "norm_before_gate"},  // transformers writes it, and gates first all the same
     {effect::repeats, "d_model", "hidden_size"},
     {effect::repeats, "n_layer", "num_hidden_layers"},
