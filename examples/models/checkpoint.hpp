@@ -67,8 +67,14 @@ class checkpoint : public weight_source {
                                                          "', which the index says it has");
       }
     } else {
-      throw unusable_checkpoint(folder,
-                                "neither model.safetensors nor model.safetensors.index.json in it");
+      bool const pickled = std::filesystem::exists(folder / "pytorch_model.bin") ||
+                           std::filesystem::exists(folder / "pytorch_model.bin.index.json");
+      throw unusable_checkpoint(
+          folder, std::string("neither model.safetensors nor model.safetensors.index.json in it") +
+                      (pickled ? ", only pytorch_model.bin; to convert it: "
+                                 "python3 examples/models/to_safetensors.py FOLDER "
+                                 "(with torch and safetensors installed)"
+                               : ""));
     }
   }
 

@@ -4,6 +4,8 @@
 // GPT-NeoX, the architecture of Pythia: rotary positions on a part of each head, and attention and
 // MLP side by side on the same residual stream.
 
+#include <rflow/view.hpp>
+
 #include <cmath>
 #include <string>
 #include <vector>
@@ -18,14 +20,25 @@ class gpt_neox {
   struct config {
     integer layers = 32, hidden = 2560, heads = 32, inner = 10240;
     integer vocabulary = 50304, positions = 2048;
-    float rotary_fraction = 0.25f, rotary_base = 10000;
+    double rotary_fraction = 0.25;                 // of each head; Python counts in double
+    float rotary_base = 10000, rotary_factor = 1;  // the factor makes positions closer
     bool parallel = true;        // attention and MLP read the same residual stream
     bool attention_bias = true;  // of the two linear layers of attention
     activation act = activation::gelu_erf;
     float epsilon = 1e-5f;
+
+    integer width() const { return hidden / heads; }
+    integer rotary_count() const {
+      return static_cast<integer>(static_cast<double>(width()) * rotary_fraction);
+    }
+    /// An odd count is rounded up: the last feature turns with one more.
+    integer rotary_pairs() const { return (rotary_count() + 1) / 2; }
   };
 
+  /// @throws std::invalid_argument if more features turn than a head has
   explicit gpt_neox(config const& c) : c_(c) {
+    if (2 * c.rotary_pairs() > c.width())
+      rflow::detail::reject("models::gpt_neox", "more features turn than a head has");
     for (norm* n : {&first_, &second_, &last_}) n->epsilon = c_.epsilon;
   }
 
@@ -82,7 +95,7 @@ class gpt_neox {
   }
 
   void apply(integer, run const& r, matrix& h) {
-    integer const d = c_.hidden, width = d / c_.heads, rows = h.rows();
+    integer const d = c_.hidden, width = c_.width(), rows = h.rows();
     first_(r, h, normed_);
     if (c_.parallel) second_(r, h, also_normed_);
 
@@ -110,17 +123,19 @@ class gpt_neox {
  private:
   /// Turns the first part of each query and key; feature j is paired with j + half.
   void rotate(run const& r) {
-    integer const width = c_.hidden / c_.heads;
-    auto const turned = static_cast<integer>(static_cast<float>(width) * c_.rotary_fraction);
-    integer const half = turned / 2;
+    integer const width = c_.width(), half = c_.rotary_pairs();
+    Eigen::ArrayXf frequency(half);  // exponents go by the count, also where it is odd
+    for (integer j = 0; j < half; ++j) {
+      float const exponent = static_cast<float>(2 * j) / static_cast<float>(c_.rotary_count());
+      frequency[j] = 1 / std::pow(c_.rotary_base, exponent) / c_.rotary_factor;
+    }
     over_rows(r.threads, projected_.rows(), [&](integer first, integer last) {
       thread_local Eigen::ArrayXf cosine, sine, a;
       cosine.resize(half), sine.resize(half);
       for (integer t = first; t < last; ++t) {
         auto const place = static_cast<float>(r.positions[static_cast<std::size_t>(t)]);
         for (integer j = 0; j < half; ++j) {
-          float const exponent = static_cast<float>(2 * j) / static_cast<float>(turned);
-          float const angle = place * (1 / std::pow(c_.rotary_base, exponent));
+          float const angle = place * frequency[j];
           cosine[j] = std::cos(angle), sine[j] = std::sin(angle);
         }
         for (integer h = 0; h < c_.heads; ++h)
