@@ -10,15 +10,21 @@
 #include <algorithm>
 #include <cerrno>
 #include <chrono>
+#include <cinttypes>
 #include <condition_variable>
+#include <cstdint>
+#include <cstdio>
 #include <cstring>
 #include <fstream>
 #include <functional>
 #include <mutex>
 #include <new>
 #include <optional>
+#include <span>
+#include <string_view>
 #include <thread>
 
+#include "../common/leftovers.hpp"
 #include "text.hpp"
 
 namespace report {
@@ -94,7 +100,14 @@ std::vector<std::ptrdiff_t> sequences_of(capture const& c) {
   auto const* const file = std::get_if<std::unique_ptr<rflow::safetensors_file>>(&c.file);
   if (file == nullptr || !(*file)->contains("sequences")) return {0, n};
   std::vector<std::ptrdiff_t> out;
-  for (std::int64_t const x : (**file)["sequences"].integers()) out.push_back(x);
+  try {
+    rflow::tensor const x = (**file)["sequences"];
+    if (x.rank() != 1)
+      throw unusable(c.path, "one axis of offsets expected, found " + x.description());
+    for (std::int64_t const offset : x.integers()) out.push_back(offset);
+  } catch (std::invalid_argument const& error) {
+    throw unusable(c.path, reason_of(error, c.path));
+  }
   if (out.size() < 2 || out.front() != 0 || out.back() != n ||
       !std::is_sorted(out.begin(), out.end()))
     throw unusable(c.path,
@@ -112,6 +125,16 @@ std::string checkpoint_path(options const& asked, workers const& all) {
   return asked.checkpoint + (all.size() > 1 ? "." + std::to_string(all.rank()) : "");
 }
 
+/// Removes what killed runs left of a checkpoint that they were writing.
+void remove_unfinished(std::string const& checkpoint) {
+  common::leftovers(checkpoint, ".tmp-", common::is_writers_name,
+                    [](std::filesystem::path const& left) {
+                      std::error_code ignored;
+                      if (std::filesystem::is_regular_file(std::filesystem::symlink_status(left)))
+                        std::filesystem::remove(left, ignored);
+                    });
+}
+
 /// All that the numbers in a checkpoint depend on.
 std::string fingerprint(plan const& p, options const& asked, workers const& all) {
   std::string out = "rank " + std::to_string(all.rank()) + " of " + std::to_string(all.size()) +
@@ -124,16 +147,40 @@ std::string fingerprint(plan const& p, options const& asked, workers const& all)
   return out;
 }
 
+/// A checksum of all that a checkpoint says: FNV-1a, 64 bits (Fowler, Noll, Vo,
+/// draft-eastlake-fnv). Each step is one to one, so that no change of a single byte goes unseen.
+std::string checksum(std::string_view of, std::string_view shard, std::string_view sequence,
+                     std::span<double const> numbers) {
+  std::uint64_t sum = 0xcbf29ce484222325u;
+  auto const add = [&](void const* data, std::size_t size) {
+    auto const* const bytes = static_cast<unsigned char const*>(data);
+    for (std::size_t i = 0; i < size; ++i) sum = (sum ^ bytes[i]) * 0x100000001b3u;
+  };
+  for (std::string_view const text : {of, shard, sequence}) {
+    std::size_t const length = text.size();  // else "1", "23" would be "12", "3"
+    add(&length, sizeof length);
+    add(text.data(), length);
+  }
+  add(numbers.data(), numbers.size_bytes());
+  char text[17];
+  std::snprintf(text, sizeof text, "%016" PRIx64, sum);
+  return text;
+}
+
+constexpr char const* checkpoint_version = "2";
+
 void save(std::string const& path, std::string const& of, progress_made const& done,
           rflow::monitor_moments const& m) {
   std::vector<double> const numbers = rflow::to_numbers(m);
+  std::string const shard = std::to_string(done.shard), sequence = std::to_string(done.sequence);
   rflow::tensor const tensors[] = {
       rflow::as_tensor("moments", numbers, {static_cast<std::ptrdiff_t>(numbers.size())})};
   rflow::write_safetensors(path, tensors,
-                           {{"rflow_checkpoint", "1"},
+                           {{"rflow_checkpoint", checkpoint_version},
                             {"of", of},
-                            {"shard", std::to_string(done.shard)},
-                            {"sequence", std::to_string(done.sequence)}});
+                            {"shard", shard},
+                            {"sequence", sequence},
+                            {"checksum", checksum(of, shard, sequence, numbers)}});
 }
 
 /// @param m  of the right shape; takes over what is in the file
@@ -145,16 +192,26 @@ progress_made restore(std::string const& path, std::string const& of, rflow::mon
       auto const found = said.find(key);
       return found == said.end() ? std::string() : found->second;
     };
-    if (text("rflow_checkpoint") != "1" || !file.contains("moments"))
+    if (text("rflow_checkpoint").empty() || !file.contains("moments"))
       throw unusable(path, "not a checkpoint of this program; nothing was read");
+    if (text("rflow_checkpoint") == "1")
+      throw unusable(path,
+                     "the checkpoint is of an earlier version of this program; delete it to start "
+                     "anew");
+    rflow::tensor const x = file["moments"];
+    std::span<double const> const numbers(x.elements<double>(), static_cast<std::size_t>(x.size()));
+    if (text("rflow_checkpoint") != checkpoint_version ||
+        text("checksum") != checksum(text("of"), text("shard"), text("sequence"), numbers))
+      throw std::runtime_error("its checksum is of other contents");
     if (text("of") != of)
       throw unusable(path,
                      "the checkpoint is of other shards, options or ranks; give another name, "
                      "or delete it to start anew");
-    rflow::tensor const x = file["moments"];
-    rflow::from_numbers(m, {x.elements<double>(), static_cast<std::size_t>(x.size())});
+    rflow::from_numbers(m, numbers);
     return {std::stoul(text("shard")), std::stoul(text("sequence"))};
   } catch (unusable const&) {
+    throw;
+  } catch (std::bad_alloc const&) {
     throw;
   } catch (std::exception const& error) {
     throw unusable(path, "the checkpoint is damaged (" + reason_of(error, path) +
@@ -223,6 +280,7 @@ rflow::monitor_moments stream(plan const& p, std::size_t first, std::size_t last
       throw unusable(keep, "the checkpoint is damaged (no shard " + std::to_string(done.shard) +
                                "); delete it to start anew");
     monitor.merge(m);
+    remove_unfinished(keep);
   }
   auto saved = std::chrono::steady_clock::now();
   auto const save_if_due = [&](progress_made const& now, bool at_end) {
@@ -528,8 +586,11 @@ result measure_shards(options const& asked, workers& all, progress const& tell) 
 }
 
 void forget_checkpoint(options const& asked, workers const& all) {
+  if (asked.checkpoint.empty()) return;
+  std::string const path = checkpoint_path(asked, all);
   std::error_code ignored;
-  if (!asked.checkpoint.empty()) std::filesystem::remove(checkpoint_path(asked, all), ignored);
+  std::filesystem::remove(path, ignored);
+  remove_unfinished(path);
 }
 
 }  // namespace report

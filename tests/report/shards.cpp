@@ -11,13 +11,16 @@
 
 #include <fcntl.h>
 #include <signal.h>
+#include <sys/file.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
 #include <algorithm>
 #include <chrono>
 #include <cmath>
+#include <cstdint>
 #include <cstdlib>
+#include <cstring>
 #include <filesystem>
 #include <fstream>
 #include <nlohmann/json.hpp>
@@ -65,10 +68,10 @@ struct outcome {
 /// Waits, but not for ever: a program that hangs is ended, and the test fails.
 outcome wait_for(::pid_t child, std::string const& err) {
   int state = 0;
-  for (int tenth = 0; tenth < 1200; ++tenth) {
+  for (int look = 0; look < 12000; ++look) {
     if (::waitpid(child, &state, WNOHANG) == child)
       return {WIFEXITED(state) ? WEXITSTATUS(state) : -1, read(err)};
-    std::this_thread::sleep_for(std::chrono::milliseconds(100));
+    std::this_thread::sleep_for(std::chrono::milliseconds(10));
   }
   ::kill(child, SIGKILL);
   ::waitpid(child, &state, 0);
@@ -131,6 +134,26 @@ struct model {
     return out;
   }
 };
+
+/// Kills runs until one leaves a checkpoint behind, with no report.
+void leave_checkpoint(folder const& here, model const& m) {
+  std::vector<std::string> arguments =
+      m.arguments({"-o", "out", "--checkpoint", "state", "--checkpoint-seconds", "0"});
+  arguments.insert(arguments.begin(), RFLOW_REPORT);
+  for (int attempt = 0; attempt < 200 && !fs::exists(here / "state"); ++attempt) {
+    fs::remove_all(here / "out");
+    ::pid_t const child = start(here, arguments, here / "err");
+    for (int i = 0; i < 2000 && !fs::exists(here / "state") && !fs::exists(here / "out"); ++i)
+      std::this_thread::sleep_for(std::chrono::microseconds(200));
+    ::kill(child, SIGKILL);
+    ::waitpid(child, nullptr, 0);
+  }
+  fs::remove_all(here / "out");
+  fs::remove(here / "err");
+  REQUIRE(fs::exists(here / "state"));
+  for (auto const& name : here.names())  // what a killed program was writing
+    if (name.find(".tmp-") != std::string::npos) fs::remove_all(here / name);
+}
 
 /// Every number of two reports, to a relative 1e-12, those of CKA to `cka`; the rest equal.
 void check_close(json const& a, json const& b, double cka = 1e-12, std::string const& where = "") {
@@ -341,22 +364,7 @@ TEST_CASE("shards and checkpoints that cannot be used: one line, status 1, nothi
     std::ofstream(here / "state", std::ios::binary) << "no checkpoint";
     refused(m.arguments({"-o", "out", "--checkpoint", "state"}), {"state", "damaged"});
     fs::remove(here / "state");
-    // Leave one behind: the report cannot be written where a file is in the way.
-    std::vector<std::string> arguments =
-        m.arguments({"-o", "out", "--checkpoint", "state", "--checkpoint-seconds", "0"});
-    arguments.insert(arguments.begin(), RFLOW_REPORT);
-    for (int attempt = 0; attempt < 200 && !fs::exists(here / "state"); ++attempt) {
-      fs::remove_all(here / "out");
-      ::pid_t const child = start(here, arguments, here / "err");
-      for (int i = 0; i < 2000 && !fs::exists(here / "state") && !fs::exists(here / "out"); ++i)
-        std::this_thread::sleep_for(std::chrono::microseconds(200));
-      ::kill(child, SIGKILL);
-      ::waitpid(child, nullptr, 0);
-    }
-    fs::remove_all(here / "out");
-    REQUIRE(fs::exists(here / "state"));
-    for (auto const& name : here.names())  // what a killed program was writing
-      if (name.find(".tmp-") != std::string::npos) fs::remove_all(here / name);
+    leave_checkpoint(here, m);
     refused(m.arguments({"-o", "out", "--checkpoint", "state", "--skip-first", "1"}),
             {"state", "other shards, options or ranks"});
     std::string const whole = read(here / "state");
@@ -378,6 +386,70 @@ TEST_CASE("shards and checkpoints that cannot be used: one line, status 1, nothi
     refused({m.names[0], m.names[1], m.names[2], "-o", "out"}, {"one or two captures"});
     refused({m.names[0], "-o", "out", "--checkpoint", "x"}, {"need --shards"});
   }
+}
+
+TEST_CASE("a flipped bit anywhere in a checkpoint is refused, or changes nothing") {
+  folder const here;
+  model const m(here, 21, 3, 60, true);
+  REQUIRE(run(here, m.arguments({"-o", "whole"})).status == 0);
+  std::string const expected = read(here / "whole/metrics.json");
+  leave_checkpoint(here, m);
+  std::string const whole = read(here / "state");
+  std::uint64_t header = 0;
+  std::memcpy(&header, whole.data(), 8);
+  std::size_t const data = 8 + static_cast<std::size_t>(header);
+  REQUIRE(whole.size() > data + 800);
+  std::vector<std::size_t> places;
+  for (std::size_t at = 0; at < 8; ++at) places.push_back(at);
+  for (std::size_t k = 0; k < 70; ++k) places.push_back(8 + k * (data - 8) / 70);
+  for (std::size_t k = 0; k < 70; ++k) places.push_back(data + k * (whole.size() - data) / 70);
+  for (std::size_t k = 1; k <= 8; ++k)
+    places.push_back(data - k), places.push_back(whole.size() - k);
+  unsigned const seed = 23;
+  CAPTURE(seed);
+  std::mt19937 bits(seed);
+  int refused = 0;
+  for (std::size_t const at : places) {
+    std::string flipped = whole;
+    flipped[at] = static_cast<char>(flipped[at] ^ (1 << bits() % 8));
+    std::ofstream(here / "state", std::ios::binary) << flipped;
+    outcome const o = run(here, m.arguments({"-o", "out", "--checkpoint", "state"}));
+    CAPTURE(at);
+    CAPTURE(o.err);
+    if (o.status == 0) {
+      CHECK(read(here / "out/metrics.json") == expected);
+      fs::remove_all(here / "out");
+      continue;
+    }
+    ++refused;
+    CHECK(o.status == 1);
+    CHECK(std::count(o.err.begin(), o.err.end(), '\n') == 1);
+    CHECK((o.err.find("state: the checkpoint is damaged") != std::string::npos ||
+           o.err.find("state: not a checkpoint") != std::string::npos));
+    CHECK_FALSE(fs::exists(here / "out"));
+    if (at >= data) CHECK(o.err.find("checksum") != std::string::npos);
+  }
+  CHECK(refused > 140);
+  std::ofstream(here / "state", std::ios::binary) << whole;
+  REQUIRE(run(here, m.arguments({"-o", "out", "--checkpoint", "state"})).status == 0);
+  CHECK(read(here / "out/metrics.json") == expected);
+}
+
+TEST_CASE("what killed runs left of a checkpoint goes with the run that takes it over") {
+  folder const here;
+  model const m(here, 22, 2, 60);
+  leave_checkpoint(here, m);
+  for (char const* name : {"state.tmp-123-1", "state.tmp-123-2", "state.tmp-mine", "other.tmp-1-1"})
+    std::ofstream(here / name) << "half a checkpoint";
+  // One that another run is writing.
+  int const at_work = ::open((here / "state.tmp-123-2").c_str(), O_RDONLY);
+  REQUIRE(::flock(at_work, LOCK_EX | LOCK_NB) == 0);
+  REQUIRE(run(here, m.arguments({"-o", "out", "--checkpoint", "state"})).status == 0);
+  ::close(at_work);
+  CHECK_FALSE(fs::exists(here / "state"));
+  CHECK_FALSE(fs::exists(here / "state.tmp-123-1"));
+  for (char const* name : {"state.tmp-123-2", "state.tmp-mine", "other.tmp-1-1"})
+    CHECK(fs::exists(here / name));
 }
 
 #ifdef RFLOW_REPORT_MPI
