@@ -574,6 +574,7 @@ result measure_shards(options const& asked, workers& all, progress const& tell) 
                              m.figures,
                              bytes_needed(p, asked, all),
                              peak};
+  require_finite(model);
   add_warnings(model, {}, asked.skip_first);
   if (asked.minibatch_cka)
     model.warnings.push_back(

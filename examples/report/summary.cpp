@@ -52,8 +52,8 @@ std::string summary(result const& r, options const& asked) {
   row("St2" + by, [](model_result const& m) { return number(m.flow.variance.st2); });
   row("  Poincare interval", [](model_result const& m) {
     if (!m.flow.variance.path_energy.ok()) return number(m.flow.variance.path_energy);
-    return number(std::sqrt(m.st2_squared_bounds().lower)) + " ... " +
-           number(std::sqrt(m.st2_squared_bounds().upper));
+    return number(finite(std::sqrt(m.st2_squared_bounds().lower))) + " ... " +
+           number(finite(std::sqrt(m.st2_squared_bounds().upper)));
   });
   row("path energy", [](model_result const& m) { return number(m.flow.variance.path_energy, 4); });
   for (std::size_t c = 0; c < r.models.front().cka.size(); ++c)
@@ -75,7 +75,8 @@ std::string summary(result const& r, options const& asked) {
                             rflow::running_stat rflow::sequence_figures::*which) {
       row(name, [&](model_result const& m) {
         rflow::running_stat const& s = m.shards->figures.*which;
-        return s.count > 0 ? number(s.mean) + " +- " + number(s.stddev()) : std::string("-");
+        return s.count > 0 ? number(finite(s.mean)) + " +- " + number(finite(s.stddev()))
+                           : std::string("-");
       });
     };
     row("shards, sequences", [](model_result const& m) {

@@ -17,9 +17,12 @@ namespace {
 using json = nlohmann::ordered_json;
 using rflow::measured;
 
-json value_of(measured x) { return x.ok() && std::isfinite(x.value) ? json(x.value) : json(); }
+json value_of(measured x) {
+  x = finite(x);
+  return x.ok() ? json(x.value) : json();
+}
 
-json scalar(measured x) { return {{"value", value_of(x)}, {"status", to_string(x.why)}}; }
+json scalar(measured x) { return {{"value", value_of(x)}, {"status", to_string(finite(x).why)}}; }
 
 json series(std::vector<measured> const& xs) {
   json values = json::array(), statuses = json::array();
@@ -217,7 +220,7 @@ json model(model_result const& m, options const& asked) {
 }
 
 /// All digits; empty where there is no value.
-std::string csv_number(measured x) { return x.ok() ? json(x.value).dump() : ""; }
+std::string csv_number(measured x) { return finite(x).ok() ? json(x.value).dump() : ""; }
 
 /// Indented, but with arrays of plain values on one line.
 void print(json const& x, std::size_t indent, std::string& out) {
@@ -251,6 +254,9 @@ std::string json_text(json const& x) {
 
 std::string csv_text(std::string const& text) {
   std::string out = "\"";
+  // Spreadsheets compute what begins so; an apostrophe before it makes it text.
+  if (!text.empty() && std::string_view("=+-@\t\r\n").find(text.front()) != std::string_view::npos)
+    out += '\'';
   for (char const c : report::utf8(text)) out += c == '"' ? std::string("\"\"") : std::string(1, c);
   return out + "\"";
 }
