@@ -4,24 +4,28 @@
 #include <rflow/cka.hpp>
 #include <rflow/monitor.hpp>
 
+#include <fcntl.h>
+#include <pthread.h>
 #include <sys/resource.h>
 #include <sys/stat.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <cerrno>
+#include <charconv>
 #include <chrono>
 #include <cinttypes>
 #include <condition_variable>
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
-#include <fstream>
 #include <functional>
 #include <mutex>
 #include <new>
 #include <optional>
 #include <span>
 #include <string_view>
+#include <system_error>
 #include <thread>
 
 #include "../common/leftovers.hpp"
@@ -477,27 +481,36 @@ auto in_type(plan const& p, F const& f) {
   }
 }
 
-/// Looks at this process's memory until it goes out of scope.
+/// Looks at this process's memory until it goes out of scope. Its thread needs none of its own.
 class memory_watch {
  public:
-  explicit memory_watch(double& peak)
-      : thread_([this, &peak] {
-          std::unique_lock lock(mutex_);
-          do peak = std::max(peak, static_cast<double>(anonymous_memory()));
-          while (!over_.wait_for(lock, std::chrono::milliseconds(20), [this] { return done_; }));
-        }) {}
+  explicit memory_watch(double& peak) : peak_(peak) {
+    try {
+      thread_ = std::thread([this]() noexcept {
+        std::unique_lock lock(mutex_);
+        do look();
+        while (!over_.wait_for(lock, std::chrono::milliseconds(20), [this] { return done_; }));
+      });
+    } catch (std::system_error const&) {
+      // No thread to be had: the look at the end has to do.
+    }
+  }
   ~memory_watch() {
     {
       std::lock_guard const lock(mutex_);
+      look();
       done_ = true;
     }
     over_.notify_one();
-    thread_.join();
+    if (thread_.joinable()) thread_.join();
   }
   memory_watch(memory_watch const&) = delete;
   memory_watch& operator=(memory_watch const&) = delete;
 
  private:
+  void look() { peak_ = std::max(peak_, static_cast<double>(anonymous_memory())); }
+
+  double& peak_;
   std::mutex mutex_;
   std::condition_variable over_;
   bool done_ = false;
@@ -516,10 +529,20 @@ void limit_memory(options const& asked) {
 }  // namespace
 
 std::size_t anonymous_memory() {
-  std::ifstream in("/proc/self/status");
-  for (std::string line; std::getline(in, line);)
-    if (line.starts_with("RssAnon:")) return std::stoul(line.substr(8)) * 1024;
-  return 0;
+  // Without memory of its own: it is asked for while there may be none left.
+  int const file = ::open("/proc/self/status", O_RDONLY | O_CLOEXEC);
+  if (file < 0) return 0;
+  char text[8192];
+  ::ssize_t const size = ::read(file, text, sizeof text);
+  ::close(file);
+  std::string_view const all(text, size > 0 ? static_cast<std::size_t>(size) : 0);
+  constexpr std::string_view name = "RssAnon:";
+  std::size_t at = all.find(name);
+  if (at == std::string_view::npos) return 0;
+  at = std::min(all.find_first_not_of(" \t", at + name.size()), all.size());
+  std::size_t kib = 0;
+  std::from_chars(all.data() + at, all.data() + all.size(), kib);
+  return kib * 1024;
 }
 
 result measure_shards(options const& asked, workers& all, progress const& tell) {

@@ -208,7 +208,8 @@ std::string summary_table(result const& r, options const& asked) {
 
 // ---- CKA ----------------------------------------------------------------------------------------
 
-constexpr double norm_gap = 0.5;  // cells between the chain and the final norm
+constexpr std::ptrdiff_t most_mapped = 500;  // sites; a page of a million cells opens in no browser
+constexpr double norm_gap = 0.5;             // cells between the chain and the final norm
 
 /// Where a site stands on an axis of a heat map, in cells.
 double place(std::ptrdiff_t i, std::ptrdiff_t count, double gap) {
@@ -301,6 +302,10 @@ json grid_data(cka_grid const& g) {
 std::string cka_figure(cka_result const& c, model_result const& a, model_result const& b,
                        bool crossed, std::string const& title, std::string const& label,
                        json& data) {
+  if (std::max(c.debiased.rows, c.debiased.cols) > most_mapped)
+    return figure(title, "",
+                  plural(c.debiased.rows, "site") + " × " + std::to_string(c.debiased.cols) +
+                      ": more than this page can show. All values stand in metrics.json.");
   std::string const key = "t" + std::to_string(data.size());
   double const row_gap = a.has_final_norm() ? norm_gap : 0,
                col_gap = b.has_final_norm() ? norm_gap : 0;
@@ -377,7 +382,7 @@ std::string cka_section(result const& r, options const& asked, json& data) {
         return (r.models.size() > 1 ? name + ", " : "") + kernel_name(c.kernel);
       };
       out += cka_figure(c, r.models[k], r.models[k], false, of(model_name(r, k)),
-                        "CKA, " + of(r.models[k].label), data);
+                        of(r.models[k].label), data);
     }
     out += "</div>\n";
   }
