@@ -7,6 +7,7 @@
 #include <cmath>
 #include <limits>
 
+#include "memory.hpp"
 #include "text.hpp"
 
 namespace report {
@@ -321,6 +322,15 @@ result measure(std::vector<capture> const& captures, options const& asked, progr
       throw unusable(captures[0].path + ", " + captures[1].path,
                      "--cross-cka: " + out.why_no_cross);
   }
+
+  double needed = 0;
+  for (capture const& c : captures) {
+    double const sites = static_cast<double>(c.sites.chain.size() + 1);
+    double const n = static_cast<double>(c.sites.tokens());
+    // Between two models there are as many cells as in both of them.
+    needed += (together ? 2 : 1) * bytes_of_tables(sites, asked) + 40 * sites * n;
+  }
+  require_memory(captures.front().path, needed + 32e6, asked);
 
   double total = 0, done = 0;
   int const kernels = (asked.linear ? 1 : 0) + (asked.rbf ? 1 : 0);

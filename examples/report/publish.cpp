@@ -203,7 +203,11 @@ void publish(fs::path const& asked, bool replace, std::vector<std::string> const
       require_expendable(asked, target, replace, inputs);  // again: measuring takes its time
       put_in_place(fresh, target);
     }
-    remove_leftovers(target);
+    try {
+      remove_leftovers(target);
+    } catch (std::bad_alloc const&) {
+      // there is a report; the next run removes them
+    }
   } catch (fs::filesystem_error const& error) {
     fail(asked, error.code().message());
   }

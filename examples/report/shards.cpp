@@ -5,7 +5,6 @@
 #include <rflow/monitor.hpp>
 
 #include <fcntl.h>
-#include <pthread.h>
 #include <sys/resource.h>
 #include <sys/stat.h>
 #include <unistd.h>
@@ -29,6 +28,7 @@
 #include <thread>
 
 #include "../common/leftovers.hpp"
+#include "memory.hpp"
 #include "text.hpp"
 
 namespace report {
@@ -453,11 +453,15 @@ cka_result minibatch_result(rflow::minibatch_moments const& m) {
 /// What is held beside the mapped files, for the text that states it.
 double bytes_needed(plan const& p, options const& asked, workers const& all) {
   double const s = static_cast<double>(p.sites.size()), d = static_cast<double>(p.width);
-  double const batch = static_cast<double>(asked.cka_batch), n = tokens_at_once;
+  std::ptrdiff_t longest = 1;
+  for (shard const& one : p.shards) longest = std::max(longest, one.tokens);
+  double const batch = static_cast<double>(asked.cka_batch);
+  double const n = static_cast<double>(std::min(longest, tokens_at_once));
   double const c = p.type == rflow::dtype::f64 ? 8 : 4;
   double const t = static_cast<double>(rflow::bits(p.type)) / 8;
   double const rows = n * d * (2 * t + c);  // two rows, the mean
-  double const fixed = rows + 8 * s * (3 * d + 8 * s) + 32e6;
+  double const fixed = rows + 8 * s * (3 * d + 8 * s) + 32e6 + bytes_of_tables(s, asked) +
+                       bytes_of_threads(threads_of(asked, all));
   if (!asked.minibatch_cka) {
     // Scratch; norms, sums per token of a share and of all, and of one rank at a time on the way.
     double const sums = 10 + (all.size() > 1 ? 16 : 0);
@@ -555,12 +559,7 @@ result measure_shards(options const& asked, workers& all, progress const& tell) 
   };
   all.together([&] {
     p = plan_of(asked);
-    double const needed = bytes_needed(p, asked, all);
-    if (asked.memory_limit > 0 && needed > static_cast<double>(asked.memory_limit) * 1048576)
-      throw unusable(p.shards.front().path,
-                     "needs about " + number(needed / 1048576, 4) +
-                         " MiB beside the mapped files, but --memory-limit is " +
-                         std::to_string(asked.memory_limit));
+    require_memory(p.shards.front().path, bytes_needed(p, asked, all), asked);
     limit_memory(asked);
     watch.emplace(peak);
     auto const ranks = static_cast<std::size_t>(all.size()),
@@ -611,10 +610,14 @@ result measure_shards(options const& asked, workers& all, progress const& tell) 
 
 void forget_checkpoint(options const& asked, workers const& all) {
   if (asked.checkpoint.empty()) return;
-  std::string const path = checkpoint_path(asked, all);
-  std::error_code ignored;
-  std::filesystem::remove(path, ignored);
-  remove_unfinished(path);
+  try {
+    std::string const path = checkpoint_path(asked, all);
+    std::error_code ignored;
+    std::filesystem::remove(path, ignored);
+    remove_unfinished(path);
+  } catch (std::bad_alloc const&) {
+    // It stays. There is a report, and that counts.
+  }
 }
 
 }  // namespace report

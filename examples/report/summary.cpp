@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "shards.hpp"
 #include "text.hpp"
 #include "write.hpp"
 
@@ -86,7 +87,10 @@ std::string summary(result const& r, options const& asked) {
     row_of("St2 per sequence", &rflow::sequence_figures::st2);
     row("memory beside the files", [](model_result const& m) {
       return "at most " + number(m.shards->memory_bound / 1048576, 4) + " MiB; was " +
-             number(m.shards->memory_peak / 1048576, 4);
+             // The texts of the report are still there.
+             number(
+                 std::max(m.shards->memory_peak, static_cast<double>(anonymous_memory())) / 1048576,
+                 4);
     });
   }
 
