@@ -43,14 +43,15 @@ inline bool add_file_at(std::uintptr_t address, line_on_stderr& line) {
   if (maps < 0) return false;
   std::uintptr_t bounds[2] = {0, 0};
   int bound = 0;  // which is being read; 2: both have been
-  bool inside = false, named = false;
+  bool inside = false, named = false, done = false;
   char block[4096];
-  for (::ssize_t n; (n = ::read(maps, block, sizeof block)) > 0;)
-    for (::ssize_t i = 0; i < n; ++i) {
+  for (::ssize_t n; !done && (n = ::read(maps, block, sizeof block)) > 0;)
+    for (::ssize_t i = 0; !done && i < n; ++i) {
       char const c = block[i];
       if (c == '\n') {
-        if (inside) n = i;  // done
-        if (!inside) bounds[0] = bounds[1] = 0, bound = 0;
+        done = inside;
+        bounds[0] = bounds[1] = 0;
+        bound = 0;
       } else if (bound < 2) {
         int const digit = c >= '0' && c <= '9' ? c - '0' : c >= 'a' && c <= 'f' ? c - 'a' + 10 : -1;
         if (digit >= 0)

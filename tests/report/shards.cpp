@@ -12,6 +12,7 @@
 #include <fcntl.h>
 #include <signal.h>
 #include <sys/file.h>
+#include <sys/resource.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -59,6 +60,19 @@ using program::read;
   }
   return child;
 }
+
+/// Whether memory is counted as usual; under a sanitizer a limit on it ends the program at once.
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+constexpr bool plain_memory = false;
+#elif defined(__has_feature)
+#if __has_feature(address_sanitizer) || __has_feature(thread_sanitizer)
+constexpr bool plain_memory = false;
+#else
+constexpr bool plain_memory = true;
+#endif
+#else
+constexpr bool plain_memory = true;
+#endif
 
 struct outcome {
   int status;  // -1: killed
@@ -360,6 +374,20 @@ TEST_CASE("shards and checkpoints that cannot be used: one line, status 1, nothi
     rflow::write_safetensors(here / "cuts.safetensors", tensors);
     refused(m.arguments({"cuts.safetensors", "-o", "out"}), {"cuts.safetensors", "sequences"});
   }
+  SUBCASE("sequences that are no list of integers") {
+    std::vector<float> const x(10 * 24, 1.0f), cuts{0, 10};
+    std::vector<std::int64_t> const square{0, 2, 5, 10};
+    for (bool const floats : {true, false}) {
+      std::vector<rflow::tensor> tensors{floats ? rflow::as_tensor("sequences", cuts, {2})
+                                                : rflow::as_tensor("sequences", square, {2, 2})};
+      for (int l = 0; l < 4; ++l)
+        tensors.push_back(
+            rflow::as_tensor(l == 0 ? "embed" : "block." + std::to_string(l), x, {10, 24}));
+      rflow::write_safetensors(here / "cuts.safetensors", tensors);
+      refused(m.arguments({"cuts.safetensors", "-o", "out"}),
+              {"rflow_report: cuts.safetensors: ", "'sequences'", "expected"});
+    }
+  }
   SUBCASE("a checkpoint cut short, of something else, of other options") {
     std::ofstream(here / "state", std::ios::binary) << "no checkpoint";
     refused(m.arguments({"-o", "out", "--checkpoint", "state"}), {"state", "damaged"});
@@ -433,6 +461,61 @@ TEST_CASE("a flipped bit anywhere in a checkpoint is refused, or changes nothing
   std::ofstream(here / "state", std::ios::binary) << whole;
   REQUIRE(run(here, m.arguments({"-o", "out", "--checkpoint", "state"})).status == 0);
   CHECK(read(here / "out/metrics.json") == expected);
+}
+
+TEST_CASE("with as much memory as it says it needs, many threads or not, there is a report") {
+  if (!plain_memory) return;
+  folder const here;
+  model const m(here, 31, 3, 900, true);
+  for (std::string const cka : {"minibatch", "full"})
+    for (std::string const threads : {"1", "8"}) {
+      auto const with = [&](std::string const& limit) {
+        return run(here, m.arguments({"-o", "out", "--force", "--cka", cka, "--threads", threads,
+                                      "--memory-limit", limit}));
+      };
+      std::string const refusal = with("16").err, before = "needs about ";
+      CAPTURE(refusal);
+      auto const at = refusal.find(before);
+      REQUIRE(at != std::string::npos);
+      double const needed = std::stod(refusal.substr(at + before.size()));
+      for (int k = 0; k < 10; ++k) {
+        outcome const o = with(std::to_string(static_cast<int>(needed) + 2));
+        CAPTURE(o.err);
+        CHECK(o.status == 0);
+      }
+    }
+}
+
+TEST_CASE("memory that runs out at any time: one line and status 1") {
+  if (!plain_memory) return;
+  folder const here;
+  model const m(here, 32, 6, 3000, true);
+  std::vector<std::string> arguments =
+      m.arguments({"-o", "out", "--cka", "full", "--threads", "8"});
+  arguments.insert(arguments.begin(), RFLOW_REPORT);
+  unsigned const seed = 33;
+  CAPTURE(seed);
+  std::mt19937 bits(seed);
+  int failed = 0;
+  for (int k = 0; k < 40; ++k) {
+    ::pid_t const child = start(here, arguments, here / "err");
+    ::usleep(static_cast<::useconds_t>(bits() % 200000));
+    ::rlimit const limit{::rlim_t{1} << 20, ::rlim_t{1} << 20};  // no more than it has
+    ::prlimit(child, RLIMIT_DATA, &limit, nullptr);
+    outcome const o = wait_for(child, here / "err");
+    CAPTURE(o.err);
+    if (o.status == 0) {
+      fs::remove_all(here / "out");
+      continue;
+    }
+    ++failed;
+    CHECK(o.status == 1);
+    CHECK(std::count(o.err.begin(), o.err.end(), '\n') == 1);
+    CHECK(o.err.find("rflow_report: ") == 0);
+    CHECK_FALSE(fs::exists(here / "out"));
+    for (std::string const& name : here.names()) CHECK(name.find(".tmp-") == std::string::npos);
+  }
+  CHECK(failed > 5);
 }
 
 TEST_CASE("what killed runs left of a checkpoint goes with the run that takes it over") {
