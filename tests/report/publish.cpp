@@ -156,7 +156,7 @@ TEST_CASE("what was left behind, and what looks like it, is in nobody's way") {
   fs::path const target = here.path / "r";
   std::string const pid = std::to_string(::getpid());
   // Of an earlier version, by process number; of others; one that is at work.
-  for (std::string const name :
+  for (std::string const& name :
        {"r.tmp-" + pid, "r.old-" + pid, std::string("r.tmp-mine"), std::string("r.tmp-abcdefgh"),
         std::string("r.tmp-01234567"), std::string("r.tmp-89abcdef")}) {
     fs::create_directory(here.path / name);

@@ -1042,7 +1042,8 @@ TEST_CASE("names are text, to spreadsheets and to screen readers") {
       {"\t=1", "\"'\t=1\""},   {"\r=1", "\"'\r=1\""},
       {"a=1", "\"a=1\""},      {"say \"=1\"", "\"say \"\"=1\"\"\""},
       {"a,b\nc", "\"a,b\nc\""}};
-  for (auto const& [name, cell] : names) {
+  for (auto const& pair : names) {
+    std::string const &name = pair.first, &cell = pair.second;
     CAPTURE(name);
     a.write(work / "a.safetensors", {{"model", name}});
     REQUIRE(run(work, {"a.safetensors", "-o", "r", "--force", "--no-plots"}).status == 0);

@@ -170,7 +170,8 @@ void leave_checkpoint(folder const& here, model const& m) {
 }
 
 /// Every number of two reports, to a relative 1e-12, those of CKA to `cka`; the rest equal.
-void check_close(json const& a, json const& b, double cka = 1e-12, std::string const& where = "") {
+[[maybe_unused]] void check_close(json const& a, json const& b, double cka = 1e-12,
+                                  std::string const& where = "") {
   CAPTURE(where);
   REQUIRE(a.type() == b.type());
   if (a.is_number_float()) {
