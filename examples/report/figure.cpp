@@ -146,7 +146,7 @@ std::string inline_svg(std::string const& svg, std::string const& label,
   replace_all(out, " stroke-linecap=\"butt\" stroke-linejoin=\"miter\"", "");
   replace_all(out, "color=\"black\" stroke=\"currentColor\"", "stroke=\"var(--ink)\"");
   replace_all(out, "color=\"gray\" stroke=\"currentColor\"", "stroke=\"var(--line)\"");
-  return "<svg class=\"plot\" role=\"img\" aria-label=\"" + label + "\" viewBox=\"" +
+  return "<svg class=\"plot\" role=\"img\" aria-label=\"" + html(label) + "\" viewBox=\"" +
          between(svg, "viewBox=\"", "\"") + "\">\n" + out;  // the closing tag is gnuplot's
 }
 

@@ -4,6 +4,8 @@
 #include <algorithm>
 #include <charconv>
 #include <filesystem>
+#include <iterator>
+#include <new>
 #include <optional>
 #include <string_view>
 #include <system_error>
@@ -34,10 +36,28 @@ std::optional<std::int64_t> integer_of(std::string_view cell) {
   return value;
 }
 
+/// Whether a cell that is no integer can be the name of a column. A missing value cannot, nor a number
+/// of another kind.
+bool is_header(std::string_view cell) {
+  auto const letter = [](char c) {
+    return (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z') ||
+           static_cast<unsigned char>(c) >= 0x80;
+  };
+  std::string low(cell);
+  for (char& c : low)
+    if (c >= 'A' && c <= 'Z') c = static_cast<char>(c - 'A' + 'a');
+  constexpr std::string_view values[] = {"nan", "na",   "n/a",      "none",  "null",    "nil",
+                                         "inf", "true", "infinity", "false", "unknown", "missing"};
+  return std::count_if(cell.begin(), cell.end(), letter) > 1 && letter(cell.front()) &&
+         std::find(std::begin(values), std::end(values), low) == std::end(values);
+}
+
 std::vector<std::int64_t> integers_of_text(std::string const& path, std::string_view text,
                                            std::string const& column) {
   std::vector<std::int64_t> out;
   std::size_t which = 0, columns = 0;
+  if (constexpr std::string_view mark = "\xef\xbb\xbf"; text.starts_with(mark))
+    text.remove_prefix(mark.size());  // some editors begin UTF-8 so
   for (std::ptrdiff_t number = 1; !text.empty(); ++number) {
     std::size_t const end = text.find('\n');
     std::string_view const line = text.substr(0, end);
@@ -52,7 +72,7 @@ std::vector<std::int64_t> integers_of_text(std::string const& path, std::string_
         which = static_cast<std::size_t>(named - cells.begin());
       else if (columns > 1)
         throw unusable(path, where + std::to_string(columns) + " columns, none called " + column);
-      if (named != cells.end() || !integer_of(cells[0])) continue;  // a header
+      if (named != cells.end() || is_header(cells[0])) continue;
     }
     if (cells.size() != columns)
       throw unusable(path, where + plural(static_cast<std::ptrdiff_t>(cells.size()), "value") +
@@ -77,6 +97,8 @@ std::vector<std::int64_t> load_integers(std::string const& path, std::string con
       throw unusable(path, "one integer a token expected, found " + array.array().description());
     return array.array().integers();
   } catch (unusable const&) {
+    throw;
+  } catch (std::bad_alloc const&) {
     throw;
   } catch (std::exception const& error) {
     throw unusable(path, reason_of(error, path));
@@ -141,6 +163,8 @@ capture load(std::string const& path, options const& asked) {
                                " leaves none of its " + plural(out.sites.tokens(), "token"));
     return out;
   } catch (unusable const&) {
+    throw;
+  } catch (std::bad_alloc const&) {
     throw;
   } catch (std::filesystem::filesystem_error const& error) {
     throw unusable(path, error.code().message());

@@ -1,17 +1,20 @@
 // SPDX-License-Identifier: Apache-2.0
 // rflow_report: how representations flow through a model, from a file of activations to a page.
 
-#include <cstdio>
+#include <unistd.h>
+
 #include <exception>
+#include <new>
+#include <stdexcept>
 #include <string>
 
+#include "../common/cut_short.hpp"
 #include "../common/progress_bar.hpp"
 #include "load.hpp"
 #include "measure.hpp"
 #include "options.hpp"
 #include "publish.hpp"
 #include "shards.hpp"
-#include "text.hpp"
 #include "workers.hpp"
 #include "write.hpp"
 
@@ -43,14 +46,37 @@ int run(options const& asked, workers& all) {
   return asked.strict && !measured.all_answered() ? 2 : 0;
 }
 
-void complain(std::exception const& error) {
-  std::string const text = "rflow_report: " + one_line(error.what()) + "\n";
-  std::fwrite(text.data(), 1, text.size(), stderr);
+/// One line on stderr, without memory of its own: there may be none.
+void complain(char const* text) noexcept {
+  common::detail::line_on_stderr line;
+  line.add("rflow_report: ");
+  line.add(text);
+  line.write();
+}
+void complain(std::exception const& error) noexcept {
+  bool const short_of_memory = dynamic_cast<std::bad_alloc const*>(&error) != nullptr ||
+                               dynamic_cast<std::length_error const*>(&error) != nullptr;
+  complain(short_of_memory ? "out of memory" : error.what());
+}
+
+/// Where an exception cannot be caught: memory that runs out in a destructor of the JSON library, say.
+[[noreturn]] void give_up() noexcept {
+  try {
+    if (std::exception_ptr const error = std::current_exception()) std::rethrow_exception(error);
+    complain("out of memory");
+  } catch (std::exception const& error) {
+    complain(error);
+  } catch (...) {
+    complain("an error without a name");
+  }
+  ::_exit(1);
 }
 
 }  // namespace
 
 int main(int argc, char** argv) {
+  std::set_terminate(&give_up);
+  common::tell_if_cut_short("rflow_report");
   try {
     auto const all = report::join_workers(argc, argv);
     try {

@@ -5,7 +5,9 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 
+#include "memory.hpp"
 #include "text.hpp"
 
 namespace report {
@@ -111,6 +113,10 @@ rflow::layer_probes probes_of(capture const& c, std::vector<std::int64_t> const&
   if (static_cast<std::ptrdiff_t>(labels.size()) != c.sites.tokens())
     throw unusable(asked.labels, plural(static_cast<std::ptrdiff_t>(labels.size()), "label") +
                                      " for " + plural(c.sites.tokens(), "token") + " in " + c.path);
+  if (!asked.label_groups.empty() && groups.size() != labels.size())
+    throw unusable(asked.label_groups, plural(static_cast<std::ptrdiff_t>(groups.size()), "group") +
+                                           " for " + plural(c.sites.tokens(), "token") + " in " +
+                                           c.path);
   rflow::probe_options const by{.epochs = asked.probe_epochs,
                                 .seeds = asked.probe_seeds,
                                 .groups = groups,
@@ -120,7 +126,9 @@ rflow::layer_probes probes_of(capture const& c, std::vector<std::int64_t> const&
       return rflow::probe_layers(stack, labels, by, on);
     });
   } catch (std::invalid_argument const& error) {
-    throw unusable(asked.labels, reason_of(error, asked.labels));
+    std::string const why = reason_of(error, asked.labels);
+    bool const of_groups = !groups.empty() && why.find("group") != std::string::npos;
+    throw unusable(of_groups ? asked.label_groups : asked.labels, why);
   }
 }
 
@@ -193,6 +201,39 @@ cka_result cka_of(std::string const& kernel, rflow::gram_moments const& m,
                   std::function<std::ptrdiff_t(std::ptrdiff_t)> const& stored) {
   return part_of(kernel, rflow::cka_matrix(m, rflow::debiased{}),
                  rflow::cka_matrix(m, rflow::biased{}), 0, m.sites, 0, m.sites, stored);
+}
+
+measured finite(measured x) {
+  return x.ok() && !std::isfinite(x.value) ? measured(status::out_of_range) : x;
+}
+
+void require_finite(model_result& m) {
+  auto const one = [](measured& x) { x = finite(x); };
+  auto const all = [&](std::vector<measured>& xs) { std::for_each(xs.begin(), xs.end(), one); };
+  rflow::layer_variance& v = m.flow.variance;
+  for (measured* const x :
+       {&v.st1, &v.st2, &v.path_energy, &v.path_length, &v.factor, &m.final_inter_token})
+    one(*x);
+  for (auto* const xs : {&v.steps, &v.curvature, &m.flow.inter_token, &m.flow.rms_norm}) all(*xs);
+  for (rflow::adjacent_cosines& pair : m.flow.adjacent) {
+    one(pair.mean), one(pair.stddev);
+    double const missing = std::numeric_limits<double>::quiet_NaN();
+    for (double& x : pair.per_token)
+      if (!pair.mean.ok() || !std::isfinite(x)) x = missing;
+  }
+  for (cka_result& c : m.cka) require_finite(c);
+  if (!m.probes) return;
+  one(m.probes->chance), one(m.probes->drop);
+  for (rflow::probe_result& p : m.probes->layers)
+    for (rflow::over_seeds* const x : {&p.train_loss, &p.validation_loss, &p.train_accuracy,
+                                       &p.validation_accuracy, &p.mean_distance})
+      one(x->mean), one(x->spread);
+}
+
+void require_finite(cka_result& c) {
+  for (auto* const xs : {&c.debiased.value, &c.debiased.chance, &c.biased.value, &c.biased.chance,
+                         &c.sigma, &c.top_share, &c.score, &c.p_value})
+    for (measured& x : *xs) x = finite(x);
 }
 
 void add_warnings(model_result& m, rflow::flow_report const& final_norm,
@@ -282,6 +323,15 @@ result measure(std::vector<capture> const& captures, options const& asked, progr
                      "--cross-cka: " + out.why_no_cross);
   }
 
+  double needed = 0;
+  for (capture const& c : captures) {
+    double const sites = static_cast<double>(c.sites.chain.size() + 1);
+    double const n = static_cast<double>(c.sites.tokens());
+    // Between two models there are as many cells as in both of them.
+    needed += (together ? 2 : 1) * bytes_of_tables(sites, asked) + 40 * sites * n;
+  }
+  require_memory(captures.front().path, needed + 32e6, asked);
+
   double total = 0, done = 0;
   int const kernels = (asked.linear ? 1 : 0) + (asked.rbf ? 1 : 0);
   double gram = 0;
@@ -346,6 +396,8 @@ result measure(std::vector<capture> const& captures, options const& asked, progr
     tell(done += probes, total);
   }
 
+  for (model_result& m : out.models) require_finite(m);
+  for (cka_result& c : out.cross) require_finite(c);
   for (std::size_t k = 0; k < out.models.size(); ++k)
     add_warnings(out.models[k], final_norms[k], asked.skip_first);
   if (out.models.size() == 2) {

@@ -123,6 +123,13 @@ result measure(std::vector<capture> const& captures, options const& asked, progr
 cka_result cka_of(std::string const& kernel, rflow::gram_moments const& m,
                   std::function<std::ptrdiff_t(std::ptrdiff_t)> const& stored);
 
+/// What is said to be a value and is none has left the range of double.
+rflow::measured finite(rflow::measured x);
+
+/// Holds every value to that, and every cosine of a pair of layers without a mean.
+void require_finite(model_result& m);
+void require_finite(cka_result& c);
+
 /// Notes what has no answer, and what to be careful with.
 /// @param final_norm  of one site; looked at only if the model has a final norm
 void add_warnings(model_result& m, rflow::flow_report const& final_norm, std::ptrdiff_t skip_first);

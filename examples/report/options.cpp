@@ -30,12 +30,41 @@ std::string default_output(std::vector<std::string> const& inputs) {
   return out + "-report";
 }
 
-/// Why a text is no whole number that counts something; empty if it is one.
-std::string why_no_count(std::string const& text) {
-  std::ptrdiff_t count = -1;
-  auto const [end, error] = std::from_chars(text.data(), text.data() + text.size(), count);
-  if (error == std::errc{} && end == text.data() + text.size() && count >= 0) return "";
-  return "a whole number, 0 or more, expected, found " + text;
+constexpr std::ptrdiff_t most_counted = std::ptrdiff_t{1} << 60;  // sums of two still fit
+
+/// A whole number in decimal digits, from least to most. CLI11 alone would take 010 for 8 and 0x10 for
+/// 16, so the text is written anew.
+CLI::Validator whole_number(std::ptrdiff_t least, std::ptrdiff_t most = most_counted) {
+  return CLI::Validator(
+      [=](std::string& text) -> std::string {
+        std::ptrdiff_t count = -1;
+        auto const [end, error] = std::from_chars(text.data(), text.data() + text.size(), count);
+        if (error == std::errc{} && end == text.data() + text.size() && count >= least &&
+            count <= most) {
+          text = std::to_string(count);
+          return "";
+        }
+        std::string const range =
+            most == most_counted ? ", " + std::to_string(least) + " or more,"
+                                 : " from " + std::to_string(least) + " to " + std::to_string(most);
+        return "a whole number" + range + " expected, found " + text;
+      },
+      "");
+}
+
+/// A finite number in decimal digits: above 0, or 0 too.
+CLI::Validator number_text(bool zero_too) {
+  return CLI::Validator(
+      [=](std::string& text) -> std::string {
+        double x = -1;
+        auto const [end, error] = std::from_chars(text.data(), text.data() + text.size(), x);
+        if (error == std::errc{} && end == text.data() + text.size() && std::isfinite(x) &&
+            (x > 0 || (x == 0 && zero_too)))
+          return "";
+        return std::string("a number ") + (zero_too ? "of 0 or more" : "above 0") +
+               " expected, found " + text;
+      },
+      "");
 }
 
 /// An option that takes one of a few words.
@@ -97,7 +126,7 @@ std::optional<options> parse(int argc, char const* const* argv) {
 
   app.add_option("--skip-first", o.skip_first,
                  "Leave the first K tokens out of every metric (BOS, attention sinks)")
-      ->check(why_no_count)
+      ->transform(whole_number(0))
       ->type_name("K")
       ->group("Metrics");
   choice const normalization(app, "--normalization", "What St1, St2 and the path are divided by: ",
@@ -108,6 +137,7 @@ std::optional<options> parse(int argc, char const* const* argv) {
   choice const kernel(app, "--kernel", "CKA kernel: ", {"linear", "rbf", "both"}, "both");
   app.add_option("--rbf-fraction", o.rbf_fraction,
                  "RBF bandwidth: this times the root of the median squared distance")
+      ->transform(number_text(false))
       ->default_str("1")
       ->type_name("F")
       ->group("Metrics");
@@ -130,12 +160,12 @@ std::optional<options> parse(int argc, char const* const* argv) {
       ->type_name("FILE")
       ->group("Probes");
   app.add_option("--probe-seeds", o.probe_seeds, "Splits and starts of each probe")
-      ->check(CLI::Range(1, 1000).description(""))
+      ->transform(whole_number(1, 1000))
       ->default_str("5")
       ->type_name("N")
       ->group("Probes");
   app.add_option("--probe-epochs", o.probe_epochs, "Steps of full-batch Adam")
-      ->check(CLI::Range(1, 1000000).description(""))
+      ->transform(whole_number(1, 1000000))
       ->default_str("150")
       ->type_name("N")
       ->group("Probes");
@@ -154,7 +184,7 @@ std::optional<options> parse(int argc, char const* const* argv) {
       {"minibatch", "full"}, "minibatch", "Shards");
   CLI::Option const* const batch =
       app.add_option("--cka-batch", o.cka_batch, "Tokens of a batch of minibatch CKA")
-          ->check(CLI::Range(4, 65536).description(""))
+          ->transform(whole_number(4, 65536))
           ->default_str("256")
           ->type_name("N")
           ->group("Shards");
@@ -164,17 +194,17 @@ std::optional<options> parse(int argc, char const* const* argv) {
       ->group("Shards");
   app.add_option("--checkpoint-seconds", o.checkpoint_seconds,
                  "Time between two writings of it; a sequence is never cut")
-      ->check(CLI::NonNegativeNumber.description(""))
+      ->transform(number_text(true))
       ->default_str("30")
       ->type_name("S")
       ->group("Shards");
   app.add_option("--memory-limit", o.memory_limit,
                  "Have the system refuse more than this many MiB beside the mapped files")
-      ->check(CLI::Range(16, 1 << 30).description(""))
+      ->transform(whole_number(16, 1 << 30))
       ->type_name("MIB")
       ->group("Shards");
   app.add_option("--threads", o.threads, "Threads; 0 is as many as the machine has")
-      ->check(CLI::Range(0, 4096).description(""))
+      ->transform(whole_number(0, 4096))
       ->default_str("0")
       ->type_name("N")
       ->group("Metrics");
@@ -192,7 +222,7 @@ std::optional<options> parse(int argc, char const* const* argv) {
       ->type_name("NAME")
       ->group("Names in the file");
   app.add_option("--first-block", o.pattern.first_block, "Number of the first block")
-      ->check(why_no_count)
+      ->transform(whole_number(0))
       ->default_str("1")
       ->type_name("N")
       ->group("Names in the file");
@@ -222,8 +252,6 @@ std::optional<options> parse(int argc, char const* const* argv) {
   o.rbf = !kernel.is("linear");
   if (bits.is("f16")) o.bits = rflow::reinterpret::as_f16;
   if (bits.is("bf16")) o.bits = rflow::reinterpret::as_bf16;
-  if (!(std::isfinite(o.rbf_fraction) && o.rbf_fraction > 0))
-    throw std::invalid_argument("--rbf-fraction: a number above 0 expected");
   if (o.cross_cka && o.inputs.size() != 2)
     throw std::invalid_argument("--cross-cka needs two captures");
   if (auto const mark = o.pattern.block.find("{}");

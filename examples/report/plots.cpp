@@ -272,6 +272,7 @@ figures plot(result const& r, options const& asked) {
       if (!v.st2.ok() || !v.path_energy.ok() || !(v.st2 > 0)) continue;
       double const low = std::sqrt(m.st2_squared_bounds().lower),
                    high = std::sqrt(m.st2_squared_bounds().upper);
+      if (!std::isfinite(high)) continue;
       std::string const y = std::to_string(r.models.size() - k);
       std::string const who = r.models.size() > 1 ? html(m.label) + ", " : "";
       auto const end_text = [&](char const* what, double x) { return who + what + value_text(x); };

@@ -1,15 +1,21 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "publish.hpp"
 
+#include <fcntl.h>
 #include <signal.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
 #include <algorithm>
 #include <cerrno>
+#include <cstdio>
 #include <cstring>
 #include <iterator>
+#include <new>
+#include <optional>
 #include <stdexcept>
+
+#include "../common/leftovers.hpp"
 
 namespace report {
 namespace {
@@ -49,6 +55,15 @@ bool holds(fs::path const& folder, fs::path const& path) {
          folder.end();
 }
 
+/// Where an input is, and where the link to it is: in a folder that is replaced, either is lost.
+std::vector<fs::path> places(fs::path const& input) {
+  try {
+    return {real(input), real(fs::absolute(input).parent_path()) / input.filename()};
+  } catch (fs::filesystem_error const& error) {
+    fail(input, error.code().message());
+  }
+}
+
 /// Throws unless the folder may be made or replaced: whatever it holds can be made again.
 void require_expendable(fs::path const& asked, fs::path const& target, bool replace,
                         std::vector<std::string> const& inputs) {
@@ -58,9 +73,7 @@ void require_expendable(fs::path const& asked, fs::path const& target, bool repl
   if (holds(target, fs::current_path()))
     fail(asked, "holds the present folder; give the report a folder of its own");
   for (fs::path const input : inputs)
-    // A link in the folder is an input, too, wherever it leads.
-    for (fs::path const& place :
-         {real(input), real(fs::absolute(input).parent_path()) / input.filename()})
+    for (fs::path const& place : places(input))
       if (holds(target, place)) fail(asked, "holds the input " + input.string());
   if (!fs::exists(target) || fs::is_empty(target)) return;
   for (auto const& entry : fs::directory_iterator(target))
@@ -70,16 +83,92 @@ void require_expendable(fs::path const& asked, fs::path const& target, bool repl
   if (!replace) fail(asked, "holds a report; --force replaces it");
 }
 
-/// A name beside the target that nothing has.
-fs::path beside(fs::path const& target, char const* what) {
-  fs::path out = target;
-  out += std::string(what) + std::to_string(::getpid());
-  return out;
+/// Removes a folder with what reports hold. With anything else in it, it stays.
+void remove_report(fs::path const& folder) {
+  std::error_code ignored;
+  std::vector<fs::path> files;
+  for (auto const& entry : fs::directory_iterator(folder, ignored)) files.push_back(entry.path());
+  for (fs::path const& file : files) {
+    std::string const name = file.filename().string();
+    // A writer that was killed leaves FILE.tmp-… behind.
+    if (is_report_file(name) || is_report_file(name.substr(0, name.find(".tmp-"))))
+      fs::remove(file, ignored);
+  }
+  fs::remove(folder, ignored);
 }
 
-void make_folder(fs::path const& folder, fs::path const& target) {
-  if (::mkdir(folder.c_str(), 0777) != 0)
-    fail(target, std::string("cannot be made: ") + std::strerror(errno));
+/// A new folder beside the target, locked as long as this lives, so that no other run takes it for
+/// one that was left behind.
+class fresh_folder {
+ public:
+  /// @param asked  for the message
+  fresh_folder(fs::path const& target, fs::path const& asked) {
+    for (int attempt = 0;; ++attempt) {
+      path = target;
+      path += ".tmp-" + common::random_name();
+      if (::mkdir(path.c_str(), 0777) == 0) break;
+      if (errno != EEXIST || attempt == 100)
+        fail(asked, std::string("cannot be made: ") + std::strerror(errno));
+    }
+    lock_.emplace(path);
+  }
+  ~fresh_folder() {
+    try {
+      if (!path.empty()) remove_report(path);
+    } catch (std::bad_alloc const&) {
+      // the next run removes it
+    }
+  }
+  fresh_folder(fresh_folder const&) = delete;
+  fresh_folder& operator=(fresh_folder const&) = delete;
+
+  fs::path path;  // empty: nothing is left to remove
+
+ private:
+  std::optional<common::lock> lock_;
+};
+
+/// Whether the two folders have changed names, in one call. Not every system and file system can.
+bool exchange(fs::path const& a, fs::path const& b) {
+#ifdef RENAME_EXCHANGE
+  if (::renameat2(AT_FDCWD, a.c_str(), AT_FDCWD, b.c_str(), RENAME_EXCHANGE) == 0) return true;
+  if (errno != EINVAL && errno != ENOSYS && errno != ENOTSUP)
+    throw fs::filesystem_error("", a, b, std::error_code(errno, std::generic_category()));
+#else
+  static_cast<void>(a), static_cast<void>(b);
+#endif
+  return false;
+}
+
+/// Gives the fresh folder the target's name. What was there is left under the fresh one's, or gone.
+void put_in_place(fresh_folder& fresh, fs::path const& target) {
+  if (fs::is_directory(target) && !fs::is_empty(target)) {
+    if (exchange(fresh.path, target)) return;  // and is removed with it
+    // Two steps: between them neither has its name, but both are there.
+    fs::path old = target;
+    old += ".old-" + common::random_name();
+    fs::rename(target, old);
+    try {
+      fs::rename(fresh.path, target);
+    } catch (...) {
+      std::error_code ignored;
+      fs::rename(old, target, ignored);
+      throw;
+    }
+    fresh.path = old;
+    return;
+  }
+  fs::rename(fresh.path, target);  // also in place of an empty folder
+  fresh.path.clear();
+}
+
+/// Removes what runs that were killed left beside the target. An earlier report that was on its way
+/// stays if nothing stands in its place.
+void remove_leftovers(fs::path const& target) {
+  common::leftovers(target, ".tmp-", common::is_random_name, remove_report);
+  std::error_code ignored;
+  if (fs::is_directory(target, ignored))
+    common::leftovers(target, ".old-", common::is_random_name, remove_report);
 }
 
 }  // namespace
@@ -97,9 +186,7 @@ void check_target(fs::path const& asked, bool replace, std::vector<std::string> 
     fs::path const target = real(asked);
     require_expendable(asked, target, replace, inputs);
     uninterrupted const guard;
-    fs::path const trial = beside(target, ".tmp-");
-    make_folder(trial, asked);
-    ::rmdir(trial.c_str());
+    fresh_folder const trial(target, asked);
   } catch (fs::filesystem_error const& error) {
     fail(asked, error.code().message());
   }
@@ -107,32 +194,23 @@ void check_target(fs::path const& asked, bool replace, std::vector<std::string> 
 
 void publish(fs::path const& asked, bool replace, std::vector<std::string> const& inputs,
              std::function<void(fs::path const&)> const& write) {
-  fs::path const target = real(asked);
-  fs::path const fresh = beside(target, ".tmp-"), old = beside(target, ".old-");
-  uninterrupted const guard;
-  make_folder(fresh, asked);
-  std::error_code ignored;
-  bool moved_away = false;
   try {
-    write(fresh);
-    require_expendable(asked, target, replace, inputs);  // again: measuring takes its time
-    if (fs::exists(target)) {
-      fs::rename(target, old);
-      moved_away = true;
+    fs::path const target = real(asked);
+    uninterrupted const guard;
+    {
+      fresh_folder fresh(target, asked);
+      write(fresh.path);
+      require_expendable(asked, target, replace, inputs);  // again: measuring takes its time
+      put_in_place(fresh, target);
     }
-    fs::rename(fresh, target);
-  } catch (...) {
-    fs::remove_all(fresh, ignored);
-    if (moved_away) fs::rename(old, target, ignored);
-    throw;
+    try {
+      remove_leftovers(target);
+    } catch (std::bad_alloc const&) {
+      // there is a report; the next run removes them
+    }
+  } catch (fs::filesystem_error const& error) {
+    fail(asked, error.code().message());
   }
-  if (!moved_away) return;
-  // Nothing but what reports hold is ever removed.
-  std::vector<fs::path> files;
-  for (auto const& entry : fs::directory_iterator(old, ignored)) files.push_back(entry.path());
-  for (fs::path const& file : files)
-    if (is_report_file(file.filename().string())) fs::remove(file, ignored);
-  fs::remove(old, ignored);
 }
 
 }  // namespace report

@@ -4,21 +4,31 @@
 #include <rflow/cka.hpp>
 #include <rflow/monitor.hpp>
 
+#include <fcntl.h>
 #include <sys/resource.h>
 #include <sys/stat.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <cerrno>
+#include <charconv>
 #include <chrono>
+#include <cinttypes>
 #include <condition_variable>
+#include <cstdint>
+#include <cstdio>
 #include <cstring>
-#include <fstream>
 #include <functional>
 #include <mutex>
 #include <new>
 #include <optional>
+#include <span>
+#include <string_view>
+#include <system_error>
 #include <thread>
 
+#include "../common/leftovers.hpp"
+#include "memory.hpp"
 #include "text.hpp"
 
 namespace report {
@@ -94,7 +104,14 @@ std::vector<std::ptrdiff_t> sequences_of(capture const& c) {
   auto const* const file = std::get_if<std::unique_ptr<rflow::safetensors_file>>(&c.file);
   if (file == nullptr || !(*file)->contains("sequences")) return {0, n};
   std::vector<std::ptrdiff_t> out;
-  for (std::int64_t const x : (**file)["sequences"].integers()) out.push_back(x);
+  try {
+    rflow::tensor const x = (**file)["sequences"];
+    if (x.rank() != 1)
+      throw unusable(c.path, "one axis of offsets expected, found " + x.description());
+    for (std::int64_t const offset : x.integers()) out.push_back(offset);
+  } catch (std::invalid_argument const& error) {
+    throw unusable(c.path, reason_of(error, c.path));
+  }
   if (out.size() < 2 || out.front() != 0 || out.back() != n ||
       !std::is_sorted(out.begin(), out.end()))
     throw unusable(c.path,
@@ -112,6 +129,16 @@ std::string checkpoint_path(options const& asked, workers const& all) {
   return asked.checkpoint + (all.size() > 1 ? "." + std::to_string(all.rank()) : "");
 }
 
+/// Removes what killed runs left of a checkpoint that they were writing.
+void remove_unfinished(std::string const& checkpoint) {
+  common::leftovers(checkpoint, ".tmp-", common::is_writers_name,
+                    [](std::filesystem::path const& left) {
+                      std::error_code ignored;
+                      if (std::filesystem::is_regular_file(std::filesystem::symlink_status(left)))
+                        std::filesystem::remove(left, ignored);
+                    });
+}
+
 /// All that the numbers in a checkpoint depend on.
 std::string fingerprint(plan const& p, options const& asked, workers const& all) {
   std::string out = "rank " + std::to_string(all.rank()) + " of " + std::to_string(all.size()) +
@@ -124,16 +151,40 @@ std::string fingerprint(plan const& p, options const& asked, workers const& all)
   return out;
 }
 
+/// A checksum of all that a checkpoint says: FNV-1a, 64 bits (Fowler, Noll, Vo,
+/// draft-eastlake-fnv). Each step is one to one, so that no change of a single byte goes unseen.
+std::string checksum(std::string_view of, std::string_view shard, std::string_view sequence,
+                     std::span<double const> numbers) {
+  std::uint64_t sum = 0xcbf29ce484222325u;
+  auto const add = [&](void const* data, std::size_t size) {
+    auto const* const bytes = static_cast<unsigned char const*>(data);
+    for (std::size_t i = 0; i < size; ++i) sum = (sum ^ bytes[i]) * 0x100000001b3u;
+  };
+  for (std::string_view const text : {of, shard, sequence}) {
+    std::size_t const length = text.size();  // else "1", "23" would be "12", "3"
+    add(&length, sizeof length);
+    add(text.data(), length);
+  }
+  add(numbers.data(), numbers.size_bytes());
+  char text[17];
+  std::snprintf(text, sizeof text, "%016" PRIx64, sum);
+  return text;
+}
+
+constexpr char const* checkpoint_version = "2";
+
 void save(std::string const& path, std::string const& of, progress_made const& done,
           rflow::monitor_moments const& m) {
   std::vector<double> const numbers = rflow::to_numbers(m);
+  std::string const shard = std::to_string(done.shard), sequence = std::to_string(done.sequence);
   rflow::tensor const tensors[] = {
       rflow::as_tensor("moments", numbers, {static_cast<std::ptrdiff_t>(numbers.size())})};
   rflow::write_safetensors(path, tensors,
-                           {{"rflow_checkpoint", "1"},
+                           {{"rflow_checkpoint", checkpoint_version},
                             {"of", of},
-                            {"shard", std::to_string(done.shard)},
-                            {"sequence", std::to_string(done.sequence)}});
+                            {"shard", shard},
+                            {"sequence", sequence},
+                            {"checksum", checksum(of, shard, sequence, numbers)}});
 }
 
 /// @param m  of the right shape; takes over what is in the file
@@ -145,16 +196,26 @@ progress_made restore(std::string const& path, std::string const& of, rflow::mon
       auto const found = said.find(key);
       return found == said.end() ? std::string() : found->second;
     };
-    if (text("rflow_checkpoint") != "1" || !file.contains("moments"))
+    if (text("rflow_checkpoint").empty() || !file.contains("moments"))
       throw unusable(path, "not a checkpoint of this program; nothing was read");
+    if (text("rflow_checkpoint") == "1")
+      throw unusable(path,
+                     "the checkpoint is of an earlier version of this program; delete it to start "
+                     "anew");
+    rflow::tensor const x = file["moments"];
+    std::span<double const> const numbers(x.elements<double>(), static_cast<std::size_t>(x.size()));
+    if (text("rflow_checkpoint") != checkpoint_version ||
+        text("checksum") != checksum(text("of"), text("shard"), text("sequence"), numbers))
+      throw std::runtime_error("its checksum is of other contents");
     if (text("of") != of)
       throw unusable(path,
                      "the checkpoint is of other shards, options or ranks; give another name, "
                      "or delete it to start anew");
-    rflow::tensor const x = file["moments"];
-    rflow::from_numbers(m, {x.elements<double>(), static_cast<std::size_t>(x.size())});
+    rflow::from_numbers(m, numbers);
     return {std::stoul(text("shard")), std::stoul(text("sequence"))};
   } catch (unusable const&) {
+    throw;
+  } catch (std::bad_alloc const&) {
     throw;
   } catch (std::exception const& error) {
     throw unusable(path, "the checkpoint is damaged (" + reason_of(error, path) +
@@ -223,6 +284,7 @@ rflow::monitor_moments stream(plan const& p, std::size_t first, std::size_t last
       throw unusable(keep, "the checkpoint is damaged (no shard " + std::to_string(done.shard) +
                                "); delete it to start anew");
     monitor.merge(m);
+    remove_unfinished(keep);
   }
   auto saved = std::chrono::steady_clock::now();
   auto const save_if_due = [&](progress_made const& now, bool at_end) {
@@ -391,11 +453,15 @@ cka_result minibatch_result(rflow::minibatch_moments const& m) {
 /// What is held beside the mapped files, for the text that states it.
 double bytes_needed(plan const& p, options const& asked, workers const& all) {
   double const s = static_cast<double>(p.sites.size()), d = static_cast<double>(p.width);
-  double const batch = static_cast<double>(asked.cka_batch), n = tokens_at_once;
+  std::ptrdiff_t longest = 1;
+  for (shard const& one : p.shards) longest = std::max(longest, one.tokens);
+  double const batch = static_cast<double>(asked.cka_batch);
+  double const n = static_cast<double>(std::min(longest, tokens_at_once));
   double const c = p.type == rflow::dtype::f64 ? 8 : 4;
   double const t = static_cast<double>(rflow::bits(p.type)) / 8;
   double const rows = n * d * (2 * t + c);  // two rows, the mean
-  double const fixed = rows + 8 * s * (3 * d + 8 * s) + 32e6;
+  double const fixed = rows + 8 * s * (3 * d + 8 * s) + 32e6 + bytes_of_tables(s, asked) +
+                       bytes_of_threads(threads_of(asked, all));
   if (!asked.minibatch_cka) {
     // Scratch; norms, sums per token of a share and of all, and of one rank at a time on the way.
     double const sums = 10 + (all.size() > 1 ? 16 : 0);
@@ -419,27 +485,36 @@ auto in_type(plan const& p, F const& f) {
   }
 }
 
-/// Looks at this process's memory until it goes out of scope.
+/// Looks at this process's memory until it goes out of scope. Its thread needs none of its own.
 class memory_watch {
  public:
-  explicit memory_watch(double& peak)
-      : thread_([this, &peak] {
-          std::unique_lock lock(mutex_);
-          do peak = std::max(peak, static_cast<double>(anonymous_memory()));
-          while (!over_.wait_for(lock, std::chrono::milliseconds(20), [this] { return done_; }));
-        }) {}
+  explicit memory_watch(double& peak) : peak_(peak) {
+    try {
+      thread_ = std::thread([this]() noexcept {
+        std::unique_lock lock(mutex_);
+        do look();
+        while (!over_.wait_for(lock, std::chrono::milliseconds(20), [this] { return done_; }));
+      });
+    } catch (std::system_error const&) {
+      // No thread to be had: the look at the end has to do.
+    }
+  }
   ~memory_watch() {
     {
       std::lock_guard const lock(mutex_);
+      look();
       done_ = true;
     }
     over_.notify_one();
-    thread_.join();
+    if (thread_.joinable()) thread_.join();
   }
   memory_watch(memory_watch const&) = delete;
   memory_watch& operator=(memory_watch const&) = delete;
 
  private:
+  void look() { peak_ = std::max(peak_, static_cast<double>(anonymous_memory())); }
+
+  double& peak_;
   std::mutex mutex_;
   std::condition_variable over_;
   bool done_ = false;
@@ -458,10 +533,20 @@ void limit_memory(options const& asked) {
 }  // namespace
 
 std::size_t anonymous_memory() {
-  std::ifstream in("/proc/self/status");
-  for (std::string line; std::getline(in, line);)
-    if (line.starts_with("RssAnon:")) return std::stoul(line.substr(8)) * 1024;
-  return 0;
+  // Without memory of its own: it is asked for while there may be none left.
+  int const file = ::open("/proc/self/status", O_RDONLY | O_CLOEXEC);
+  if (file < 0) return 0;
+  char text[8192];
+  ::ssize_t const size = ::read(file, text, sizeof text);
+  ::close(file);
+  std::string_view const all(text, size > 0 ? static_cast<std::size_t>(size) : 0);
+  constexpr std::string_view name = "RssAnon:";
+  std::size_t at = all.find(name);
+  if (at == std::string_view::npos) return 0;
+  at = std::min(all.find_first_not_of(" \t", at + name.size()), all.size());
+  std::size_t kib = 0;
+  std::from_chars(all.data() + at, all.data() + all.size(), kib);
+  return kib * 1024;
 }
 
 result measure_shards(options const& asked, workers& all, progress const& tell) {
@@ -474,12 +559,7 @@ result measure_shards(options const& asked, workers& all, progress const& tell) 
   };
   all.together([&] {
     p = plan_of(asked);
-    double const needed = bytes_needed(p, asked, all);
-    if (asked.memory_limit > 0 && needed > static_cast<double>(asked.memory_limit) * 1048576)
-      throw unusable(p.shards.front().path,
-                     "needs about " + number(needed / 1048576, 4) +
-                         " MiB beside the mapped files, but --memory-limit is " +
-                         std::to_string(asked.memory_limit));
+    require_memory(p.shards.front().path, bytes_needed(p, asked, all), asked);
     limit_memory(asked);
     watch.emplace(peak);
     auto const ranks = static_cast<std::size_t>(all.size()),
@@ -516,6 +596,7 @@ result measure_shards(options const& asked, workers& all, progress const& tell) 
                              m.figures,
                              bytes_needed(p, asked, all),
                              peak};
+  require_finite(model);
   add_warnings(model, {}, asked.skip_first);
   if (asked.minibatch_cka)
     model.warnings.push_back(
@@ -528,8 +609,15 @@ result measure_shards(options const& asked, workers& all, progress const& tell) 
 }
 
 void forget_checkpoint(options const& asked, workers const& all) {
-  std::error_code ignored;
-  if (!asked.checkpoint.empty()) std::filesystem::remove(checkpoint_path(asked, all), ignored);
+  if (asked.checkpoint.empty()) return;
+  try {
+    std::string const path = checkpoint_path(asked, all);
+    std::error_code ignored;
+    std::filesystem::remove(path, ignored);
+    remove_unfinished(path);
+  } catch (std::bad_alloc const&) {
+    // It stays. There is a report, and that counts.
+  }
 }
 
 }  // namespace report

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "shards.hpp"
 #include "text.hpp"
 #include "write.hpp"
 
@@ -52,8 +53,8 @@ std::string summary(result const& r, options const& asked) {
   row("St2" + by, [](model_result const& m) { return number(m.flow.variance.st2); });
   row("  Poincare interval", [](model_result const& m) {
     if (!m.flow.variance.path_energy.ok()) return number(m.flow.variance.path_energy);
-    return number(std::sqrt(m.st2_squared_bounds().lower)) + " ... " +
-           number(std::sqrt(m.st2_squared_bounds().upper));
+    return number(finite(std::sqrt(m.st2_squared_bounds().lower))) + " ... " +
+           number(finite(std::sqrt(m.st2_squared_bounds().upper)));
   });
   row("path energy", [](model_result const& m) { return number(m.flow.variance.path_energy, 4); });
   for (std::size_t c = 0; c < r.models.front().cka.size(); ++c)
@@ -75,7 +76,8 @@ std::string summary(result const& r, options const& asked) {
                             rflow::running_stat rflow::sequence_figures::*which) {
       row(name, [&](model_result const& m) {
         rflow::running_stat const& s = m.shards->figures.*which;
-        return s.count > 0 ? number(s.mean) + " +- " + number(s.stddev()) : std::string("-");
+        return s.count > 0 ? number(finite(s.mean)) + " +- " + number(finite(s.stddev()))
+                           : std::string("-");
       });
     };
     row("shards, sequences", [](model_result const& m) {
@@ -85,7 +87,10 @@ std::string summary(result const& r, options const& asked) {
     row_of("St2 per sequence", &rflow::sequence_figures::st2);
     row("memory beside the files", [](model_result const& m) {
       return "at most " + number(m.shards->memory_bound / 1048576, 4) + " MiB; was " +
-             number(m.shards->memory_peak / 1048576, 4);
+             // The texts of the report are still there.
+             number(
+                 std::max(m.shards->memory_peak, static_cast<double>(anonymous_memory())) / 1048576,
+                 4);
     });
   }
 

@@ -19,14 +19,15 @@ void publish_report(options const& asked, result const& measured) {
   for (auto const& [name, values] : arrays) names.push_back(name);
   texts["report.html"] = report_html(measured, asked, plots, names);
 
-  publish(asked.output, asked.force, asked.files_read(),
-          [&](std::filesystem::path const& folder) { write_files(folder, texts, arrays); });
-
+  std::string told;
   if (!asked.quiet) {
     std::string const page = (std::filesystem::path(asked.output) / "report.html").string();
-    std::string const text = summary(measured, asked) + "report: " + one_line(page) + "\n";
-    std::fwrite(text.data(), 1, text.size(), stdout);
+    told = summary(measured, asked) + "report: " + one_line(page) + "\n";
   }
+
+  publish(asked.output, asked.force, asked.files_read(),
+          [&](std::filesystem::path const& folder) { write_files(folder, texts, arrays); });
+  std::fwrite(told.data(), 1, told.size(), stdout);
 }
 
 }  // namespace report

@@ -24,7 +24,8 @@ std::string version_text();
 /// Indented, but with arrays of plain values on one line.
 std::string json_text(nlohmann::ordered_json const& x);
 
-/// Quoted for a CSV file.
+/// Quoted for a CSV file. What a spreadsheet would take for a formula, because it begins with = + − @, a
+/// tab or the end of a line, gets an apostrophe before it.
 std::string csv_text(std::string const& text);
 
 std::string metrics_json(result const& r, options const& asked);

@@ -4,8 +4,9 @@
 #include <rflow/npy.hpp>
 
 #include <cmath>
-#include <limits>
+#include <cstdint>
 #include <nlohmann/json.hpp>
+#include <string_view>
 
 #include "publish.hpp"
 #include "text.hpp"
@@ -17,9 +18,12 @@ namespace {
 using json = nlohmann::ordered_json;
 using rflow::measured;
 
-json value_of(measured x) { return x.ok() && std::isfinite(x.value) ? json(x.value) : json(); }
+json value_of(measured x) {
+  x = finite(x);
+  return x.ok() ? json(x.value) : json();
+}
 
-json scalar(measured x) { return {{"value", value_of(x)}, {"status", to_string(x.why)}}; }
+json scalar(measured x) { return {{"value", value_of(x)}, {"status", to_string(finite(x).why)}}; }
 
 json series(std::vector<measured> const& xs) {
   json values = json::array(), statuses = json::array();
@@ -32,32 +36,39 @@ json series(std::vector<measured> const& xs) {
 
 measured square(measured x) { return x.ok() ? measured(x.value * x.value) : x; }
 
-json grid(cka_grid const& g) {
-  json values = json::array(), statuses = json::array(), chance = json::array();
-  for (std::ptrdiff_t i = 0; i < g.rows; ++i) {
-    json value_row = json::array(), status_row = json::array(), chance_row = json::array();
-    for (std::ptrdiff_t j = 0; j < g.cols; ++j) {
-      value_row.push_back(value_of(g.at(i, j)));
-      status_row.push_back(to_string(g.at(i, j).why));
-      chance_row.push_back(value_of(g.chance_at(i, j)));
-    }
-    values.push_back(std::move(value_row));
-    statuses.push_back(std::move(status_row));
-    chance.push_back(std::move(chance_row));
+/// Text that print() takes as it is. Tables of many sites are kept so: as JSON values a cell would
+/// take ten times the memory.
+json as_text(std::string const& text, bool one_line) {
+  std::vector<std::uint8_t> bytes(text.begin(), text.end());
+  return one_line ? json::binary(std::move(bytes), 1) : json::binary(std::move(bytes));
+}
+
+/// cell(i, j) in rows, a line each.
+template <class F>
+json table(std::ptrdiff_t rows, std::ptrdiff_t cols, F const& cell) {
+  std::string out;
+  for (std::ptrdiff_t i = 0; i < rows; ++i) {
+    json row = json::array();
+    for (std::ptrdiff_t j = 0; j < cols; ++j) row.push_back(cell(i, j));
+    out += row.dump() + "\n";
   }
-  return {{"values", std::move(values)},
-          {"status", std::move(statuses)},
-          {"chance", std::move(chance)}};
+  return as_text(out, false);
+}
+
+json grid(cka_grid const& g) {
+  using at = std::ptrdiff_t;
+  return {
+      {"values", table(g.rows, g.cols, [&](at i, at j) { return value_of(g.at(i, j)); })},
+      {"status",
+       table(g.rows, g.cols, [&](at i, at j) { return json(to_string(g.at(i, j).why)); })},
+      {"chance", table(g.rows, g.cols, [&](at i, at j) { return value_of(g.chance_at(i, j)); })}};
 }
 
 /// One value a cell, in rows; null where there is none.
 json table(std::vector<measured> const& values, std::ptrdiff_t cols) {
-  json out = json::array();
-  for (std::size_t k = 0; k < values.size(); ++k) {
-    if (k % static_cast<std::size_t>(cols) == 0) out.push_back(json::array());
-    out.back().push_back(value_of(values[k]));
-  }
-  return out;
+  return table(std::ssize(values) / cols, cols, [&](std::ptrdiff_t i, std::ptrdiff_t j) {
+    return value_of(values[static_cast<std::size_t>(i * cols + j)]);
+  });
 }
 
 json cka(cka_result const& c, options const& asked, std::vector<std::string> const& rows,
@@ -119,7 +130,9 @@ json over_sequences(std::vector<rflow::running_stat> const& stats) {
     stddev.push_back(s.count > 0 ? value_of(s.stddev()) : json());
     count.push_back(static_cast<std::ptrdiff_t>(s.count));
   }
-  return {{"mean", mean}, {"stddev", stddev}, {"sequences", count}};
+  return {{"mean", as_text(mean.dump(), true)},
+          {"stddev", as_text(stddev.dump(), true)},
+          {"sequences", as_text(count.dump(), true)}};
 }
 
 json shards(shard_facts const& s, options const& asked) {
@@ -148,7 +161,7 @@ json shards(shard_facts const& s, options const& asked) {
             {"path_length", over_sequences(s.figures.path_length)},
             {"steps", over_sequences(s.figures.steps)},
             {"curvature", over_sequences(s.figures.curvature)},
-            {"cka", pairs}}}};
+            {"cka", std::move(pairs)}}}};
 }
 
 json model(model_result const& m, options const& asked) {
@@ -217,13 +230,29 @@ json model(model_result const& m, options const& asked) {
 }
 
 /// All digits; empty where there is no value.
-std::string csv_number(measured x) { return x.ok() ? json(x.value).dump() : ""; }
+std::string csv_number(measured x) { return finite(x).ok() ? json(x.value).dump() : ""; }
 
-/// Indented, but with arrays of plain values on one line.
+/// Indented, but with arrays of plain values on one line; binary values are text.
 void print(json const& x, std::size_t indent, std::string& out) {
   auto const plain = [](json const& v) { return !v.is_structured() || v.empty(); };
   std::string line(indent + 3, ' ');
   line[0] = '\n';
+  if (x.is_binary()) {
+    auto const& bytes = x.get_binary();
+    std::string_view text(reinterpret_cast<char const*>(bytes.data()), bytes.size());
+    if (bytes.has_subtype()) {
+      out += text;
+      return;
+    }
+    out += '[';
+    for (char const* comma = ""; !text.empty(); comma = ",") {
+      std::size_t const end = text.find('\n');
+      out.append(comma).append(line).append(text.substr(0, end));
+      text.remove_prefix(end + 1);
+    }
+    out.append(bytes.empty() ? std::string() : line.substr(0, indent + 1)) += ']';
+    return;
+  }
   if (plain(x) || (x.is_array() && std::all_of(x.begin(), x.end(), plain))) {
     out += x.dump();
     return;
@@ -251,6 +280,9 @@ std::string json_text(json const& x) {
 
 std::string csv_text(std::string const& text) {
   std::string out = "\"";
+  // Spreadsheets compute what begins so; an apostrophe before it makes it text.
+  if (!text.empty() && std::string_view("=+-@\t\r\n").find(text.front()) != std::string_view::npos)
+    out += '\'';
   for (char const c : report::utf8(text)) out += c == '"' ? std::string("\"\"") : std::string(1, c);
   return out + "\"";
 }

@@ -86,7 +86,7 @@ struct summary_row {
 
 std::string with_square(measured x) {
   if (!x.ok()) return html_number(x);
-  return html_number(x) + " <small>squared " + html_number(x * x) + "</small>";
+  return html_number(x) + " <small>squared " + html_number(finite(x * x)) + "</small>";
 }
 
 std::string cka_ends(model_result const& m, std::string const& kernel, estimator e) {
@@ -142,8 +142,8 @@ std::string summary_table(result const& r, options const& asked) {
       {"&emsp;Poincaré interval",
        [](model_result const& m) {
          if (!m.flow.variance.path_energy.ok()) return html_number(m.flow.variance.path_energy);
-         return html_number(std::sqrt(m.st2_squared_bounds().lower)) + " … " +
-                html_number(std::sqrt(m.st2_squared_bounds().upper));
+         return html_number(finite(std::sqrt(m.st2_squared_bounds().lower))) + " … " +
+                html_number(finite(std::sqrt(m.st2_squared_bounds().upper)));
        },
        "where St2 must lie, given the path energy alone"},
       {"Path energy",
@@ -159,7 +159,8 @@ std::string summary_table(result const& r, options const& asked) {
       rows.push_back({title,
                       [which](model_result const& m) {
                         rflow::running_stat const& s = m.shards->figures.*which;
-                        return s.count > 0 ? html_number(s.mean) + " ± " + html_number(s.stddev())
+                        return s.count > 0 ? html_number(finite(s.mean)) + " ± " +
+                                                 html_number(finite(s.stddev()))
                                            : std::string("–");
                       },
                       "each sequence by itself: mean and standard deviation over sequences"});
@@ -207,7 +208,8 @@ std::string summary_table(result const& r, options const& asked) {
 
 // ---- CKA ----------------------------------------------------------------------------------------
 
-constexpr double norm_gap = 0.5;  // cells between the chain and the final norm
+constexpr std::ptrdiff_t most_mapped = 500;  // sites; a page of a million cells opens in no browser
+constexpr double norm_gap = 0.5;             // cells between the chain and the final norm
 
 /// Where a site stands on an axis of a heat map, in cells.
 double place(std::ptrdiff_t i, std::ptrdiff_t count, double gap) {
@@ -225,16 +227,17 @@ struct axis {
 
 std::string heat_map(cka_grid const& g, axis const& rows, axis const& cols,
                      std::string const& table, std::string const& css_class,
-                     std::string const& label) {
+                     std::string const& label) {  // plain text
   double const left = 44, bottom = 44, top = 6, right = 14, room = 500 - left - right;
   double const shorter = std::min(rows.length(), cols.length());  // has room for its title
   double const cell =
       std::min(std::max(44.0, 150 / shorter), room / std::max(rows.length(), cols.length()));
   double const width = left + right + cell * cols.length(),
                height = top + bottom + cell * rows.length();
-  std::string out = "<svg class=\"heat " + css_class + "\" role=\"img\" aria-label=\"" + label +
-                    "\" data-table=\"" + table + "\" style=\"max-width:" + fixed(width * 1.04, 0) +
-                    "px\" viewBox=\"0 0 " + fixed(width, 0) + " " + fixed(height, 0) + "\">\n";
+  std::string out = "<svg class=\"heat " + css_class + "\" role=\"img\" aria-label=\"" +
+                    html(label) + "\" data-table=\"" + table +
+                    "\" style=\"max-width:" + fixed(width * 1.04, 0) + "px\" viewBox=\"0 0 " +
+                    fixed(width, 0) + " " + fixed(height, 0) + "\">\n";
   out += "<g class=\"cells\" shape-rendering=\"crispEdges\" transform=\"translate(" + fixed(left) +
          " " + fixed(top + cell * rows.length()) + ") scale(" + fixed(cell, 4) + " -" +
          fixed(cell, 4) + ")\">\n";
@@ -294,9 +297,15 @@ json grid_data(cka_grid const& g) {
   return {{"value", values}, {"chance", chances}, {"status", statuses}};
 }
 
-/// Both estimators of one kernel, one of them shown; adds the numbers to `data`.
+/// Both estimators of one kernel, one of them shown; adds the numbers to `data`. The title is HTML,
+/// the label plain text.
 std::string cka_figure(cka_result const& c, model_result const& a, model_result const& b,
-                       bool crossed, options const& asked, std::string const& title, json& data) {
+                       bool crossed, std::string const& title, std::string const& label,
+                       json& data) {
+  if (std::max(c.debiased.rows, c.debiased.cols) > most_mapped)
+    return figure(title, "",
+                  plural(c.debiased.rows, "site") + " × " + std::to_string(c.debiased.cols) +
+                      ": more than this page can show. All values stand in metrics.json.");
   std::string const key = "t" + std::to_string(data.size());
   double const row_gap = a.has_final_norm() ? norm_gap : 0,
                col_gap = b.has_final_norm() ? norm_gap : 0;
@@ -327,7 +336,7 @@ std::string cka_figure(cka_result const& c, model_result const& a, model_result 
   std::string body;
   for (estimator const e : {estimator::debiased, estimator::biased})
     body += heat_map(c.grid(e), rows, cols, key, std::string(to_string(e)),
-                     html(title) + ", " + std::string(to_string(e)));
+                     label + ", " + std::string(to_string(e)));
   body += legend("≤ 0", "1", "no value");
 
   double most_chance = 0;
@@ -345,7 +354,6 @@ std::string cka_figure(cka_result const& c, model_result const& a, model_result 
     caption += most_chance > 0 ? ", here up to " + html_number(most_chance) + "." : ".";
   else if (most_chance > 0)
     caption += " Chance alone gives the biased value up to " + html_number(most_chance) + ".";
-  static_cast<void>(asked);
   return figure(title, body, caption);
 }
 
@@ -369,17 +377,23 @@ std::string cka_section(result const& r, options const& asked, json& data) {
   out += "\n<div class=\"grids\">\n";
   for (std::size_t k = 0; k < r.models.size(); ++k) {
     out += "<div class=\"pair\">\n";
-    for (cka_result const& c : r.models[k].cka)
-      out += cka_figure(
-          c, r.models[k], r.models[k], false, asked,
-          (r.models.size() > 1 ? model_name(r, k) + ", " : "") + kernel_name(c.kernel), data);
+    for (cka_result const& c : r.models[k].cka) {
+      auto const of = [&](std::string const& name) {
+        return (r.models.size() > 1 ? name + ", " : "") + kernel_name(c.kernel);
+      };
+      out += cka_figure(c, r.models[k], r.models[k], false, of(model_name(r, k)),
+                        of(r.models[k].label), data);
+    }
     out += "</div>\n";
   }
   if (!r.cross.empty()) {
     out += "<div class=\"pair\">\n";
     for (cka_result const& c : r.cross)
-      out += cka_figure(c, r.models[0], r.models[1], true, asked,
-                        "Between the two models, " + kernel_name(c.kernel), data);
+      out += cka_figure(c, r.models[0], r.models[1], true,
+                        "Between the two models, " + kernel_name(c.kernel),
+                        "CKA of " + r.models[0].label + " against " + r.models[1].label + ", " +
+                            kernel_name(c.kernel),
+                        data);
     out += "</div>\n";
   } else if (r.models.size() > 1) {
     out +=

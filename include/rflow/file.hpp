@@ -6,6 +6,7 @@
 // safetensors.hpp instead. POSIX only: it stands on mmap, fsync and rename.
 
 #include <fcntl.h>
+#include <sys/file.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <unistd.h>
@@ -537,7 +538,8 @@ class mapped_file {
 /// Writes a file that is either complete or not there: bytes go to a temporary name in the same
 /// directory, and commit() flushes them to the disk and renames. Without commit() the temporary is
 /// removed and a file that was there before stays as it was. A symbolic link is replaced, not
-/// followed.
+/// followed. What a killed process leaves behind is PATH.tmp-NUMBER-NUMBER; the temporary of a living
+/// one is locked (flock), so that others can tell the two apart.
 class atomic_writer {
  public:
   /// @throws std::system_error with the path if no file can be made there, or if the path is
@@ -553,6 +555,7 @@ class atomic_writer {
       fd = ::open(temporary_.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666);
     } while (fd < 0 && errno == EEXIST);
     if (fd < 0) detail::fail(errno, path_);
+    static_cast<void>(::flock(fd, LOCK_EX | LOCK_NB));  // not every file system can
     file_ = std::make_unique<detail::descriptor>(fd);
   }
 

@@ -8,14 +8,22 @@
 #include <rflow/npy.hpp>
 #include <rflow/safetensors.hpp>
 
+#include <fcntl.h>
+#include <signal.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
 #include <algorithm>
 #include <cmath>
 #include <cstdlib>
 #include <filesystem>
 #include <fstream>
+#include <functional>
+#include <iterator>
 #include <limits>
 #include <map>
 #include <nlohmann/json.hpp>
+#include <random>
 #include <string>
 #include <vector>
 
@@ -884,6 +892,243 @@ TEST_CASE("labels that cannot be used: one line, status 1, nothing left") {
   check_refused(work, {"x.safetensors", "--labels", "none.csv"}, {"none.csv"});
   check_refused(work, {"x.safetensors", "--probe-seeds", "3"}, {"--labels"});
   check_refused(work, {"x.safetensors", "--probe-standardize"}, {"--labels"});
+}
+
+TEST_CASE("labels: what is a header, and which file is to blame") {
+  folder const work;
+  sites(2, 6, 4).write(work / "x.safetensors");
+  std::string const six = "0\n1\n0\n1\n0\n1\n";
+  auto const write = [&](std::string const& text, char const* file = "y.csv") {
+    std::ofstream(work.path / file, std::ios::binary) << text;
+  };
+  auto const options = [](std::vector<std::string> more = {}) {
+    std::vector<std::string> out{"x.safetensors", "-q", "--no-plots", "--labels", "y.csv"};
+    out.insert(out.end(), more.begin(), more.end());
+    return out;
+  };
+  // One line too many, which would be dropped if it were a header.
+  for (std::string const first : {"1.5", "nan", "NaN", "None", "NA", "null", "true", "-", "", "0x1",
+                                  "1e3", "+1", "O", "l", "99999999999999999999", "#", "--"}) {
+    CAPTURE(first);
+    write(first + "\n" + six);
+    check_refused(work, options(), {"y.csv: line 1: an integer expected"});
+  }
+  for (std::string const first :
+       {"label", "class", "Klasse", "\"class\"", "token_class", "label\r"}) {
+    CAPTURE(first);
+    write(first + "\n" + six);
+    CHECK(run(work, options({"-o", "r", "--force"})).status == 0);
+  }
+  write("\xef\xbb\xbf" + six);  // a byte order mark is no part of a label
+  CHECK(run(work, options({"-o", "r", "--force"})).status == 0);
+  fs::remove_all(work.path / "r");
+  write(six);
+  write("0\n1\n", "g.csv");
+  check_refused(work, options({"--label-groups", "g.csv"}), {"g.csv: 2 groups for 6 tokens"});
+  write("0\n0\n0\n0\n0\n0\n", "g.csv");
+  check_refused(work, options({"--label-groups", "g.csv"}), {"g.csv: ", "group"});
+  write("0\nsome\n", "g.csv");
+  check_refused(work, options({"--label-groups", "g.csv"}), {"g.csv: line 2"});
+}
+
+TEST_CASE("a loop of links names the input, not the folder of the report") {
+  folder const work;
+  sites(2, 6, 4).write(work / "x.safetensors");
+  fs::create_symlink("loop", work.path / "loop");
+  check_refused(work, {"loop", "-o", "r"}, {"rflow_report: loop: Too many levels"});
+  check_refused(work, {"x.safetensors", "--labels", "loop", "-o", "r"},
+                {"rflow_report: loop: Too many levels"});
+  check_refused(work, {"x.safetensors", "-o", "loop"}, {"rflow_report: loop: Too many levels"});
+}
+
+TEST_CASE("numbers on the command line are decimal, finite and in range") {
+  folder const work;
+  sites(2, 12, 6).write(work / "x.safetensors");
+  std::vector<std::string> const nonsense{
+      "nan",  "inf",   "-inf", "-1", "1e400", "99999999999999999999",
+      "0x10", "1_000", "",     " 5", "five",  "5 "};
+  for (std::string const option :
+       {"--skip-first", "--first-block", "--probe-seeds", "--probe-epochs", "--cka-batch",
+        "--memory-limit", "--threads", "--checkpoint-seconds", "--rbf-fraction"})
+    for (std::string const& value : nonsense) {
+      CAPTURE(option);
+      CAPTURE(value);
+      bool const whole = option != "--checkpoint-seconds" && option != "--rbf-fraction";
+      if (!whole && value == "99999999999999999999") continue;
+      check_refused(work, {"x.safetensors", "--shards", option, value, "-o", "r"},
+                    {option + ": a ", "number", "expected, found " + value});
+    }
+  for (std::string const option : {"--skip-first", "--first-block"})
+    check_refused(work, {"x.safetensors", option, "9223372036854775807"}, {option, "expected"});
+  check_refused(work, {"x.safetensors", "--threads", "4097"}, {"--threads", "0 to 4096"});
+  // Not octal.
+  REQUIRE(run(work, {"x.safetensors", "--skip-first", "010", "-o", "r", "--no-plots"}).status == 0);
+  CHECK(metrics(work.path / "r").at("models").at(0).at("tokens").at("used") == 2);
+}
+
+TEST_CASE("whatever is written is finite, or says why there is no value") {
+  folder const work;
+  unsigned seed = 0;
+  // What says ok has a value, and what has a value says ok.
+  std::function<void(json const&, json const&, std::string const&)> const check_pair =
+      [&](json const& value, json const& status, std::string const& at) {
+        CAPTURE(at);
+        if (status.is_string()) {
+          CHECK((status == "ok") == value.is_number());
+          return;
+        }
+        REQUIRE(value.size() == status.size());
+        for (std::size_t i = 0; i < status.size(); ++i)
+          check_pair(value[i], status[i], at + "/" + std::to_string(i));
+      };
+  std::function<void(json const&, std::string const&)> const check_all =
+      [&](json const& x, std::string const& at) {
+        if (x.is_object() && x.contains("status"))
+          check_pair(x.contains("value") ? x.at("value") : x.at("values"), x.at("status"), at);
+        if (x.is_number_float()) CHECK(std::isfinite(x.get<double>()));
+        if (x.is_structured())
+          for (auto const& [key, member] : x.items()) check_all(member, at + "/" + key);
+      };
+  for (double const scale : {1e-300, 1e-160, 1e-100, 1e-77, 1e77, 1e100, 1e150, 1e153, 1e160, 1e200,
+                             1e300, 1e307, 1.7e308})
+    for (bool const positive : {false, true}) {
+      CAPTURE(scale);
+      CAPTURE(positive);
+      std::mt19937 bits(++seed);
+      CAPTURE(seed);
+      std::uniform_real_distribution<double> draw(positive ? 0.5 : -1.0, 1.0);
+      std::map<std::string, std::vector<double>> values;
+      std::vector<rflow::tensor> tensors;
+      for (char const* name : {"embed", "block.1", "block.2", "final_norm"}) {
+        auto& x = values[name];
+        for (int i = 0; i < 12 * 40; ++i) x.push_back(scale * draw(bits));
+        tensors.push_back(rflow::as_tensor(name, x, {12, 40}));
+      }
+      rflow::write_safetensors(work / "x.safetensors", tensors);
+      for (std::string const normalization : {"none", "per_element"})
+        for (std::string const shards : {"--no-plots", "--shards"}) {
+          CAPTURE(normalization);
+          CAPTURE(shards);
+          outcome const o = run(work, {"x.safetensors", "-o", "r", "--force", "--no-plots", shards,
+                                       "--normalization", normalization});
+          CAPTURE(o.err);
+          REQUIRE(o.status == 0);
+          check_all(metrics(work.path / "r"), "");
+          for (auto const& entry : fs::directory_iterator(work.path / "r")) {
+            CAPTURE(entry.path().string());
+            if (entry.path().extension() == ".csv") {
+              std::string const text = read(entry.path());
+              for (char const* word : {"null", "inf,", "nan"})
+                CHECK(text.find(word) == std::string::npos);
+            }
+            if (entry.path().extension() != ".npy") continue;
+            rflow::npy_file const file(entry.path());
+            double const* const x = file.array().elements<double>();
+            for (std::ptrdiff_t i = 0; i < file.array().size(); ++i)
+              CHECK((std::isnan(x[i]) || std::abs(x[i]) <= 1 + 1e-6));
+          }
+          CHECK(o.out.find(" inf") == std::string::npos);
+          CHECK(read(work.path / "r/report.html").find(">inf") == std::string::npos);
+        }
+    }
+}
+
+TEST_CASE("names are text, to spreadsheets and to screen readers") {
+  folder const work;
+  sites const a(2, 12, 6);
+  std::map<std::string, std::string> const names{
+      {"=1+1", "\"'=1+1\""},   {"+1", "\"'+1\""},
+      {"-1", "\"'-1\""},       {"@SUM(A1)", "\"'@SUM(A1)\""},
+      {"\t=1", "\"'\t=1\""},   {"\r=1", "\"'\r=1\""},
+      {"a=1", "\"a=1\""},      {"say \"=1\"", "\"say \"\"=1\"\"\""},
+      {"a,b\nc", "\"a,b\nc\""}};
+  for (auto const& pair : names) {
+    std::string const &name = pair.first, &cell = pair.second;
+    CAPTURE(name);
+    a.write(work / "a.safetensors", {{"model", name}});
+    REQUIRE(run(work, {"a.safetensors", "-o", "r", "--force", "--no-plots"}).status == 0);
+    for (char const* file : {"r/sites.csv", "r/blocks.csv"})
+      CHECK(read(work / file).find("\n" + cell + ",\"embed\",") != std::string::npos);
+  }
+  // Two models, whose names are marked with colours for the eye.
+  a.write(work / "a.safetensors", {{"model", "A <b> & \"c\""}, {"token_hash", "x"}});
+  a.write(work / "b.safetensors", {{"model", "B"}, {"token_hash", "x"}});
+  REQUIRE(run(work, {"a.safetensors", "b.safetensors", "-o", "r", "--force"}).status == 0);
+  std::string const page = read(work / "r/report.html"), mark = "aria-label=\"";
+  int labels = 0, named = 0;
+  for (std::size_t at = 0; (at = page.find(mark, at)) != std::string::npos; ++labels) {
+    at += mark.size();
+    std::string const label = page.substr(at, page.find('"', at) - at);
+    CAPTURE(label);
+    for (char const* markup : {"<", ">", "&lt;i", "&amp;lt;", "&amp;quot;", "swatch"})
+      CHECK(label.find(markup) == std::string::npos);
+    named += label.find("A &lt;b&gt; &amp; &quot;c&quot;") != std::string::npos;
+  }
+  CHECK(labels > 10);
+  CHECK(named == 8);  // two kernels, two estimators: its own and those between
+}
+
+TEST_CASE("an input that is cut short while it is read: one line that names it, status 1") {
+  folder const work;
+  sites(2, 6000, 64).write(work / "x.safetensors");
+  std::string const whole = read(work / "x.safetensors");
+  for (std::string const mode : {"--no-plots", "--shards"}) {
+    CAPTURE(mode);
+    std::ofstream(work / "x.safetensors", std::ios::binary) << whole;
+    folder const results;
+    std::string const err = results / "err";
+    ::pid_t const child = ::fork();
+    REQUIRE(child >= 0);
+    if (child == 0) {
+      int const to_err = ::open(err.c_str(), O_WRONLY | O_CREAT, 0600);
+      if (::dup2(to_err, 2) < 0 || ::chdir(work.path.c_str()) != 0) ::_exit(126);
+      if (mode == "--shards")
+        ::execl(RFLOW_REPORT, RFLOW_REPORT, "x.safetensors", "-q", "--no-plots", "--shards",
+                "--cka", "full", "-o", "r", nullptr);
+      ::execl(RFLOW_REPORT, RFLOW_REPORT, "x.safetensors", "-q", "--no-plots", "-o", "r", nullptr);
+      ::_exit(127);
+    }
+    // As soon as it is mapped the program waits, and the file ends after its header.
+    std::string const maps = "/proc/" + std::to_string(child) + "/maps";
+    for (int look = 0; look < 100000; ++look) {
+      std::ifstream in(maps);
+      std::string const text{std::istreambuf_iterator<char>(in), {}};
+      if (text.find("/x.safetensors") != std::string::npos) break;
+      ::usleep(50);
+    }
+    ::kill(child, SIGSTOP);
+    ::usleep(20000);
+    fs::resize_file(work / "x.safetensors", 8192);
+    ::kill(child, SIGCONT);
+    int state = 0;
+    REQUIRE(::waitpid(child, &state, 0) == child);
+    std::string const said = read(err);
+    CAPTURE(said);
+    CHECK(WIFEXITED(state));
+    CHECK(WEXITSTATUS(state) == 1);
+    CHECK(std::count(said.begin(), said.end(), '\n') == 1);
+    CHECK(said.starts_with("rflow_report: "));
+    // Shards are opened twice: the second time the file may be too short already.
+    bool const known = mode == "--shards" && said.find("x.safetensors: byte ") != std::string::npos;
+    bool const told = said.ends_with("/x.safetensors: cut short while it was read\n");
+    CHECK((known || told));
+    CHECK(work.names() == std::vector<std::string>{"x.safetensors"});
+  }
+}
+
+TEST_CASE("more sites than memory can hold the tables of: refused before anything is measured") {
+  folder const work;
+  // More than twice what this machine has, at 100 bytes for each pair of sites.
+  double const bytes = 2 * static_cast<double>(::sysconf(_SC_PHYS_PAGES)) *
+                       static_cast<double>(::sysconf(_SC_PAGESIZE));
+  auto const count = static_cast<std::ptrdiff_t>(std::sqrt(bytes / 100));
+  std::vector<float> const x(static_cast<std::size_t>(count), 1.0f);
+  rflow::write_npy(work.path / "x.npy", x, {count, 1, 1});
+  check_refused(work, {"x.npy", "-o", "r"}, {"x.npy: needs about ", " MiB", "this machine has "});
+  check_refused(work, {"x.npy", "-o", "r", "--shards"},
+                {"x.npy: needs about ", " MiB", "this machine has "});
+  check_refused(work, {"x.npy", "-o", "r", "--shards", "--memory-limit", "4000"},
+                {"x.npy: needs about ", " MiB", "--memory-limit is 4000"});
 }
 
 TEST_CASE("where the report goes") {

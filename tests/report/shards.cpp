@@ -11,13 +11,17 @@
 
 #include <fcntl.h>
 #include <signal.h>
+#include <sys/file.h>
+#include <sys/resource.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
 #include <algorithm>
 #include <chrono>
 #include <cmath>
+#include <cstdint>
 #include <cstdlib>
+#include <cstring>
 #include <filesystem>
 #include <fstream>
 #include <nlohmann/json.hpp>
@@ -57,6 +61,19 @@ using program::read;
   return child;
 }
 
+/// Whether memory is counted as usual; under a sanitizer a limit on it ends the program at once.
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+constexpr bool plain_memory = false;
+#elif defined(__has_feature)
+#if __has_feature(address_sanitizer) || __has_feature(thread_sanitizer)
+constexpr bool plain_memory = false;
+#else
+constexpr bool plain_memory = true;
+#endif
+#else
+constexpr bool plain_memory = true;
+#endif
+
 struct outcome {
   int status;  // -1: killed
   std::string err;
@@ -65,10 +82,10 @@ struct outcome {
 /// Waits, but not for ever: a program that hangs is ended, and the test fails.
 outcome wait_for(::pid_t child, std::string const& err) {
   int state = 0;
-  for (int tenth = 0; tenth < 1200; ++tenth) {
+  for (int look = 0; look < 12000; ++look) {
     if (::waitpid(child, &state, WNOHANG) == child)
       return {WIFEXITED(state) ? WEXITSTATUS(state) : -1, read(err)};
-    std::this_thread::sleep_for(std::chrono::milliseconds(100));
+    std::this_thread::sleep_for(std::chrono::milliseconds(10));
   }
   ::kill(child, SIGKILL);
   ::waitpid(child, &state, 0);
@@ -132,8 +149,29 @@ struct model {
   }
 };
 
+/// Kills runs until one leaves a checkpoint behind, with no report.
+void leave_checkpoint(folder const& here, model const& m) {
+  std::vector<std::string> arguments =
+      m.arguments({"-o", "out", "--checkpoint", "state", "--checkpoint-seconds", "0"});
+  arguments.insert(arguments.begin(), RFLOW_REPORT);
+  for (int attempt = 0; attempt < 200 && !fs::exists(here / "state"); ++attempt) {
+    fs::remove_all(here / "out");
+    ::pid_t const child = start(here, arguments, here / "err");
+    for (int i = 0; i < 2000 && !fs::exists(here / "state") && !fs::exists(here / "out"); ++i)
+      std::this_thread::sleep_for(std::chrono::microseconds(200));
+    ::kill(child, SIGKILL);
+    ::waitpid(child, nullptr, 0);
+  }
+  fs::remove_all(here / "out");
+  fs::remove(here / "err");
+  REQUIRE(fs::exists(here / "state"));
+  for (auto const& name : here.names())  // what a killed program was writing
+    if (name.find(".tmp-") != std::string::npos) fs::remove_all(here / name);
+}
+
 /// Every number of two reports, to a relative 1e-12, those of CKA to `cka`; the rest equal.
-void check_close(json const& a, json const& b, double cka = 1e-12, std::string const& where = "") {
+[[maybe_unused]] void check_close(json const& a, json const& b, double cka = 1e-12,
+                                  std::string const& where = "") {
   CAPTURE(where);
   REQUIRE(a.type() == b.type());
   if (a.is_number_float()) {
@@ -337,26 +375,25 @@ TEST_CASE("shards and checkpoints that cannot be used: one line, status 1, nothi
     rflow::write_safetensors(here / "cuts.safetensors", tensors);
     refused(m.arguments({"cuts.safetensors", "-o", "out"}), {"cuts.safetensors", "sequences"});
   }
+  SUBCASE("sequences that are no list of integers") {
+    std::vector<float> const x(10 * 24, 1.0f), cuts{0, 10};
+    std::vector<std::int64_t> const square{0, 2, 5, 10};
+    for (bool const floats : {true, false}) {
+      std::vector<rflow::tensor> tensors{floats ? rflow::as_tensor("sequences", cuts, {2})
+                                                : rflow::as_tensor("sequences", square, {2, 2})};
+      for (int l = 0; l < 4; ++l)
+        tensors.push_back(
+            rflow::as_tensor(l == 0 ? "embed" : "block." + std::to_string(l), x, {10, 24}));
+      rflow::write_safetensors(here / "cuts.safetensors", tensors);
+      refused(m.arguments({"cuts.safetensors", "-o", "out"}),
+              {"rflow_report: cuts.safetensors: ", "'sequences'", "expected"});
+    }
+  }
   SUBCASE("a checkpoint cut short, of something else, of other options") {
     std::ofstream(here / "state", std::ios::binary) << "no checkpoint";
     refused(m.arguments({"-o", "out", "--checkpoint", "state"}), {"state", "damaged"});
     fs::remove(here / "state");
-    // Leave one behind: the report cannot be written where a file is in the way.
-    std::vector<std::string> arguments =
-        m.arguments({"-o", "out", "--checkpoint", "state", "--checkpoint-seconds", "0"});
-    arguments.insert(arguments.begin(), RFLOW_REPORT);
-    for (int attempt = 0; attempt < 200 && !fs::exists(here / "state"); ++attempt) {
-      fs::remove_all(here / "out");
-      ::pid_t const child = start(here, arguments, here / "err");
-      for (int i = 0; i < 2000 && !fs::exists(here / "state") && !fs::exists(here / "out"); ++i)
-        std::this_thread::sleep_for(std::chrono::microseconds(200));
-      ::kill(child, SIGKILL);
-      ::waitpid(child, nullptr, 0);
-    }
-    fs::remove_all(here / "out");
-    REQUIRE(fs::exists(here / "state"));
-    for (auto const& name : here.names())  // what a killed program was writing
-      if (name.find(".tmp-") != std::string::npos) fs::remove_all(here / name);
+    leave_checkpoint(here, m);
     refused(m.arguments({"-o", "out", "--checkpoint", "state", "--skip-first", "1"}),
             {"state", "other shards, options or ranks"});
     std::string const whole = read(here / "state");
@@ -378,6 +415,125 @@ TEST_CASE("shards and checkpoints that cannot be used: one line, status 1, nothi
     refused({m.names[0], m.names[1], m.names[2], "-o", "out"}, {"one or two captures"});
     refused({m.names[0], "-o", "out", "--checkpoint", "x"}, {"need --shards"});
   }
+}
+
+TEST_CASE("a flipped bit anywhere in a checkpoint is refused, or changes nothing") {
+  folder const here;
+  model const m(here, 21, 3, 60, true);
+  REQUIRE(run(here, m.arguments({"-o", "whole"})).status == 0);
+  std::string const expected = read(here / "whole/metrics.json");
+  leave_checkpoint(here, m);
+  std::string const whole = read(here / "state");
+  std::uint64_t header = 0;
+  std::memcpy(&header, whole.data(), 8);
+  std::size_t const data = 8 + static_cast<std::size_t>(header);
+  REQUIRE(whole.size() > data + 800);
+  std::vector<std::size_t> places;
+  for (std::size_t at = 0; at < 8; ++at) places.push_back(at);
+  for (std::size_t k = 0; k < 70; ++k) places.push_back(8 + k * (data - 8) / 70);
+  for (std::size_t k = 0; k < 70; ++k) places.push_back(data + k * (whole.size() - data) / 70);
+  for (std::size_t k = 1; k <= 8; ++k)
+    places.push_back(data - k), places.push_back(whole.size() - k);
+  unsigned const seed = 23;
+  CAPTURE(seed);
+  std::mt19937 bits(seed);
+  int refused = 0;
+  for (std::size_t const at : places) {
+    std::string flipped = whole;
+    flipped[at] = static_cast<char>(flipped[at] ^ (1 << bits() % 8));
+    std::ofstream(here / "state", std::ios::binary) << flipped;
+    outcome const o = run(here, m.arguments({"-o", "out", "--checkpoint", "state"}));
+    CAPTURE(at);
+    CAPTURE(o.err);
+    if (o.status == 0) {
+      CHECK(read(here / "out/metrics.json") == expected);
+      fs::remove_all(here / "out");
+      continue;
+    }
+    ++refused;
+    CHECK(o.status == 1);
+    CHECK(std::count(o.err.begin(), o.err.end(), '\n') == 1);
+    CHECK((o.err.find("state: the checkpoint is damaged") != std::string::npos ||
+           o.err.find("state: not a checkpoint") != std::string::npos));
+    CHECK_FALSE(fs::exists(here / "out"));
+    if (at >= data) CHECK(o.err.find("checksum") != std::string::npos);
+  }
+  CHECK(refused > 140);
+  std::ofstream(here / "state", std::ios::binary) << whole;
+  REQUIRE(run(here, m.arguments({"-o", "out", "--checkpoint", "state"})).status == 0);
+  CHECK(read(here / "out/metrics.json") == expected);
+}
+
+TEST_CASE("with as much memory as it says it needs, many threads or not, there is a report") {
+  if (!plain_memory) return;
+  folder const here;
+  model const m(here, 31, 3, 900, true);
+  for (std::string const cka : {"minibatch", "full"})
+    for (std::string const threads : {"1", "8"}) {
+      auto const with = [&](std::string const& limit) {
+        return run(here, m.arguments({"-o", "out", "--force", "--cka", cka, "--threads", threads,
+                                      "--memory-limit", limit}));
+      };
+      std::string const refusal = with("16").err, before = "needs about ";
+      CAPTURE(refusal);
+      auto const at = refusal.find(before);
+      REQUIRE(at != std::string::npos);
+      double const needed = std::stod(refusal.substr(at + before.size()));
+      for (int k = 0; k < 10; ++k) {
+        outcome const o = with(std::to_string(static_cast<int>(needed) + 2));
+        CAPTURE(o.err);
+        CHECK(o.status == 0);
+      }
+    }
+}
+
+TEST_CASE("memory that runs out at any time: one line and status 1") {
+  if (!plain_memory) return;
+  folder const here;
+  model const m(here, 32, 6, 3000, true);
+  std::vector<std::string> arguments =
+      m.arguments({"-o", "out", "--cka", "full", "--threads", "8"});
+  arguments.insert(arguments.begin(), RFLOW_REPORT);
+  unsigned const seed = 33;
+  CAPTURE(seed);
+  std::mt19937 bits(seed);
+  int failed = 0;
+  for (int k = 0; k < 40; ++k) {
+    ::pid_t const child = start(here, arguments, here / "err");
+    ::usleep(static_cast<::useconds_t>(bits() % 200000));
+    ::rlimit const limit{::rlim_t{1} << 20, ::rlim_t{1} << 20};  // no more than it has
+    ::prlimit(child, RLIMIT_DATA, &limit, nullptr);
+    outcome const o = wait_for(child, here / "err");
+    CAPTURE(o.err);
+    if (o.status == 0) {
+      fs::remove_all(here / "out");
+      continue;
+    }
+    ++failed;
+    CHECK(o.status == 1);
+    CHECK(std::count(o.err.begin(), o.err.end(), '\n') == 1);
+    CHECK(o.err.find("rflow_report: ") == 0);
+    CHECK_FALSE(fs::exists(here / "out"));
+    for (std::string const& name : here.names()) CHECK(name.find(".tmp-") == std::string::npos);
+  }
+  CHECK(failed > 5);
+}
+
+TEST_CASE("what killed runs left of a checkpoint goes with the run that takes it over") {
+  folder const here;
+  model const m(here, 22, 2, 60);
+  leave_checkpoint(here, m);
+  for (char const* name : {"state.tmp-123-1", "state.tmp-123-2", "state.tmp-mine", "other.tmp-1-1"})
+    std::ofstream(here / name) << "half a checkpoint";
+  // One that another run is writing.
+  int const at_work = ::open((here / "state.tmp-123-2").c_str(), O_RDONLY);
+  REQUIRE(::flock(at_work, LOCK_EX | LOCK_NB) == 0);
+  REQUIRE(run(here, m.arguments({"-o", "out", "--checkpoint", "state"})).status == 0);
+  ::close(at_work);
+  CHECK_FALSE(fs::exists(here / "state"));
+  CHECK_FALSE(fs::exists(here / "state.tmp-123-1"));
+  for (char const* name : {"state.tmp-123-2", "state.tmp-mine", "other.tmp-1-1"})
+    CHECK(fs::exists(here / name));
 }
 
 #ifdef RFLOW_REPORT_MPI
