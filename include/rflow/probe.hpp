@@ -114,7 +114,7 @@ struct probe_seed {
 /// Over seeds: the mean, and the standard deviation (n − 1), which one seed does not have.
 struct over_seeds {
   measured mean;    ///< over seeds
-  measured spread;  ///< too_few_rows of one seed
+  measured spread;  ///< too_few_rows of one seed; out_of_range above the largest double
 };
 
 /// Probes of one site.
@@ -466,16 +466,21 @@ inline measured ratio(double sum, double count, status missing) {
 
 inline over_seeds summary(std::vector<measured> const& values) {
   over_seeds out;
-  running_stat stat;
+  double largest = 0;
   for (measured const& x : values) {
     if (!x.ok()) return {x.why, x.why};
-    stat.add(x);
+    largest = (std::max)(largest, std::abs(x.value));
   }
-  out.mean = stat.mean;
-  if (stat.count > 1)
-    out.spread = std::sqrt(stat.m2 / (stat.count - 1));
-  else
-    out.spread = status::too_few_rows;
+  // By a power of two, so that no square leaves the range of double.
+  int const exponent = largest > 0 ? std::ilogb(largest) : 0;
+  running_stat stat;
+  for (measured const& x : values) stat.add(std::ldexp(x.value, -exponent));
+  out.mean = std::ldexp(stat.mean, exponent);
+  out.spread = status::too_few_rows;
+  if (stat.count > 1) {
+    double const spread = std::ldexp(std::sqrt(stat.m2 / (stat.count - 1)), exponent);
+    out.spread = is_finite(spread) ? measured(spread) : measured(status::out_of_range);
+  }
   return out;
 }
 
