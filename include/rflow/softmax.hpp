@@ -323,12 +323,17 @@ class softmax_engine {
   /// visit(token, x) for all tokens; x holds a strip's features in double, times a power of two each.
   template <class Visit>
   void each_token(integer strip, double const* power, Visit const& visit) const {
-    alignas(128) C x[R] = {};
+    constexpr integer at_once = 16;  // rows, so that lines shared by them are read once
+    integer const cols = (std::min)(R, width_ - strip * R);
+    alignas(128) C x[at_once * R] = {};
     double wide[R];
-    for (integer t = 0; t < tokens_; ++t) {
-      site_.source(t, 1, strip * R, (std::min)(R, width_ - strip * R), x, R);
-      for (integer i = 0; i < R; ++i) wide[i] = static_cast<double>(x[i]) * power[i];
-      visit(t, wide);
+    for (integer t = 0; t < tokens_; t += at_once) {
+      integer const rows = (std::min)(at_once, tokens_ - t);
+      site_.source(t, rows, strip * R, cols, x, R);
+      for (integer r = 0; r < rows; ++r) {
+        for (integer i = 0; i < R; ++i) wide[i] = static_cast<double>(x[r * R + i]) * power[i];
+        visit(t + r, wide);
+      }
     }
   }
 
