@@ -318,6 +318,33 @@ TEST_CASE("neighbours, words of one counter, rows, matrices and seeds are indepe
   CHECK(drawn(rflow::gaussian(1), {5, 0, 0, 4}, 1, 1)[0] == x[4]);  // a lag is a shift of the same
 }
 
+TEST_CASE("nothing that is drawn is infinite: a law too wide is refused") {
+  for (double const wide : {5.1e37, 1e38, 3e38})
+    CHECK_THROWS_AS(rflow::gaussian(wide), std::invalid_argument);
+  double const infinity = std::numeric_limits<double>::infinity(), most = 3.4028234663852886e38;
+  CHECK_THROWS_AS(rflow::gaussian(infinity), std::invalid_argument);
+  CHECK_THROWS_AS(rflow::truncated_normal(1e38, -1e38, 1e38), std::invalid_argument);
+  CHECK_THROWS_AS(rflow::uniform(-infinity, infinity), std::invalid_argument);
+  CHECK_THROWS_AS(rflow::uniform(0, 4e38), std::invalid_argument);
+  CHECK_THROWS_AS(rflow::xavier_normal({1, 1}, infinity), std::invalid_argument);
+  CHECK_THROWS_AS(rflow::kaiming_normal({1, 1}, rflow::fan_mode::in, 1e38), std::invalid_argument);
+  // The widest that are allowed, where a normal is largest: the word that lies next to 0.
+  auto const z = rflow::detail::standard_normals(0, 0);
+  CHECK(std::hypot(z.first, z.second) < rflow::detail::largest_normal);
+  CHECK(std::hypot(z.first, z.second) > 6.76);
+  for (auto const& how : {rflow::gaussian(5e37), rflow::uniform(-most, most),
+                          rflow::truncated_normal(5e37, -infinity, 1e300)}) {
+    for (float const x : drawn(how, {3, 0, 0, 0}, 300, 300)) CHECK(std::isfinite(x));
+    rflow::f16 narrow{};
+    CHECK_THROWS_AS(draw(how, {}, &narrow, 1, 1, 1), std::invalid_argument);
+  }
+  rflow::f16 x[16];
+  CHECK_THROWS_AS(draw(rflow::gaussian(1e4), {}, x, 1, 16, 16), std::invalid_argument);
+  CHECK_NOTHROW(draw(rflow::gaussian(9e3), {}, x, 1, 16, 16));
+  CHECK_NOTHROW(draw(rflow::truncated_normal(1e5, -6e4, 6e4), {}, x, 1, 16, 16));
+  for (rflow::f16 const v : x) CHECK(std::isfinite(static_cast<float>(v)));
+}
+
 TEST_CASE("misuse is refused") {
   CHECK_THROWS_WITH_AS(rflow::gaussian(0),
                        "rflow::gaussian: stddev is 0.000000, not a positive float",

@@ -176,7 +176,34 @@ TEST_CASE("nothing is certain of equal, zero or unknown energies") {
   CHECK(poincare_bounds(0, 8).upper == 0);
 }
 
+TEST_CASE("a bound no double holds is out of range, and an order is still decided") {
+  double const most = std::numeric_limits<double>::max();
+  rflow::bounds const far = poincare_bounds(1e308, 33);
+  CHECK(far.lower == Approx(1e308 / (4 * std::pow(std::cos(pi / 66), 2))).epsilon(1e-14));
+  CHECK(far.upper.why == rflow::status::out_of_range);
+  CHECK(std::isnan(far.upper.value));
+  CHECK(poincare_bounds(std::nan(""), 8).upper.why == rflow::status::non_finite);
+  for (int const n : {2, 5, 33, 1000})
+    for (double const energy : {most, 1e300, 1e-300, 5e-324}) {
+      rflow::bounds const b = poincare_bounds(energy, n);
+      CHECK(b.lower.ok());
+      CHECK(std::isfinite(b.lower.value));
+      CHECK(b.upper.ok() == std::isfinite(b.upper.value));
+      CHECK((b.upper.ok() || b.upper.why == rflow::status::out_of_range));
+    }
+  CHECK(order(most, 33, 1e300, 33) == ordering::certified_greater);
+  CHECK(order(1e300, 33, most, 33) == ordering::certified_less);
+  CHECK(order(most, 33, most, 33) == ordering::undecided);
+  CHECK(order(most, 33, most / 440, 33) == ordering::undecided);
+  CHECK(order(most, 33, most / 442, 33) == ordering::certified_greater);
+}
+
 TEST_CASE("a chain of one site and a negative energy are refused") {
+  double const infinity = std::numeric_limits<double>::infinity();
+  CHECK_THROWS_WITH_AS(poincare_bounds(infinity, 5),
+                       "rflow::poincare_bounds: path energy is infinite", std::invalid_argument);
+  CHECK_THROWS_AS(order(1, 5, infinity, 5), std::invalid_argument);
+
   CHECK_THROWS_WITH_AS(poincare_bounds(1, 1),
                        "rflow::poincare_bounds: a chain needs at least 2 sites, not 1",
                        std::invalid_argument);

@@ -135,3 +135,39 @@ TEST_CASE("probe_optima: sites without an answer, and probes that do not belong"
                        std::invalid_argument);
   CHECK_THROWS_AS(rflow::probe_optima(stack, y, o, rflow::layer_probes{}), std::invalid_argument);
 }
+
+TEST_CASE("probe_optimum: features of any size give numbers or a reason") {
+  for (double const size : {1e-160, 1e100, 1e160, 1e200, 1e300}) {
+    CAPTURE(size);
+    labels y;
+    Eigen::MatrixXd const x = size * overlapping<double>(y, 60, 4);
+    for (bool const standardize : {false, true}) {
+      rflow::probe_options const o{.epochs = 5, .seeds = 2, .standardize = standardize};
+      auto const found = rflow::probe(x, y, o);
+      auto const best = rflow::optimum_of(x, y, o, found, {.max_iterations = 20});
+      auto const is_number_or_reason = [](rflow::measured const& v) {
+        CHECK(v.ok() == std::isfinite(v.value));
+      };
+      is_number_or_reason(best.gradient_norm);
+      for (auto const* gap : {&best.objective_gap, &best.loss_gap, &best.train_accuracy_gap,
+                              &best.validation_accuracy_gap}) {
+        is_number_or_reason(gap->mean);
+        is_number_or_reason(gap->spread);
+      }
+      for (auto const& seed : best.seeds) {
+        is_number_or_reason(seed.objective);
+        is_number_or_reason(seed.train_loss);
+        is_number_or_reason(seed.validation_loss);
+      }
+      if (standardize) CHECK(best.objective_gap.mean > -1e-9);
+    }
+  }
+  labels y;
+  auto const x = overlapping<double>(y, 60, 4);
+  rflow::probe_options const o{.epochs = 2, .seeds = 1};
+  auto const found = rflow::probe(x, y, o);
+  for (double const bad : {std::nan(""), HUGE_VAL, -1.}) {
+    CHECK_THROWS_AS(rflow::optimum_of(x, y, o, found, {.ridge = bad}), std::invalid_argument);
+    CHECK_THROWS_AS(rflow::optimum_of(x, y, o, found, {.tolerance = bad}), std::invalid_argument);
+  }
+}

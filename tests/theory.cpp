@@ -251,6 +251,117 @@ TEST_CASE("theorem 5: the layers' St2 meet at the threshold and part on either s
   CHECK_THROWS_AS(rflow::threshold({{}, -1, 6}, {{}, 1, 2}), std::invalid_argument);
 }
 
+// ---- parameters of any size ---------------------------------------------------------------------
+
+namespace {
+
+/// x · 2^exponent, exactly.
+matrix shifted(matrix const& x, int exponent) {
+  return x.unaryExpr([&](double v) { return std::ldexp(v, exponent); });
+}
+
+/// Either the value times 2^exponent, or out_of_range where that is no double.
+void check_shifted(rflow::measured const& x, double value, int exponent) {
+  long double const right = std::ldexp(static_cast<long double>(value), exponent);
+  CAPTURE(value);
+  CAPTURE(exponent);
+  if (right > static_cast<long double>(std::numeric_limits<double>::max())) {
+    CHECK(x.why == rflow::status::out_of_range);
+    CHECK(std::isnan(x.value));
+  } else {
+    REQUIRE(x.ok());
+    CHECK(x.value == Approx(static_cast<double>(right)).epsilon(1e-12));
+  }
+}
+
+}  // namespace
+
+TEST_CASE("moments of parameters of any size are those of small ones, or out of range") {
+  int beyond = 0;
+  for (unsigned seed = 600; seed < 700; ++seed) {
+    CAPTURE(seed);
+    generator g{std::mt19937_64(seed)};
+    inputs const x(g, 6, 5);
+    auto const draw = [&] { return static_cast<int>(g.bits() % 1201) - 600; };
+    int const a = draw(), b = draw() / 2, c = draw() / 2;
+    // Any Mamba layer is in proportion to its parameters.
+    mamba h(g, x.d, x.tokens);
+    update_moments const plain = expected_update(h.parameters(), as_view(x.covariance), x.tokens);
+    double const eta_one = 1e3;
+    matrix const eta = matrix::Constant(h.e, 1, eta_one), far_eta = shifted(eta, b);
+    double const bound = rflow::contractive_trace_bound(h.parameters(), as_view(x.covariance),
+                                                        x.tokens, as_view(eta), 0.999);
+    h.in = shifted(h.in, a), h.gate = shifted(h.gate, c), h.out = shifted(h.out, -c);
+    for (double& v : h.impulse) v = std::ldexp(v, b);
+    matrix const covariance = shifted(x.covariance, c);
+    update_moments const far = expected_update(h.parameters(), as_view(covariance), x.tokens);
+    int const exponent = a + b + c;
+    check_shifted(far.mean_square, plain.mean_square, 2 * exponent);
+    check_shifted(far.trace, plain.trace, 2 * exponent);
+    check_shifted(rflow::contractive_trace_bound(h.parameters(), as_view(covariance), x.tokens,
+                                                 as_view(far_eta), 0.999),
+                  bound, 2 * exponent);
+    beyond += !far.trace.ok();
+    if (!far.mean.empty())
+      for (std::size_t j = 0; j < far.mean.size(); ++j)
+        CHECK(far.mean[j] == Approx(std::ldexp(plain.mean[j], exponent)).epsilon(1e-12));
+
+    // The transformer layer is in proportion to Σ, and up, down and the bias make it up together.
+    transformer f(g, x.d, seed % 2 == 0);
+    update_moments const near = expected_update(f.parameters(), as_view(x.covariance), x.tokens);
+    f.up = shifted(f.up, a), f.down = shifted(f.down, -a), f.up_bias = shifted(f.up_bias, a);
+    update_moments const moved = expected_update(f.parameters(), as_view(covariance), x.tokens);
+    check_shifted(moved.trace, near.trace, c);
+    check_shifted(moved.mean_square, near.mean_square, 0);
+  }
+  CHECK(beyond > 10);
+  CHECK(beyond < 90);
+}
+
+TEST_CASE("values no double holds are out of range, never infinite and never NaN") {
+  using rflow::status;
+  generator g{std::mt19937_64(3)};
+  matrix const covariance = matrix::Identity(3, 3);
+  for (double const size : {1e100, 1e200, 1e300}) {
+    CAPTURE(size);
+    transformer f(g, 3, false);
+    f.up *= size, f.down *= size, f.value *= size;
+    update_moments const m = expected_update(f.parameters(), as_view(covariance), 4);
+    CHECK(m.trace.why == status::out_of_range);
+    CHECK(m.mean_square.ok() == (size < 1e150));
+    CHECK(m.expected_st2_square().why == status::out_of_range);
+    for (double const x : m.mean) CHECK(std::isfinite(x));
+    CHECK(rflow::threshold(m, {{}, 1, 1}).why == status::out_of_range);
+    CHECK(rflow::threshold({{}, 1, 1}, m).why == status::out_of_range);
+  }
+  double const most = std::numeric_limits<double>::max(), infinity = 1 / std::sin(0.);
+  // κ = 2 · 1.8e308 has no double, s* has.
+  double const s = rflow::threshold({{}, 0, most}, {{}, most, most});
+  CHECK(s == Approx(0.5).epsilon(1e-15));
+  CHECK(rflow::threshold({{}, most, 0}, {{}, most, 0}) == Approx(1).epsilon(1e-15));
+  CHECK(rflow::threshold({{}, 0, 1e200}, {{}, 0, 1e-200}).why == status::out_of_range);
+  CHECK(rflow::threshold({{}, 0, 1e-200}, {{}, 0, 1e-300}) == Approx(1e100));
+  CHECK_THROWS_AS(rflow::threshold({{}, 0, 1}, {{}, 0, infinity}), std::invalid_argument);
+  CHECK_THROWS_AS(rflow::threshold({{}, infinity, 1}, {{}, 0, 1}), std::invalid_argument);
+
+  std::vector<double> const there_and_back{1e-200, 1e200}, up{1e200, 0};
+  CHECK(rflow::propagation_bound(3, there_and_back) == Approx(6));
+  CHECK(rflow::propagation_bound(1e-300, up) == Approx(1e100));
+  CHECK(rflow::propagation_bound(0, up) == 0);
+  CHECK(rflow::propagation_bound(1, up).why == status::out_of_range);
+  CHECK(rflow::propagation_bound(1e308, 1 - 1e-12, 1000).why == status::out_of_range);
+  CHECK(rflow::propagation_bound(1e300, 0.5, 3) == Approx(1e300 * (1 + 0.25 + 0.0625)));
+  CHECK_THROWS_AS(rflow::propagation_bound(infinity, 0.5, 3), std::invalid_argument);
+  CHECK_THROWS_AS(rflow::propagation_bound(1, std::vector<double>{infinity}),
+                  std::invalid_argument);
+
+  matrix const one = matrix::Constant(1, 1, 1), grows = matrix::Constant(1, 1, 1e10);
+  CHECK_THROWS_WITH_AS(
+      rflow::impulse_response(as_view(grows), as_view(one), as_view(one), {}, 100),
+      "rflow::impulse_response: the response leaves the range of double at step 31",
+      std::invalid_argument);
+}
+
 TEST_CASE("lemma 2: chains of tied blocks keep within the propagation bound") {
   for (unsigned seed = 500; seed < 500 + sets; ++seed) {
     CAPTURE(seed);

@@ -275,6 +275,14 @@ void add_warnings(model_result& m, rflow::flow_report const& final_norm,
     for (std::ptrdiff_t l = 0; l < static_cast<std::ptrdiff_t>(all.size()); ++l)
       accuracy.push_back(m.probes->accuracy(l).mean);
     note_missing("probe accuracy", accuracy, all, out);
+    // Whole groups rarely come to the number asked for; a tenth less is still a share.
+    std::ptrdiff_t const wanted = m.probes->validation_asked, there = m.probes->validation_tokens;
+    if (10 * there < 9 * wanted)
+      out.push_back(
+          {false, "probes are validated on " + plural(there, "token") + " where " +
+                      std::to_string(wanted) +
+                      " were asked for: of each class one is always trained on, and groups "
+                      "are kept whole"});
   }
 
   std::map<std::ptrdiff_t, std::vector<std::size_t>> with_zeros;  // sites with as many of them

@@ -94,7 +94,8 @@ struct model_result {
   /// Bounds on St2² from the path energy alone.
   rflow::bounds st2_squared_bounds() const {
     auto const s = static_cast<double>(sites.size());
-    return {flow.spread_bounds.lower / s, flow.spread_bounds.upper / s};
+    auto const of = [&](rflow::measured x) { return x.ok() ? rflow::measured(x / s) : x; };
+    return {of(flow.spread_bounds.lower), of(flow.spread_bounds.upper)};
   }
 };
 

@@ -198,15 +198,14 @@ json model(model_result const& m, options const& asked) {
 
   rflow::layer_variance const& v = f.variance;
   rflow::bounds const bounds = m.st2_squared_bounds();
-  auto const bound = [&](double x) { return v.path_energy.ok() ? measured(x) : v.path_energy; };
   out["variance"] = {{"normalization", to_string(v.by)},
                      {"factor", scalar(v.factor)},
                      {"st1", scalar(v.st1)},
                      {"st1_squared", scalar(square(v.st1))},
                      {"st2", scalar(v.st2)},
                      {"st2_squared", scalar(square(v.st2))},
-                     {"st2_squared_lower", scalar(bound(bounds.lower))},
-                     {"st2_squared_upper", scalar(bound(bounds.upper))},
+                     {"st2_squared_lower", scalar(bounds.lower)},
+                     {"st2_squared_upper", scalar(bounds.upper)},
                      {"path_energy", scalar(v.path_energy)},
                      {"path_length", scalar(v.path_length)},
                      {"steps", series(v.steps)},

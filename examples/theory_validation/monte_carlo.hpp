@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
-// Means over many draws with their standard errors, and checks of them as one family.
+// Means over many draws with their standard errors.
 
 #include <rflow/eigen.hpp>
 #include <rflow/threads.hpp>
@@ -11,14 +11,22 @@
 #include <string>
 #include <vector>
 
+#include "decision.hpp"
 #include "layers.hpp"
 
 namespace validation {
 
-/// A mean over batches, and its standard error.
-struct estimate {
-  double mean = 0, error = 0;
-};
+/// A mean and its standard error of some values.
+template <class Value>
+estimate estimate_of(std::size_t count, Value const& value) {
+  auto const n = static_cast<double>(count);
+  estimate out;
+  for (std::size_t i = 0; i < count; ++i) out.mean += value(i) / n;
+  double squares = 0;
+  for (std::size_t i = 0; i < count; ++i) squares += (value(i) - out.mean) * (value(i) - out.mean);
+  out.error = std::sqrt(squares / (n - 1) / n);
+  return out;
+}
 
 /// Batches of whole sequences, each with a place of its own for results: the same for any number of
 /// threads.
@@ -30,20 +38,20 @@ struct sampling {
 
   /// Calls f(batch, thread, values) for every batch; f sets `quantities` values.
   template <class F>
-  std::vector<estimate> run(std::size_t quantities, F const& f) const {
-    std::vector<double> values(quantities * static_cast<std::size_t>(batches));
+  std::vector<double> values(std::size_t quantities, F const& f) const {
+    std::vector<double> out(quantities * static_cast<std::size_t>(batches));
     team.run(batches, [&](std::ptrdiff_t b, int thread) {
-      f(b, thread, values.data() + quantities * static_cast<std::size_t>(b));
+      f(b, thread, out.data() + quantities * static_cast<std::size_t>(b));
     });
-    auto const n = static_cast<double>(batches);
-    std::vector<estimate> out(quantities);
-    for (std::size_t q = 0; q < quantities; ++q) {
-      for (std::size_t i = q; i < values.size(); i += quantities) out[q].mean += values[i] / n;
-      double squares = 0;
-      for (std::size_t i = q; i < values.size(); i += quantities)
-        squares += (values[i] - out[q].mean) * (values[i] - out[q].mean);
-      out[q].error = std::sqrt(squares / (n - 1) / n);
-    }
+    return out;
+  }
+  template <class F>
+  std::vector<estimate> run(std::size_t quantities, F const& f) const {
+    auto const all = values(quantities, f);
+    std::vector<estimate> out;
+    for (std::size_t q = 0; q < quantities; ++q)
+      out.push_back(estimate_of(static_cast<std::size_t>(batches),
+                                [&](std::size_t i) { return all[i * quantities + q]; }));
     return out;
   }
 };
@@ -63,27 +71,11 @@ struct check {
   double closed_form = 0;
   estimate seen;
   double scale =
-      0;  // what 1 % and 5 % are taken of: the closed form, or a standard deviation where it is 0
+      0;  // what 5 % are taken of: the closed form, or a standard deviation where it is 0
 
   double z() const { return (seen.mean - closed_form) / seen.error; }
   double relative_error() const { return seen.error / scale; }
-  /// Sees a closed form that is wrong by this share, from either side.
-  bool notices(double share, double bound) const {
-    double const off = share * scale;
-    return std::abs(seen.mean - closed_form - off) > bound * seen.error &&
-           std::abs(seen.mean - closed_form + off) > bound * seen.error;
-  }
+  verdict judged(decision_rule const& by) const { return by.equal(seen, closed_form, scale); }
 };
-
-/// |z| that one of `count` checks exceeds by chance with probability 1e-6: Bonferroni's bound for
-/// Student's t (Fisher's expansion).
-inline double family_bound(std::size_t count, integer batches) {
-  double low = 0, high = 20;
-  for (int i = 0; i < 100; ++i) {
-    double const middle = (low + high) / 2;
-    (std::erfc(middle / std::sqrt(2.0)) * static_cast<double>(count) > 1e-6 ? low : high) = middle;
-  }
-  return high + (high * high * high + high) / (4 * static_cast<double>(batches - 1));
-}
 
 }  // namespace validation

@@ -1378,7 +1378,13 @@ void host_softmax_in(crew of, layer_stack<T> const& stack, softmax_problem const
   team sites(side_by_side ? of : crew{});
   sites.run(stack.sites(), [&](std::ptrdiff_t l) {
     site_rows<T> const rows{stack[l], stack.masked() ? stack.selection().data() : nullptr};
-    engine regression(side_by_side ? crew{} : of, source_of<C>(rows), stack.size(), problem);
+    crew const mine = side_by_side ? crew{} : of;
+    engine regression(mine, source_of<C>(rows), stack.size(), problem);
+    if constexpr (!std::same_as<C, double>)
+      if (regression.needs_double()) {
+        softmax_engine<double> exact(mine, source_of<double>(rows), stack.size(), problem);
+        return visit(l, exact);
+      }
     visit(l, regression);
   });
 }

@@ -31,7 +31,7 @@ struct flow_report {
   std::vector<running_stat> per_sequence;  ///< S: the same of each sequence: mean and spread
   std::vector<adjacent_cosines> adjacent;  ///< S − 1: between a site and the next
   layer_variance variance;                 ///< St1, St2, path, curvature
-  bounds spread_bounds;                    ///< on S · st2², same normalisation; NaN if no path
+  bounds spread_bounds;                    ///< on S · st2², same normalisation; as the path
   std::vector<measured> rms_norm;          ///< S: √(mean over tokens of ‖x‖²)
   std::vector<std::ptrdiff_t> zero_rows;   ///< S: tokens whose row is zero
   std::vector<position> non_finite;        ///< S: first NaN or infinity, if found()
@@ -61,10 +61,9 @@ inline flow_report report_of(flow_moments const& m, normalization by = normaliza
                                  : detail::root(detail::in_range(m.squares[s] / m.tokens)));
   }
   out.variance = detail::variance_of(m, by);
-  double const missing = std::numeric_limits<double>::quiet_NaN();
-  out.spread_bounds = out.variance.path_energy.ok()
-                          ? poincare_bounds(out.variance.path_energy, m.sites)
-                          : bounds{missing, missing};
+  measured const energy = out.variance.path_energy;
+  out.spread_bounds =
+      energy.ok() ? poincare_bounds(energy, m.sites) : bounds{energy.why, energy.why};
   return out;
 }
 

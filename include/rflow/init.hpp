@@ -57,10 +57,22 @@ inline constexpr double relu_gain = 1.41421356237309504880;
 
 namespace detail {
 
+inline constexpr double largest_float = 3.4028234663852886e38;
+/// No normal drawn here is larger: √(−2 ln 2⁻³³) is 6.764.
+inline constexpr double largest_normal = 6.765;
+
 inline float positive(char const* where, char const* what, double x) {
-  auto const rounded = static_cast<float>(x);
-  if (!(rounded > 0) || rounded > 3.4028234e38f)
+  if (!(x <= largest_float) || !(static_cast<float>(x) > 0))
     reject(where, std::string(what) + " is " + std::to_string(x) + ", not a positive float");
+  return static_cast<float>(x);
+}
+
+/// The standard deviation of normals that are all finite floats.
+inline float deviation(char const* where, double x) {
+  float const rounded = positive(where, "stddev", x);
+  if (x * largest_normal > largest_float)
+    reject(where, "stddev is " + std::to_string(x) + ": " + std::to_string(largest_normal) +
+                      " of them are beyond float");
   return rounded;
 }
 
@@ -75,33 +87,40 @@ inline double fan_of(char const* where, fans const& f, fan_mode mode) {
 }  // namespace detail
 
 /// N(0, stddev²). GPT-2, GPT-Neo and GPT-NeoX as Hugging Face draws them: 0.02 for every matrix.
-/// @throws std::invalid_argument unless stddev > 0 and finite
+/// @throws std::invalid_argument unless stddev > 0 and below 5e37: further out a draw may be infinite
 inline initializer gaussian(double stddev) {
-  return {initializer::law::normal, detail::positive("rflow::gaussian", "stddev", stddev)};
+  return {initializer::law::normal, detail::deviation("rflow::gaussian", stddev)};
 }
 
 /// U(low, high). Ends and width are rounded to float.
-/// @throws std::invalid_argument unless low < high
+/// @throws std::invalid_argument unless low < high and both are within float
 inline initializer uniform(double low, double high) {
+  constexpr char const* where = "rflow::uniform";
+  for (double const end : {low, high})
+    if (!(std::abs(end) <= detail::largest_float))
+      detail::reject(where, "the end " + std::to_string(end) + " is no finite float");
   return {initializer::law::uniform,
-          detail::positive("rflow::uniform", "half of high - low", (high - low) / 2),
+          detail::positive(where, "half of high - low", (high - low) / 2),
           static_cast<float>((low + high) / 2)};
 }
 
 /// N(0, stddev²) under the condition low ≤ x ≤ high. The bounds are absolute, as in PyTorch's
 /// trunc_normal_, not multiples of stddev; the standard deviation of what is left is smaller.
-/// @throws std::invalid_argument unless stddev > 0 and the bounds leave at least a twentieth
+/// @throws std::invalid_argument unless stddev > 0 and below 5e37, and the bounds leave at least a
+///         twentieth; a bound may be infinite
 inline initializer truncated_normal(double stddev, double low, double high) {
   constexpr char const* where = "rflow::truncated_normal";
-  float const scale = detail::positive(where, "stddev", stddev);
+  float const scale = detail::deviation(where, stddev);
   double const left =
       (std::erfc(low / (stddev * relu_gain)) - std::erfc(high / (stddev * relu_gain))) / 2;
   if (!(left >= 0.05))
     detail::reject(where, "[" + std::to_string(low) + ", " + std::to_string(high) + "] leaves " +
                               std::to_string(100 * left) + " % of a normal of stddev " +
                               std::to_string(stddev) + ", less than 5 %");
-  return {initializer::law::truncated_normal, scale, 0, static_cast<float>(low),
-          static_cast<float>(high)};
+  auto const end = [](double x) {
+    return static_cast<float>(std::clamp(x, -detail::largest_float, detail::largest_float));
+  };
+  return {initializer::law::truncated_normal, scale, 0, end(low), end(high)};
 }
 
 /// Xavier (Glorot) uniform: U(±gain √(6 / (in + out))).
@@ -296,6 +315,15 @@ inline float draw_again(initializer const& how, random_origin const& from, std::
   }
 }
 
+/// No value drawn is larger.
+inline double reach(initializer const& how) {
+  double const scale = static_cast<double>(how.scale), normal = largest_normal * scale;
+  if (how.shape == initializer::law::normal) return normal;
+  if (how.shape == initializer::law::uniform)
+    return std::abs(static_cast<double>(how.centre)) + scale * (1 - 0x1p-24);
+  return (std::min)(normal, static_cast<double>((std::max)(std::abs(how.low), std::abs(how.high))));
+}
+
 template <scalar T>
 T rounded_to(float x) {
   if constexpr (std::is_floating_point_v<T>)
@@ -371,8 +399,8 @@ void draw_tile(initializer const& how, random_origin const& from, draw_target<T>
 /// @param  rows, cols              extent of the block; nothing is drawn if either is 0
 /// @param  row_stride, col_stride  in elements, as in view
 /// @param  threads  0: as many as the machine has; values do not depend on it
-/// @throws std::invalid_argument if an extent is negative or the block ends beyond row 2³² or
-///         column 2³⁴
+/// @throws std::invalid_argument if an extent is negative, the block ends beyond row 2³² or column
+///         2³⁴, or T is too narrow for what may be drawn
 /// @note   one thread neither allocates nor starts threads
 template <scalar T>
 void draw(initializer const& how, random_origin const& from, T* data, std::ptrdiff_t rows,
@@ -384,6 +412,11 @@ void draw(initializer const& how, random_origin const& from, T* data, std::ptrdi
     detail::reject("rflow::draw", std::to_string(rows) + " x " + std::to_string(cols) + " from (" +
                                       std::to_string(from.row) + ", " + std::to_string(from.col) +
                                       ") is no block of a 2^32 x 2^34 matrix");
+  double const reach = detail::reach(how);
+  if (!(reach < 0x1.ffffffp127) ||  // rounds to a finite float
+      !detail::is_finite(static_cast<float>(detail::rounded_to<T>(static_cast<float>(reach)))))
+    detail::reject("rflow::draw", "values of up to " + std::to_string(reach) +
+                                      " are beyond the type they are drawn into");
   if (rows == 0 || cols == 0) return;
   if (data == nullptr) detail::reject("rflow::draw", "no memory (null pointer)");
 

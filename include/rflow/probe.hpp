@@ -11,10 +11,12 @@
 #include <concepts>
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <iterator>
 #include <limits>
 #include <map>
 #include <numeric>
+#include <queue>
 #include <string>
 #include <type_traits>
 #include <utility>
@@ -63,7 +65,8 @@ struct given {
 
 /// How tokens are drawn for validation.
 enum class split {
-  stratified,  ///< from each class its share, as far as whole tokens allow; one is always trained on
+  stratified,  ///< from each class its share, by largest remainders; one is always trained on. What
+               ///< small classes cannot give the others do, from each as large a part
   shuffled,    ///< from all tokens alike
 };
 
@@ -100,6 +103,8 @@ struct probe_options {
 
 /// One split and one start. Curves have epochs + 1 values: [e] is after e updates. Loss is in nats.
 struct probe_seed {
+  std::ptrdiff_t training_tokens = 0;         ///< that this seed is trained on
+  std::ptrdiff_t validation_tokens = 0;       ///< that it is validated on
   std::vector<measured> train_loss;           ///< mean over training tokens
   std::vector<measured> validation_loss;      ///< mean over validation tokens
   std::vector<measured> train_accuracy;       ///< in [0, 1]
@@ -114,16 +119,19 @@ struct probe_seed {
 /// Over seeds: the mean, and the standard deviation (n − 1), which one seed does not have.
 struct over_seeds {
   measured mean;    ///< over seeds
-  measured spread;  ///< too_few_rows of one seed
+  measured spread;  ///< too_few_rows of one seed; out_of_range above the largest double
 };
 
 /// Probes of one site.
 struct probe_result {
-  status why = status::ok;         ///< constant_layer or non_finite: nothing else has a value
-  position non_finite;             ///< first NaN or infinity, if found()
-  std::ptrdiff_t classes = 0;      ///< C
-  std::ptrdiff_t tokens = 0;       ///< n
-  std::ptrdiff_t width = 0;        ///< d
+  status why = status::ok;     ///< constant_layer or non_finite: nothing else has a value
+  position non_finite;         ///< first NaN or infinity, if found()
+  std::ptrdiff_t classes = 0;  ///< C
+  std::ptrdiff_t tokens = 0;   ///< n
+  std::ptrdiff_t width = 0;    ///< d
+  /// Tokens to validate on that the options ask for; a seed may have fewer (classes of one token, whole
+  /// groups).
+  std::ptrdiff_t validation_asked = 0;
   std::vector<probe_seed> seeds;   ///< each by itself
   over_seeds train_loss;           ///< after the last epoch, as all of these
   over_seeds validation_loss;      ///< in nats
@@ -140,6 +148,8 @@ struct layer_probes {
   measured chance;                   ///< share of the commonest class
   std::ptrdiff_t best = -1;  ///< site of the highest mean accuracy, the first of equals; −1 if none
   measured drop;             ///< that accuracy less the last site's
+  std::ptrdiff_t validation_asked = 0;   ///< tokens to validate on that the options ask for
+  std::ptrdiff_t validation_tokens = 0;  ///< those there are, of the seed that has fewest
 
   /// Mean accuracy of a site, on validation tokens; on training tokens where there are none.
   over_seeds const& accuracy(std::ptrdiff_t site) const {
@@ -148,7 +158,8 @@ struct layer_probes {
                                                                    : r.validation_accuracy;
   }
 
-  /// Site, accuracy and losses in columns, a line each, with the best site and chance below.
+  /// Site, accuracy and losses in columns, a line each, with the best site and chance below, and
+  /// tokens to validate on where there are fewer than asked for.
   std::string table() const;
 };
 
@@ -191,6 +202,22 @@ class probe_plan {
 
   std::ptrdiff_t tokens() const { return static_cast<std::ptrdiff_t>(problem.labels.size()); }
   bool validates() const { return listed() || options_.validation_fraction > 0; }
+
+  /// Tokens of a seed to train on, or to validate on.
+  std::ptrdiff_t count(std::ptrdiff_t p, std::uint8_t part) const {
+    auto const first = problem.parts.begin() + p * tokens();
+    return std::count(first, first + tokens(), part);
+  }
+  /// Tokens to validate on: what is asked for, and what the seed has that has fewest.
+  std::ptrdiff_t validation_asked() const {
+    return listed() ? count(0, softmax_problem::validate) : wanted();
+  }
+  std::ptrdiff_t validation_tokens() const {
+    std::ptrdiff_t fewest = tokens();
+    for (std::ptrdiff_t p = 0; p < problem.problems; ++p)
+      fewest = (std::min)(fewest, count(p, softmax_problem::validate));
+    return fewest;
+  }
 
   /// Share of the commonest class.
   double chance() const {
@@ -265,12 +292,19 @@ class probe_plan {
                          std::to_string(given->bias.size()) + " biases for " +
                          std::to_string(problem.classes) + " classes x " + std::to_string(width) +
                          " features");
+    for (auto const* values : {&given->values, &given->bias})
+      for (double const x : *values)
+        if (!is_finite(x)) reject(where_, "an initial weight or bias is NaN or infinite");
   }
 
  private:
   static std::size_t size(std::ptrdiff_t n) { return static_cast<std::size_t>(n); }
 
   bool listed() const { return !options_.validation.empty() || !options_.training.empty(); }
+  std::ptrdiff_t wanted() const {
+    return static_cast<std::ptrdiff_t>(
+        std::llround(options_.validation_fraction * static_cast<double>(tokens())));
+  }
 
   void check_options() const {
     if (options_.seeds < 1) reject(where_, std::to_string(options_.seeds) + " seeds");
@@ -278,6 +312,9 @@ class probe_plan {
     if (!(options_.validation_fraction >= 0 && options_.validation_fraction < 1))
       reject(where_, "a validation fraction of " + std::to_string(options_.validation_fraction) +
                          " is not in [0, 1)");
+    for (double const x : {options_.learning_rate, options_.weight_decay, options_.epsilon})
+      if (!is_finite(x))
+        reject(where_, "the learning rate, weight decay and epsilon must be finite");
     if (!(options_.learning_rate > 0) || !(options_.weight_decay >= 0) ||
         !(options_.beta1 >= 0 && options_.beta1 < 1) ||
         !(options_.beta2 >= 0 && options_.beta2 < 1) || !(options_.epsilon > 0))
@@ -367,8 +404,7 @@ class probe_plan {
   template <class Stack>
   void split_by_chance(Stack const& stack, std::ptrdiff_t p, std::uint8_t* parts) const {
     std::uint64_t const seed = options_.first_seed + static_cast<std::uint64_t>(p);
-    auto const wanted = static_cast<std::ptrdiff_t>(
-        std::llround(options_.validation_fraction * static_cast<double>(tokens())));
+    std::ptrdiff_t const wanted = this->wanted();
     if (wanted < 1 || wanted >= tokens())
       reject(where_, "a validation fraction of " + std::to_string(options_.validation_fraction) +
                          " of " + std::to_string(tokens()) + " tokens leaves one part empty");
@@ -398,11 +434,33 @@ class probe_plan {
     shuffle(seed, 3, classes);
     std::stable_sort(classes.begin(), classes.end(),
                      [&](std::size_t a, std::size_t b) { return remainder[a] > remainder[b]; });
+    auto const room = [&](std::size_t c) {
+      return quota[c] + 1 < static_cast<std::ptrdiff_t>(members[c].size());
+    };
     for (std::size_t const c : classes)
-      if (given < wanted && quota[c] + 1 < static_cast<std::ptrdiff_t>(members[c].size())) {
+      if (given < wanted && room(c)) {
         ++quota[c];
         ++given;
       }
+    if (given < wanted) {
+      // Classes too small for their share: the next token is of the class that then has the
+      // smallest part held out, of equals the first in the order of chance.
+      using entry = std::pair<double, std::size_t>;
+      std::priority_queue<entry, std::vector<entry>, std::greater<>> next;
+      auto const offer = [&](std::size_t at) {
+        std::size_t const c = classes[at];
+        if (room(c))
+          next.push(
+              {static_cast<double>(quota[c] + 1) / static_cast<double>(members[c].size()), at});
+      };
+      for (std::size_t at = 0; at < classes.size(); ++at) offer(at);
+      for (; given < wanted && !next.empty(); ++given) {
+        std::size_t const at = next.top().second;
+        next.pop();
+        ++quota[classes[at]];
+        offer(at);
+      }
+    }
     for (std::size_t c = 0; c < members.size(); ++c)
       for (std::ptrdiff_t i = 0; i < quota[c]; ++i)
         parts[members[c][size(i)]] = softmax_problem::validate;
@@ -466,16 +524,21 @@ inline measured ratio(double sum, double count, status missing) {
 
 inline over_seeds summary(std::vector<measured> const& values) {
   over_seeds out;
-  running_stat stat;
+  double largest = 0;
   for (measured const& x : values) {
     if (!x.ok()) return {x.why, x.why};
-    stat.add(x);
+    largest = (std::max)(largest, std::abs(x.value));
   }
-  out.mean = stat.mean;
-  if (stat.count > 1)
-    out.spread = std::sqrt(stat.m2 / (stat.count - 1));
-  else
-    out.spread = status::too_few_rows;
+  // By a power of two, so that no square leaves the range of double.
+  int const exponent = largest > 0 ? std::ilogb(largest) : 0;
+  running_stat stat;
+  for (measured const& x : values) stat.add(std::ldexp(x.value, -exponent));
+  out.mean = std::ldexp(stat.mean, exponent);
+  out.spread = status::too_few_rows;
+  if (stat.count > 1) {
+    double const spread = std::ldexp(std::sqrt(stat.m2 / (stat.count - 1)), exponent);
+    out.spread = is_finite(spread) ? measured(spread) : measured(status::out_of_range);
+  }
   return out;
 }
 
@@ -532,6 +595,7 @@ probe_result run_probe(probe_plan const& plan, probe_options const& options, std
   out.tokens = plan.tokens();
   out.width = width;
   out.chance = plan.chance();
+  out.validation_asked = plan.validation_asked();
   if (out.why != status::ok) {
     for (over_seeds* s : {&out.train_loss, &out.validation_loss, &out.train_accuracy,
                           &out.validation_accuracy, &out.mean_distance})
@@ -552,6 +616,8 @@ probe_result run_probe(probe_plan const& plan, probe_options const& options, std
   for (std::size_t p = 0; p < out.seeds.size(); ++p) {
     probe_seed& seed = out.seeds[p];
     auto const problem = static_cast<std::ptrdiff_t>(p);
+    seed.training_tokens = plan.count(problem, softmax_problem::train);
+    seed.validation_tokens = plan.count(problem, softmax_problem::validate);
     note_predictions(plan.problem, problem,
                      regression.predictions().data() + problem * plan.tokens(), unvalidated, seed);
     if (keep_weights)
@@ -604,6 +670,9 @@ inline std::string layer_probes::table() const {
   if (best >= 0)
     out += "best: " + names[static_cast<std::size_t>(best)] + ", drop to the last site" +
            detail::column(drop, 8) + "\n";
+  if (validation_tokens < validation_asked)
+    out += "validated on " + std::to_string(validation_tokens) + " tokens where " +
+           std::to_string(validation_asked) + " were asked for\n";
   return out;
 }
 
@@ -618,11 +687,11 @@ inline std::string layer_probes::table() const {
 /// @param  options  split, seeds, epochs, learning rate, standardisation, initial weights
 /// @param  on       where to run; by default where x lives
 /// @return curves, accuracies, confusion and weights of each seed, means and spreads over seeds.
-///         Constant activations: status constant_layer. A run whose logits leave the range of numbers:
+///         Activations constant over what is trained on: status constant_layer. A run whose logits leave the range of numbers:
 ///         status diverged. Without validation: its fields have status not_requested
 /// @throws std::invalid_argument if labels are out of range or of another number than tokens, a class
 ///         has no token to train on, there are fewer than 2 classes or more than tokens, or the
-///         options contradict themselves; std::domain_error on NaN or infinity
+///         options contradict themselves or are not finite; std::domain_error on NaN or infinity in x
 /// @note   4·n·d·classes·seeds operations an epoch. Beyond x: 3·d + n values per class and seed.
 ///         Products and weights in fp32 (fp64 for double), sums over tokens in fp64
 /// @see    Alain, Bengio, "Understanding intermediate layers using linear classifier probes", 2016
@@ -666,6 +735,8 @@ layer_probes probe_layers(layer_stack<T, Memory> const& stack, Labels const& lab
   for (std::ptrdiff_t l = 0; l < stack.sites(); ++l) plan.check_given(stack[l].cols);
   layer_probes out;
   out.chance = plan.chance();
+  out.validation_asked = plan.validation_asked();
+  out.validation_tokens = plan.validation_tokens();
   out.layers.resize(static_cast<std::size_t>(stack.sites()));
   on.softmax(stack, plan.problem, [&](std::ptrdiff_t l, auto& regression) {
     out.layers[static_cast<std::size_t>(l)] =

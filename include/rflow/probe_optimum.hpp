@@ -47,7 +47,7 @@ struct probe_optimum {
   std::vector<seed_optimum> seeds;  ///< each by itself
   bool converged = false;           ///< to the tolerance
   int evaluations = 0;              ///< of loss and gradient
-  double gradient_norm = 0;         ///< where it ended
+  measured gradient_norm;           ///< where it ended; out_of_range above the largest double
   /// Loss + ridge of the probe less the optimum's: the distance, at least 0 to the rounding of the
   /// probe's loss.
   over_seeds objective_gap;
@@ -85,7 +85,7 @@ class penalised_loss {
     if (evaluations == 1 || loss < best_loss) {
       best_loss = loss;
       best = x;
-      gradient_norm = gradient.norm();
+      gradient_norm = gradient.stableNorm();
     }
     return loss;
   }
@@ -163,7 +163,8 @@ probe_optimum find_optimum(probe_plan const& plan, probe_result const& found,
   regression.load(w);
   softmax_sums const sums = regression.evaluate();
   out.evaluations = loss.evaluations;
-  out.gradient_norm = loss.gradient_norm;
+  out.gradient_norm =
+      is_finite(loss.gradient_norm) ? measured(loss.gradient_norm) : measured(status::out_of_range);
   out.converged = loss.gradient_norm <= by.tolerance;
 
   status const unvalidated = plan.validates() ? status::too_few_rows : status::not_requested;
@@ -188,7 +189,10 @@ probe_optimum find_optimum(probe_plan const& plan, probe_result const& found,
       double squares = 0;
       for (std::size_t i = 0; i < values; ++i)
         squares += at.values[p * values + i] * at.values[p * values + i];
-      return loss_of.ok() ? measured(loss_of.value + by.ridge / 2 * squares) : loss_of;
+      double const objective = loss_of.value + by.ridge / 2 * squares;
+      return !loss_of.ok()          ? loss_of
+             : is_finite(objective) ? measured(objective)
+                                    : measured(status::out_of_range);
     };
     here.objective = penalised(here.train_loss, w);
     objective_gap.push_back(
@@ -235,7 +239,8 @@ inline void check_found(char const* where, probe_plan const& plan, std::ptrdiff_
 /// @param  by                      ridge, tolerance
 /// @return for each site the optimum of each seed and the gaps to it. `converged` is false if the
 ///         gradient could not be brought below the tolerance. A site without an answer has its status
-/// @throws std::invalid_argument if `found` does not belong to the other arguments
+/// @throws std::invalid_argument if `found` does not belong to the other arguments, or `by` is no
+///         search
 /// @note   An evaluation costs twice an epoch (products are in fp64). 12 copies of the weights in fp64
 /// @see    Liu, Nocedal, "On the limited memory BFGS method", 1989
 template <class T, class Memory, class Labels, class On = default_backend_t<Memory>>
@@ -246,6 +251,11 @@ std::vector<probe_optimum> probe_optima(layer_stack<T, Memory> const& stack, Lab
                 "rflow: this backend cannot read where the stack lives, or has no probes");
   constexpr char const* where = "rflow::probe_optima";
   detail::probe_plan plan(where, stack, labels, options);
+  if (!(by.ridge >= 0) || !detail::is_finite(by.ridge) || !(by.tolerance > 0) ||
+      !detail::is_finite(by.tolerance) || by.max_iterations < 1)
+    detail::reject(where,
+                   "the ridge must be at least 0, the tolerance above it, both finite, with at "
+                   "least one iteration");
   plan.problem.in_double = true;
   if (static_cast<std::ptrdiff_t>(found.layers.size()) != stack.sites())
     detail::reject(where, std::to_string(found.layers.size()) + " probes for " +

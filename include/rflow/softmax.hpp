@@ -15,7 +15,9 @@
 //
 // The features of problem s are (x̃ − shift_s)·rho_s, where x̃ is the common centred, scaled value.
 // Weights are kept multiplied by rho_s, and biases take what the shift contributes, so that every
-// problem sees the same x̃.
+// problem sees the same x̃. Tokens that are only validated on must not cost the others digits: scales
+// come from the tokens that are trained on, and so does a feature's centre where the mean of all
+// tokens lies far from theirs.
 
 #include <Eigen/Core>
 
@@ -40,6 +42,38 @@ namespace rflow::detail {
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wignored-attributes"
 
+/// Features as all problems share them: x̃ = x·scale + minus_high + minus_low, in powers of two and
+/// centres of their own.
+template <class C>
+struct shared_features {
+  panel_source<C> source;
+  aligned_array<C> scale, minus_high, minus_low;  // d, padded with zeros to whole packets
+
+  explicit shared_features(panel_source<C> const& x) : source(x) {
+    integer const room = round_up(x.cols, lanes_v<C>) + lanes_v<C>;
+    for (aligned_array<C>* to : {&scale, &minus_high, &minus_low})
+      *to = aligned_array<C>(room, C(0));
+  }
+
+  /// x̃ of a block of rows, filled up to whole packets of columns.
+  void fetch(integer row, integer rows, integer col, integer cols, C* to, integer ld) const {
+    using namespace Eigen::internal;
+    using P = packet_t<C>;
+    source(row, rows, col, cols, to, ld);
+    integer const padded = round_up(cols, lanes_v<C>);
+    for (integer i = 0; i < rows; ++i) {
+      C* const x = to + i * ld;
+      for (integer k = cols; k < padded; ++k) x[k] = C(0);
+      for (integer k = 0; k < padded; k += lanes_v<C>) {
+        P const by = ploadu<P>(scale.data() + col + k);
+        P const high = ploadu<P>(minus_high.data() + col + k);
+        P const low = ploadu<P>(minus_low.data() + col + k);
+        pstoreu(x + k, padd(pmadd(ploadu<P>(x + k), by, high), low));
+      }
+    }
+  }
+};
+
 /// The regressions of one site. `problem` must outlive it.
 template <class C, class Product = packed_product>
 class softmax_engine {
@@ -50,13 +84,17 @@ class softmax_engine {
   static constexpr integer cache = integer{8} << 20;  // bytes that sites may share side by side
   static_assert(D % R == 0 && D % depth_unit<C> == 0);
   using P = packet_t<C>;
+  // Up to here, and with an epsilon from there, squares of gradients may be squares in C.
+  static constexpr double largest_plain = std::is_same_v<C, double> ? 0x1p500 : 0x1p60;
+  static constexpr double least_epsilon = std::is_same_v<C, double> ? 1e-140 : 1e-11;
+  static constexpr C least_exponent = std::is_same_v<C, double> ? C(-708) : C(-87);
 
  public:
   softmax_engine(crew of, panel_source<C> const& source, integer tokens,
                  softmax_problem const& problem)
       : threads_(of),
         problem_(problem),
-        site_(prepare(threads_, source, tokens)),
+        site_(source),
         tokens_(tokens),
         width_(source.cols),
         columns_(problem.classes * problem.problems),
@@ -69,8 +107,8 @@ class softmax_engine {
       for (integer t = 0; t < tokens; ++t)
         for (std::uint8_t const part : {softmax_problem::train, softmax_problem::validate})
           counts_[size(2 * p + part - 1)] += problem_.part(p, t) == part;
-    if (why() != status::ok) return;
     find_frames();
+    if (why() != status::ok || needs_double()) return;
     weights_ = aligned_array<C>(round_up(width_, depth_unit<C>) * padded_, C(0));
     residuals_ = aligned_array<C>(round_up(tokens, depth_unit<C>) * padded_, C(0));
     bias_.assign(size(columns_), 0.);
@@ -91,10 +129,13 @@ class softmax_engine {
   }
 
   status why() const {
-    if (site_.non_finite.found()) return status::non_finite;
-    return site_.scale > 0 ? status::ok : status::constant_layer;
+    if (non_finite_.found()) return status::non_finite;
+    return varies_ ? status::ok : status::constant_layer;
   }
-  position non_finite() const { return site_.non_finite; }
+  position non_finite() const { return non_finite_; }
+
+  /// Whether no centre suits all problems in C: then nothing else here may be called.
+  bool needs_double() const { return !std::is_same_v<C, double> && far_; }
 
   std::vector<double> const& mean() const { return mean_; }
   std::vector<double> const& deviation() const { return deviation_; }
@@ -136,6 +177,7 @@ class softmax_engine {
   softmax_sums evaluate() { return forward(false); }
 
   softmax_sums step(adam const& by) {
+    if (steps_ == 0) careful_ = wide_ || by.epsilon < least_epsilon;
     softmax_sums sums = forward(true);
     if (steps_++ == 0) {
       first_moment_ = aligned_array<C>(feature_strips_ * padded_ * R, C(0));
@@ -144,7 +186,12 @@ class softmax_engine {
     double const t = static_cast<double>(steps_);
     double const rate = by.learning_rate / (1 - std::pow(by.beta1, t));
     double const root = 1 / std::sqrt(1 - std::pow(by.beta2, t));
-    backward([&](integer strip, C const* g) { update(strip, g, by, rate, root); });
+    backward([&](integer strip, C const* g) {
+      if (careful_)
+        update_carefully(strip, g, by, rate, root);
+      else
+        update(strip, g, by, rate, root);
+    });
     for (integer k = 0; k < columns_; ++k) {
       auto const i = size(k);
       double const g = bias_gradient_[i];
@@ -231,55 +278,194 @@ class softmax_engine {
 
   // ---- preparation ------------------------------------------------------------------------------
 
-  /// The mean and deviation of each feature over each problem's training part, if asked for.
+  /// What a strip of features was found to be.
+  struct finding {
+    bool finite = true, varies = false, far = false;
+    double largest = 0;  // of those trained on
+  };
+  /// Whether a token is trained on by no problem, by some, or by all.
+  enum class training : std::uint8_t { none, some, all };
+
+  /// Scales and centres of the features, and what makes them each problem's: its mean and deviation
+  /// over its training part, if asked for.
   void find_frames() {
     integer const frames = problem_.standardize ? problem_.problems : 1;
-    double const scale = static_cast<double>(site_.scale);
     shift_ = aligned_array<C>(frames * feature_strips_ * R, C(0));
     rho_ = aligned_array<C>(frames * feature_strips_ * R, C(0));
-    auto const subtracted = [&](integer j) {
-      return static_cast<double>(site_.minus_high[j]) + static_cast<double>(site_.minus_low[j]);
-    };
-    if (!problem_.standardize) {
-      for (integer j = 0; j < width_; ++j) {
-        shift_[j] = static_cast<C>(subtracted(j));
-        rho_[j] = static_cast<C>(1 / scale);
-      }
-      return;
+    if (problem_.standardize) {
+      mean_.resize(size(frames * width_));
+      deviation_.resize(size(frames * width_));
     }
-    mean_.resize(size(frames * width_));
-    deviation_.resize(size(frames * width_));
-    threads_.run(feature_strips_, [&](integer strip) {
-      integer const cols = (std::min)(R, width_ - strip * R);
-      std::vector<double> sums(size(2 * frames * R));
-      alignas(128) C x[R];
-      for (integer t = 0; t < tokens_; ++t) {
-        site_.fetch(t, 1, strip * R, cols, x, R);
-        for (integer p = 0; p < frames; ++p) {
-          if (problem_.part(p, t) != softmax_problem::train) continue;
-          double* const sum = sums.data() + 2 * p * R;
-          for (integer i = 0; i < cols; ++i) {
-            double const value = static_cast<double>(x[i]);
-            sum[i] += value;
-            sum[R + i] += value * value;
-          }
+    std::vector<training> use(size(tokens_));
+    for (integer t = 0; t < tokens_; ++t) {
+      integer by = 0;
+      for (integer p = 0; p < problem_.problems; ++p)
+        by += problem_.part(p, t) == softmax_problem::train;
+      use[size(t)] = by == 0                  ? training::none
+                     : by < problem_.problems ? training::some
+                                              : training::all;
+    }
+    std::vector<finding> findings(size(feature_strips_));
+    threads_.run(feature_strips_,
+                 [&](integer strip) { findings[size(strip)] = find_frame(strip, use); });
+    bool finite = true;
+    double largest = 0;
+    for (finding const& f : findings) {
+      finite = finite && f.finite;
+      varies_ = varies_ || f.varies;
+      far_ = far_ || f.far;
+      largest = (std::max)(largest, f.largest);
+    }
+    if (!finite) non_finite_ = find_non_finite(site_.source, tokens_);
+    wide_ = !problem_.standardize && largest > largest_plain;
+  }
+
+  /// visit(token, x) for all tokens; x holds a strip's features in double, times a power of two each.
+  template <class Visit>
+  void each_token(integer strip, double const* power, Visit const& visit) const {
+    constexpr integer at_once = 16;  // rows, so that lines shared by them are read once
+    integer const cols = (std::min)(R, width_ - strip * R);
+    alignas(128) C x[at_once * R] = {};
+    double wide[R];
+    for (integer t = 0; t < tokens_; t += at_once) {
+      integer const rows = (std::min)(at_once, tokens_ - t);
+      site_.source(t, rows, strip * R, cols, x, R);
+      for (integer r = 0; r < rows; ++r) {
+        for (integer i = 0; i < R; ++i) wide[i] = static_cast<double>(x[r * R + i]) * power[i];
+        visit(t + r, wide);
+      }
+    }
+  }
+
+  finding find_frame(integer strip, std::vector<training> const& use) {
+    integer const cols = (std::min)(R, width_ - strip * R), problems = problem_.problems;
+    finding found;
+    double power[R], low[R], high[R], most[R] = {}, all[R] = {}, finite = 0;
+    std::fill_n(power, R, 1.);
+    std::fill_n(low, R, (std::numeric_limits<double>::max)());
+    std::fill_n(high, R, std::numeric_limits<double>::lowest());
+    each_token(strip, power, [&](integer t, double const* x) {
+      for (integer i = 0; i < R; ++i) finite += x[i] * 0x1p-64;
+      for (integer i = 0; i < R; ++i) most[i] = (std::max)(most[i], std::abs(x[i]));
+      if (use[size(t)] == training::none) return;
+      for (integer i = 0; i < R; ++i) low[i] = (std::min)(low[i], x[i]);
+      for (integer i = 0; i < R; ++i) high[i] = (std::max)(high[i], x[i]);
+    });
+    found.finite = is_finite(finite);
+    if (!found.finite) return found;
+
+    // What is trained on comes to 1 or so; what is not stays in range.
+    constexpr int top = std::numeric_limits<C>::max_exponent;
+    constexpr int room = std::is_same_v<C, double> ? 64 : 8;  // sums of doubles are doubles
+    for (integer i = 0; i < cols; ++i) {
+      double const trained = (std::max)(std::abs(low[i]), std::abs(high[i]));
+      found.largest = (std::max)(found.largest, trained);
+      // A feature whose values are alike to the rounding of what made them tells nothing apart.
+      found.varies = found.varies || high[i] / 2 - low[i] / 2 >
+                                         32 * std::numeric_limits<double>::epsilon() * trained;
+      int exponent = trained > 0 ? -std::ilogb(trained) - 1 : 0;
+      if (most[i] > 0) exponent = (std::min)(exponent, top - room - std::ilogb(most[i]));
+      power[i] = std::ldexp(1., std::clamp(exponent, 8 - top, top - 38));
+    }
+
+    std::vector<double> sums(size(problems * R)), squares(size(problems * R));
+    each_token(strip, power, [&](integer t, double const* x) {
+      for (integer i = 0; i < R; ++i) all[i] += x[i];
+      for (integer p = 0; p < problems; ++p) {
+        if (problem_.part(p, t) != softmax_problem::train) continue;
+        double *const sum = sums.data() + p * R, *const square = squares.data() + p * R;
+        for (integer i = 0; i < R; ++i) sum[i] += x[i];
+        for (integer i = 0; i < R; ++i) square[i] += x[i] * x[i];
+      }
+    });
+    for (double& x : all) x /= static_cast<double>(tokens_);
+    for (integer k = 0; k < problems * R; ++k) {
+      double const n = counts_[size(2 * (k / R))];
+      sums[size(k)] /= n;
+      squares[size(k)] /= n;
+    }
+    if (problem_.standardize) find_deviations(strip, power, sums, squares);
+
+    // The mean of all tokens is the centre, unless it lies so far from those of a problem that
+    // their digits would go. Features as they are given may stay where they are, as they do where the
+    // mean is that of a few; others take the mean of what all problems train on, which none of them
+    // is far from.
+    bool far[R] = {}, some = false;
+    double nearer[R] = {};
+    if (!problem_.standardize)
+      each_token(strip, power, [&](integer, double const* x) {
+        for (integer i = 0; i < R; ++i) nearer[i] += std::abs(x[i] - all[i]) < std::abs(x[i]);
+      });
+    for (integer i = 0; i < cols; ++i) {
+      if (!problem_.standardize) far[i] = 4 * nearer[i] < static_cast<double>(tokens_);
+      for (integer p = 0; p < problems; ++p) {
+        double const spread = std::sqrt(squares[size(p * R + i)]);
+        far[i] = far[i] || ((spread > 0 || !problem_.standardize) &&
+                            std::abs(all[i] - sums[size(p * R + i)]) > 8 * spread);
+      }
+      if (far[i]) all[i] = 0;
+      some = some || far[i];
+    }
+    if (some && problem_.standardize) {
+      double common[R] = {}, count = 0;
+      each_token(strip, power, [&](integer t, double const* x) {
+        if (use[size(t)] != training::all) return;
+        count += 1;
+        for (integer i = 0; i < R; ++i) common[i] += x[i];
+      });
+      found.far = count == 0;
+      for (integer i = 0; i < R && count > 0; ++i)
+        if (far[i]) all[i] = common[i] / count;
+    }
+
+    for (integer i = 0; i < cols; ++i) {
+      integer const j = strip * R + i;
+      site_.scale[j] = static_cast<C>(power[i]);
+      site_.minus_high[j] = static_cast<C>(-all[i]);
+      site_.minus_low[j] = static_cast<C>(-all[i] - static_cast<double>(site_.minus_high[j]));
+      double const subtracted =
+          static_cast<double>(site_.minus_high[j]) + static_cast<double>(site_.minus_low[j]);
+      if (!problem_.standardize) {
+        shift_[j] = static_cast<C>(subtracted);
+        rho_[j] = static_cast<C>(1 / power[i]);
+      }
+      for (integer p = 0; p < problems && problem_.standardize; ++p) {
+        integer const at = (p * feature_strips_ + strip) * R + i;
+        double const mean = sums[size(p * R + i)];
+        double const deviation = std::sqrt(squares[size(p * R + i)]);
+        shift_[at] = static_cast<C>(mean + subtracted);
+        rho_[at] = deviation > 0 ? static_cast<C>(1 / deviation) : C(0);
+        mean_[size(p * width_ + j)] = mean / power[i];
+        deviation_[size(p * width_ + j)] = deviation / power[i];
+      }
+    }
+    return found;
+  }
+
+  /// Means to the last digits and variances, 0 for a feature that is constant to rounding.
+  void find_deviations(integer strip, double const* power, std::vector<double>& means,
+                       std::vector<double>& variances) const {
+    std::vector<double> left(means.size());
+    std::fill(variances.begin(), variances.end(), 0.);
+    each_token(strip, power, [&](integer t, double const* x) {
+      for (integer p = 0; p < problem_.problems; ++p) {
+        if (problem_.part(p, t) != softmax_problem::train) continue;
+        double const* const mean = means.data() + p * R;
+        double *const sum = left.data() + p * R, *const square = variances.data() + p * R;
+        for (integer i = 0; i < R; ++i) {
+          double const y = x[i] - mean[i];
+          sum[i] += y;
+          square[i] += y * y;
         }
       }
-      for (integer p = 0; p < frames; ++p)
-        for (integer i = 0; i < cols; ++i) {
-          integer const j = strip * R + i, at = (p * feature_strips_ + strip) * R + i;
-          double const n = counts_[size(2 * p)];
-          double const mean = sums[size(2 * p * R + i)] / n;
-          double const square = sums[size((2 * p + 1) * R + i)] / n;
-          double const variance = square - mean * mean;
-          // Below this share of the squares a variance is rounding: the feature is constant.
-          double const deviation = variance > 1e-12 * square ? std::sqrt(variance) : 0;
-          shift_[at] = static_cast<C>(mean);
-          rho_[at] = deviation > 0 ? static_cast<C>(1 / deviation) : C(0);
-          mean_[size(p * width_ + j)] = (mean - subtracted(j)) / scale;
-          deviation_[size(p * width_ + j)] = deviation / scale;
-        }
     });
+    for (std::size_t k = 0; k < means.size(); ++k) {
+      double const n = counts_[2 * (k / static_cast<std::size_t>(R))];
+      double const more = left[k] / n, rounding = 32 * std::numeric_limits<double>::epsilon();
+      double const variance = variances[k] / n - more * more;
+      means[k] += more;
+      variances[k] = variance > rounding * rounding * means[k] * means[k] ? variance : 0;
+    }
   }
 
   // ---- products ---------------------------------------------------------------------------------
@@ -431,19 +617,20 @@ class softmax_engine {
 
   std::int32_t label(integer token) const { return problem_.labels.data()[token]; }
 
-  /// Adds the biases; the largest logit of each token, its class, and the sum of sizes, which is
-  /// finite if all are.
+  /// Adds the biases; the largest logit of each token, its class, and the sum of small parts of their
+  /// sizes, which is finite if all are.
   void find_largest(C* z, C const* offset, C* best, C* at, C* sizes) const {
     using namespace Eigen::internal;
     P largest = padd(pload<P>(z), pset1<P>(offset[0])), which = pset1<P>(C(0));
-    P sum = pabs(largest);
+    P const part = pset1<P>(C(0x1p-32));
+    P sum = pmul(pabs(largest), part);
     pstore(z, largest);
     for (integer c = 1; c < problem_.classes; ++c) {
       P const x = padd(pload<P>(z + c * R), pset1<P>(offset[c]));
       pstore(z + c * R, x);
       which = pselect(pcmp_lt(largest, x), pset1<P>(static_cast<C>(c)), which);
       largest = pmax(largest, x);
-      sum = padd(sum, pabs(x));
+      sum = pmadd(pabs(x), part, sum);
     }
     pstore(best, largest);
     pstore(at, which);
@@ -455,7 +642,11 @@ class softmax_engine {
     P const largest = pload<P>(best);
     P sum = pset1<P>(C(0));
     for (integer c = 0; c < problem_.classes; ++c) {
-      P const e = pexp(P(psub(pload<P>(z + c * R), largest)));
+      P const below = psub(pload<P>(z + c * R), largest);
+      P e = pexp(below);
+      // Where gradients are divided by their size, the least number must not stand for 0.
+      if (careful_ || wide_)
+        e = pselect(pcmp_lt(below, pset1<P>(least_exponent)), pset1<P>(C(0)), e);
       pstore(z + c * R, e);
       sum = padd(sum, e);
     }
@@ -508,6 +699,43 @@ class softmax_engine {
     }
   }
 
+  /// The same where squares of gradients may leave the range of C: gradients are those of x̃, without
+  /// rho, and the second moment is kept as its root.
+  void update_carefully(integer strip, C const* g, adam const& by, double rate, double root) {
+    using namespace Eigen::internal;
+    auto const all = [](double x) { return pset1<P>(static_cast<C>(x)); };
+    P const keep2 = all(by.beta2), take1 = all(1 - by.beta1), take2 = all(1 - by.beta2);
+    P const epsilon = all(by.epsilon), bias2 = all(root), decay = all(by.weight_decay);
+    P const zero = pset1<P>(C(0)), least = pset1<P>((std::numeric_limits<C>::min)());
+    integer const count = packets_of(strip, width_);
+    for (integer k = 0; k < columns_; ++k) {
+      frame const f = frame_of(k / problem_.classes, strip);
+      P const residual = all(bias_gradient_.data()[k]);
+      C* const w = weights_at(strip, k);
+      C* const m = first_moment_.data() + (strip * padded_ + k) * R;
+      C* const v = second_moment_.data() + (strip * padded_ + k) * R;
+      alignas(128) C updated[R];
+      for (integer r = 0; r < count; ++r) {
+        integer const i = r * W;
+        P const rho = pload<P>(f.rho + i), old = pload<P>(w + i), none = pcmp_eq(rho, zero);
+        P const by_rho = pdiv(pset1<P>(C(1)), pselect(none, pset1<P>(C(1)), rho));
+        P d = psub(pload<P>(g + k * R + i), pmul(pload<P>(f.shift + i), residual));
+        if (by.weight_decay != 0) d = pmadd(pmul(decay, by_rho), pmul(old, by_rho), d);
+        d = pselect(none, zero, d);
+        P const first = pmadd(psub(d, pload<P>(m + i)), take1, pload<P>(m + i));
+        P const before = pload<P>(v + i), largest = pmax(pmax(before, pabs(d)), least);
+        P const a = pdiv(before, largest), b = pdiv(d, largest);
+        P const second = pmul(largest, psqrt(pmadd(pmul(a, a), keep2, pmul(pmul(b, b), take2))));
+        pstore(m + i, first);
+        pstore(v + i, second);
+        P const size = pmax(pmadd(second, bias2, pmul(epsilon, by_rho)), least);
+        pstore(updated + i, psub(old, pmul(pmul(pdiv(first, size), all(rate)), rho)));
+      }
+      feature_sums_[strip * columns_ + k] = shifted(f.shift, updated, count);
+      publish(updated, count, threads_.size() > 1, w);
+    }
+  }
+
   /// What is added to the logits of x̃: the biases, and the weights' share of the shifts.
   void find_offsets() {
     std::vector<double> sums;
@@ -518,7 +746,7 @@ class softmax_engine {
 
   team threads_;
   softmax_problem const& problem_;
-  prepared_site<C> site_;
+  shared_features<C> site_;
   integer tokens_, width_, columns_, padded_, token_strips_, feature_strips_;
   std::vector<double> counts_;            // problems × 2: tokens to train on, to validate on
   std::vector<double> mean_, deviation_;  // problems × d, if standardised
@@ -533,6 +761,11 @@ class softmax_engine {
   std::vector<std::int32_t> predictions_;
   std::vector<scratch> scratch_;  // one a thread
   integer steps_ = 0;
+  position non_finite_;
+  bool varies_ = false;   // a feature does, over the tokens that are trained on
+  bool far_ = false;      // a feature has no centre for all problems
+  bool wide_ = false;     // features are so large that their squares leave the range of C
+  bool careful_ = false;  // with squares of gradients
 };
 
 #pragma GCC diagnostic pop

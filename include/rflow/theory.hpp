@@ -53,14 +53,17 @@ struct mamba_layer {
   view<double> out;      ///< e × d: W_o
 };
 
-/// First two moments of an N × d update f(X) over random X.
+/// First two moments of an N × d update f(X) over random X. What no double holds is out_of_range.
 struct update_moments {
-  std::vector<double> mean;  ///< d: every row of E[f(X)]
-  double mean_square = 0;    ///< ‖E[f(X)]‖²_F, over all N rows
-  double trace = 0;          ///< tr Cov(f(X)), over all N rows
+  std::vector<double> mean;  ///< d: every row of E[f(X)]; empty where a value is beyond double
+  measured mean_square = 0;  ///< ‖E[f(X)]‖²_F, over all N rows
+  measured trace = 0;        ///< tr Cov(f(X)), over all N rows
 
   /// E[St2²] of the chain X, X + f(X), without normalisation: ¼ (‖μ‖²_F + tr Σ_f), proposition 1.
-  double expected_st2_square() const { return (mean_square + trace) / 4; }
+  measured expected_st2_square() const {
+    if (!mean_square.ok()) return mean_square;
+    return trace.ok() ? measured(mean_square / 4 + trace / 4) : trace;
+  }
 };
 
 namespace detail {
@@ -92,19 +95,72 @@ inline Eigen::VectorXd parameter_vector(char const* where, char const* name, vie
   return parameter(where, name, x, size, 1);
 }
 
+/// value · 2^exponent.
+struct scaled_matrix {
+  theory_matrix value;  ///< entries below 2, one of them at least 1; or all 0
+  int exponent;
+};
+
+/// The same matrix by a power of two, so that no product of matrices leaves the range of double.
+inline scaled_matrix scaled(theory_matrix x) {
+  double const largest = x.size() > 0 ? x.cwiseAbs().maxCoeff() : 0;
+  int const exponent = largest > 0 ? std::ilogb(largest) : 0;
+  x = x.unaryExpr([&](double v) { return std::ldexp(v, -exponent); });
+  return {std::move(x), exponent};
+}
+
+/// The sum of matrices of any sizes.
+inline scaled_matrix sum_of(scaled_matrix const& a, scaled_matrix const& b) {
+  if (a.value.isZero(0)) return b;
+  if (b.value.isZero(0)) return a;
+  int const exponent = (std::max)(a.exponent, b.exponent);
+  auto const moved = [&](scaled_matrix const& x) {
+    return x.value.unaryExpr([&](double v) { return std::ldexp(v, x.exponent - exponent); });
+  };
+  scaled_matrix out = scaled(moved(a) + moved(b));
+  out.exponent += exponent;
+  return out;
+}
+inline scaled_matrix product_of(scaled_matrix const& a, scaled_matrix const& b) {
+  scaled_matrix out = scaled(a.value * b.value);
+  out.exponent += a.exponent + b.exponent;
+  return out;
+}
+
+/// value · 2^exponent, if a double holds it.
+inline measured in_units(double value, int exponent) {
+  double const x = std::ldexp(value, exponent);
+  return is_finite(x) ? measured(x) : measured(status::out_of_range);
+}
+
+/// Sets the mean row and ‖1 mᵀ‖²_F of N rows.
+inline void set_mean(scaled_matrix const& m, double tokens, update_moments& out) {
+  out.mean_square = in_units(tokens * m.value.squaredNorm(), 2 * m.exponent);
+  out.mean.clear();
+  for (std::ptrdiff_t j = 0; j < m.value.size(); ++j)
+    out.mean.push_back(std::ldexp(m.value.data()[j], m.exponent));
+  for (double const x : out.mean)
+    if (!is_finite(x)) return out.mean.clear();
+}
+
 inline void require_tokens(char const* where, std::ptrdiff_t tokens) {
   if (tokens < 1) reject(where, std::to_string(tokens) + " tokens");
 }
 
+inline void require_square(char const* where, double x) {
+  if (!(x >= 0) || !is_finite(x)) reject(where, "the first step's square is " + std::to_string(x));
+}
+
 struct covariance_matrix {
-  theory_matrix value;
-  double largest;  ///< eigenvalue
+  scaled_matrix scaled;
+  double largest;  ///< eigenvalue of the scaled one
 };
 
 /// Σ, symmetric and positive semidefinite to rounding.
 inline covariance_matrix covariance_parameter(char const* where, view<double> const& x,
                                               std::ptrdiff_t d) {
-  theory_matrix const value = parameter(where, "covariance", x, d, d);
+  scaled_matrix const scaled_value = scaled(parameter(where, "covariance", x, d, d));
+  theory_matrix const& value = scaled_value.value;
   double const size = value.cwiseAbs().maxCoeff(), rounding = 1e-10 * size;
   if ((value - value.transpose()).cwiseAbs().maxCoeff() > rounding)
     reject(where,
@@ -114,8 +170,8 @@ inline covariance_matrix covariance_parameter(char const* where, view<double> co
   if (least < -rounding * static_cast<double>(d))
     reject(where, "the " + std::to_string(d) + " x " + std::to_string(d) +
                       " covariance is not positive semidefinite: it has the eigenvalue " +
-                      std::to_string(least));
-  return {value, largest};
+                      std::to_string(std::ldexp(least, scaled_value.exponent)));
+  return {scaled_value, largest};
 }
 
 /// tr(Aᵀ B).
@@ -123,33 +179,45 @@ inline double trace_of(theory_matrix const& a, theory_matrix const& b) {
   return a.cwiseProduct(b).sum();
 }
 
-/// What theorems 3 and 4 and the contractive bound look at.
+/// What theorems 3 and 4 and the contractive bound look at, of scaled parameters. All of the layer's
+/// moments are in proportion to them: in that of the squares (for μ of the values) of W_u, W_g, the
+/// taps, the impulse response, W_o and Σ.
 struct mamba_statistics {
   std::ptrdiff_t d, e;
   covariance_matrix sigma;
-  theory_matrix in, gate, taps, impulse, out;
+  scaled_matrix in, gate, taps, impulse, out;
   theory_matrix response;  ///< Σ_{j+k=τ} c_j ⊙ h_k in row τ < N
   theory_matrix r, t;      ///< R = QᵀΣQ, T = P_0ᵀΣQ
+
+  /// What μ of the scaled parameters carries.
+  int exponent() const {
+    return in.exponent + gate.exponent + taps.exponent + impulse.exponent + out.exponent +
+           sigma.scaled.exponent;
+  }
 };
 
 inline mamba_statistics statistics_of(char const* where, mamba_layer const& layer,
                                       view<double> const& covariance, std::ptrdiff_t tokens) {
   require_tokens(where, tokens);
   std::ptrdiff_t const d = layer.in.rows, e = layer.in.cols;
+  auto const read = [&](char const* name, view<double> const& x, std::ptrdiff_t rows,
+                        std::ptrdiff_t cols) {
+    return scaled(parameter(where, name, x, rows, cols));
+  };
   mamba_statistics m{d, e, {}, {}, {}, {}, {}, {}, {}, {}, {}};
-  m.in = parameter(where, "in", layer.in, d, e);
-  m.gate = parameter(where, "gate", layer.gate, d, e);
-  m.taps = parameter(where, "taps", layer.taps, layer.taps.rows, e);
-  m.impulse = parameter(where, "impulse", layer.impulse, layer.impulse.rows, e);
-  m.out = parameter(where, "out", layer.out, e, d);
+  m.in = read("in", layer.in, d, e);
+  m.gate = read("gate", layer.gate, d, e);
+  m.taps = read("taps", layer.taps, layer.taps.rows, e);
+  m.impulse = read("impulse", layer.impulse, layer.impulse.rows, e);
+  m.out = read("out", layer.out, e, d);
   m.sigma = covariance_parameter(where, covariance, d);
   m.response = theory_matrix::Zero(tokens, e);
-  for (std::ptrdiff_t j = 0; j < m.taps.rows(); ++j)
-    for (std::ptrdiff_t k = 0; k < m.impulse.rows() && j + k < tokens; ++k)
-      m.response.row(j + k) += m.taps.row(j).cwiseProduct(m.impulse.row(k));
-  theory_matrix const seen = m.sigma.value * m.gate;  // Σ W_g
-  m.r = 0.25 * m.gate.transpose() * seen;
-  m.t = 0.25 * m.response.row(0).transpose().asDiagonal() * (m.in.transpose() * seen);
+  for (std::ptrdiff_t j = 0; j < m.taps.value.rows(); ++j)
+    for (std::ptrdiff_t k = 0; k < m.impulse.value.rows() && j + k < tokens; ++k)
+      m.response.row(j + k) += m.taps.value.row(j).cwiseProduct(m.impulse.value.row(k));
+  theory_matrix const seen = m.sigma.scaled.value * m.gate.value;  // Σ W_g
+  m.r = 0.25 * m.gate.value.transpose() * seen;
+  m.t = 0.25 * m.response.row(0).transpose().asDiagonal() * (m.in.value.transpose() * seen);
   return m;
 }
 
@@ -170,6 +238,7 @@ inline mamba_statistics statistics_of(char const* where, mamba_layer const& laye
 /// @param  tokens      N, at least 1
 /// @throws std::invalid_argument if shapes disagree, N < 1, or Σ is not positive semidefinite;
 ///         std::domain_error on NaN or infinity
+/// @return moments; out_of_range where no double holds one
 /// @note   O(d² (d + m)); equal attention weights are the mean-field step of the source's proof
 /// @see    arXiv 2510.06640, theorems 1 and 2; derived again
 inline update_moments expected_update(transformer_layer const& layer,
@@ -178,27 +247,35 @@ inline update_moments expected_update(transformer_layer const& layer,
   using detail::trace_of;
   detail::require_tokens(where, tokens);
   std::ptrdiff_t const d = layer.value.rows, hidden = layer.up.cols;
-  auto const value = detail::parameter(where, "value", layer.value, d, d);
-  auto const up = detail::parameter(where, "up", layer.up, d, hidden);
-  auto const down = detail::parameter(where, "down", layer.down, hidden, d);
-  auto const up_bias = detail::parameter_vector(where, "up_bias", layer.up_bias, hidden);
-  auto const down_bias = detail::parameter_vector(where, "down_bias", layer.down_bias, d);
-  auto const sigma = detail::covariance_parameter(where, covariance, d).value;
+  auto const value = detail::scaled(detail::parameter(where, "value", layer.value, d, d));
+  auto const up = detail::scaled(detail::parameter(where, "up", layer.up, d, hidden));
+  auto const down = detail::scaled(detail::parameter(where, "down", layer.down, hidden, d));
+  auto const up_bias =
+      detail::scaled(detail::parameter_vector(where, "up_bias", layer.up_bias, hidden));
+  auto const down_bias =
+      detail::scaled(detail::parameter_vector(where, "down_bias", layer.down_bias, d));
+  auto const sigma = detail::covariance_parameter(where, covariance, d).scaled;
 
   auto const n = static_cast<double>(tokens);
   double shares = layer.causal ? 0 : 1;
   for (std::ptrdiff_t t = tokens; layer.causal && t > 0; --t) shares += 1 / static_cast<double>(t);
-  detail::theory_matrix const w = 0.5 * up * down;
-  detail::theory_matrix const passed =
-      value * (w + detail::theory_matrix::Identity(d, d));  // W_V (I + W)
-  Eigen::VectorXd const mean = 0.5 * down.transpose() * up_bias + down_bias;
+  detail::scaled_matrix w = detail::product_of(up, down), lifted = down;
+  w.exponent -= 1;
+  lifted.value.transposeInPlace();
+  lifted.exponent -= 1;
 
   update_moments out;
-  out.mean.assign(mean.data(), mean.data() + d);
-  out.mean_square = n * mean.squaredNorm();
-  // The sum of the docstring, gathered so that every term is at least 0.
-  detail::theory_matrix const both = w + passed;
-  out.trace = (n - shares) * trace_of(w, sigma * w) + shares * trace_of(both, sigma * both);
+  detail::set_mean(detail::sum_of(detail::product_of(lifted, up_bias), down_bias), n, out);
+  // The sum of the docstring, gathered so that every term is at least 0: W + W_V (I + W).
+  detail::scaled_matrix const both =
+      detail::sum_of(detail::sum_of(w, value), detail::product_of(value, w));
+  auto const part = [&](double weight, detail::scaled_matrix const& x) {
+    return detail::in_units(weight * trace_of(x.value, sigma.value * x.value),
+                            2 * x.exponent + sigma.exponent);
+  };
+  measured const own = part(n - shares, w), mixed = part(shares, both);
+  out.trace =
+      own.ok() && mixed.ok() ? detail::in_units(own + mixed, 0) : measured(status::out_of_range);
   return out;
 }
 
@@ -215,6 +292,7 @@ inline update_moments expected_update(transformer_layer const& layer,
 /// @param  tokens      N, at least 1
 /// @throws std::invalid_argument if shapes disagree, N < 1, or Σ is not positive semidefinite;
 ///         std::domain_error on NaN or infinity
+/// @return moments; out_of_range where no double holds one
 /// @note   O(N e² + d e (d + e)). The state space must not depend on the input: with the selective B
 ///         and C of the real Mamba the update is cubic in X, and this formula is another layer's
 /// @see    arXiv 2510.06640, theorems 3 and 4; derived again
@@ -227,15 +305,16 @@ inline update_moments expected_update(mamba_layer const& layer, view<double> con
   for (std::ptrdiff_t tau = 0; tau < tokens; ++tau) times(tau) = static_cast<double>(tokens - tau);
   detail::theory_matrix const passed = m.response.transpose() * times.asDiagonal() * m.response;
   detail::theory_matrix const s =
-      0.25 * (m.in.transpose() * m.sigma.value * m.in).cwiseProduct(passed);
+      0.25 * (m.in.value.transpose() * m.sigma.scaled.value * m.in.value).cwiseProduct(passed);
   detail::theory_matrix const covariances =
       s.cwiseProduct(m.r) + n * m.t.cwiseProduct(m.t.transpose());
-  Eigen::VectorXd const mean = m.out.transpose() * m.t.diagonal();
 
   update_moments out;
-  out.mean.assign(mean.data(), mean.data() + m.d);
-  out.mean_square = n * mean.squaredNorm();
-  out.trace = detail::trace_of(m.out, covariances * m.out);
+  detail::scaled_matrix mean = detail::scaled(m.out.value.transpose() * m.t.diagonal());
+  mean.exponent += m.exponent();
+  detail::set_mean(mean, n, out);
+  out.trace =
+      detail::in_units(detail::trace_of(m.out.value, covariances * m.out.value), 2 * m.exponent());
   return out;
 }
 
@@ -247,7 +326,8 @@ inline update_moments expected_update(mamba_layer const& layer, view<double> con
 /// @param  skip    e values in one row or column, or an empty view for zeros: D
 /// @param  steps   how many h_k, at least 1; N of them are all that matters to N tokens
 /// @return steps × e values, row-major: rflow::view(result, steps, e)
-/// @throws std::invalid_argument if shapes disagree or steps < 1; std::domain_error on NaN or infinity
+/// @throws std::invalid_argument if shapes disagree, steps < 1, or a value is beyond double;
+///         std::domain_error on NaN or infinity
 inline std::vector<double> impulse_response(view<double> const& decay, view<double> const& input,
                                             view<double> const& output, view<double> const& skip,
                                             std::ptrdiff_t steps) {
@@ -263,6 +343,8 @@ inline std::vector<double> impulse_response(view<double> const& decay, view<doub
   for (std::ptrdiff_t k = 0; k < steps; ++k) {
     Eigen::VectorXd h = c.cwiseProduct(state).rowwise().sum();
     if (k == 0) h += direct;
+    if (!h.allFinite())
+      detail::reject(where, "the response leaves the range of double at step " + std::to_string(k));
     out.insert(out.end(), h.data(), h.data() + e);
     state = state.cwiseProduct(a);
   }
@@ -279,34 +361,47 @@ inline std::vector<double> impulse_response(view<double> const& decay, view<doub
 /// @param  rho  at least 0, below 1: the largest |Ā|
 /// @throws std::invalid_argument if ρ ≥ 1, a shape disagrees, or the impulse response breaks the
 ///         condition; std::domain_error on NaN or infinity
+/// @return the bound; out_of_range above the largest double
 /// @note   a bound for every N; not tight
 /// @see    arXiv 2510.06640, section 4; the constant is ours, the source's is lost
-inline double contractive_trace_bound(mamba_layer const& layer, view<double> const& covariance,
-                                      std::ptrdiff_t tokens, view<double> const& eta, double rho) {
+inline measured contractive_trace_bound(mamba_layer const& layer, view<double> const& covariance,
+                                        std::ptrdiff_t tokens, view<double> const& eta,
+                                        double rho) {
   constexpr char const* where = "rflow::contractive_trace_bound";
   if (!(rho >= 0 && rho < 1))
     detail::reject(where, "rho is " + std::to_string(rho) + ", not in [0, 1)");
   auto const m = detail::statistics_of(where, layer, covariance, tokens);
   auto const envelope = detail::parameter_vector(where, "eta", eta, m.e);
   double power = 1;
-  for (std::ptrdiff_t k = 0; k < m.impulse.rows(); ++k, power *= rho)
-    for (std::ptrdiff_t i = 0; i < m.e; ++i)
-      if (!(std::abs(m.impulse(k, i)) <= envelope(i) * power * (1 + 1e-12)))
+  for (std::ptrdiff_t k = 0; k < m.impulse.value.rows(); ++k, power *= rho)
+    for (std::ptrdiff_t i = 0; i < m.e; ++i) {
+      double const response = std::ldexp(m.impulse.value(k, i), m.impulse.exponent);
+      if (!(std::abs(response) <= envelope(i) * power * (1 + 1e-12)))
         detail::reject(where, "the impulse response of channel " + std::to_string(i) + " at step " +
-                                  std::to_string(k) + " is " + std::to_string(m.impulse(k, i)) +
+                                  std::to_string(k) + " is " + std::to_string(response) +
                                   ", above eta rho^k = " + std::to_string(envelope(i) * power));
-  double sum = 0;
+    }
+  // The terms in η² and T², each in units of its own.
+  auto const eta_scaled = detail::scaled(envelope);
+  double reached = 0, squares = 0;
   for (std::ptrdiff_t i = 0; i < m.e; ++i) {
-    double const reach = m.taps.col(i).cwiseAbs().sum() * envelope(i);
-    sum += 0.25 * m.sigma.largest * m.in.col(i).squaredNorm() * reach * reach / (1 - rho * rho) *
-               m.r(i, i) +
-           m.t(i, i) * m.t(i, i);
+    double const reach = m.taps.value.col(i).cwiseAbs().sum() * eta_scaled.value(i);
+    reached += 0.25 * m.sigma.largest * m.in.value.col(i).squaredNorm() * reach * reach /
+               ((1 - rho) * (1 + rho)) * m.r(i, i);
+    squares += m.t(i, i) * m.t(i, i);
   }
   // ‖W_o‖²_op is the largest eigenvalue of the smaller of W_oᵀW_o and W_oW_oᵀ.
-  detail::theory_matrix const gram = m.e < m.d ? detail::theory_matrix(m.out * m.out.transpose())
-                                               : detail::theory_matrix(m.out.transpose() * m.out);
+  detail::theory_matrix const& out = m.out.value;
+  detail::theory_matrix const gram = m.e < m.d ? detail::theory_matrix(out * out.transpose())
+                                               : detail::theory_matrix(out.transpose() * out);
   Eigen::SelfAdjointEigenSolver<detail::theory_matrix> const spectrum(gram, Eigen::EigenvaluesOnly);
-  return static_cast<double>(tokens) * spectrum.eigenvalues()(gram.rows() - 1) * sum;
+  double const factor = static_cast<double>(tokens) * spectrum.eigenvalues()(gram.rows() - 1);
+  int const exponent = 2 * m.exponent();
+  measured const first = detail::in_units(
+                     factor * reached, exponent + 2 * (eta_scaled.exponent - m.impulse.exponent)),
+                 second = detail::in_units(factor * squares, exponent);
+  if (!first.ok() || !second.ok()) return status::out_of_range;
+  return detail::in_units(first + second, 0);
 }
 
 // ---- theorem 5 ----------------------------------------------------------------------------------
@@ -320,20 +415,39 @@ inline double contractive_trace_bound(mamba_layer const& layer, view<double> con
 ///
 /// @param  transformer, mamba  expected_update of each under Σ_0 (s = 1) and the same N
 /// @return s*; infinity if the Mamba layer does nothing (κ = 0) and the transformer layer something;
-///         0 if neither does anything
-/// @throws std::invalid_argument if a moment is negative or NaN
+///         0 if neither does anything; out_of_range if a moment is, or if no double holds s*
+/// @throws std::invalid_argument if a moment is negative, NaN or infinite
 /// @see    arXiv 2510.06640, theorem 5. Its general case is a cubic whose coefficients are lost: not here
-inline double threshold(update_moments const& transformer, update_moments const& mamba) {
+inline measured threshold(update_moments const& transformer, update_moments const& mamba) {
+  for (measured const& x :
+       {transformer.mean_square, transformer.trace, mamba.mean_square, mamba.trace})
+    if (!x.ok()) return x.why;
   double const constant = transformer.mean_square, tau = transformer.trace;
-  double const kappa = mamba.mean_square + mamba.trace;
-  if (!(constant >= 0 && tau >= 0 && mamba.mean_square >= 0 && mamba.trace >= 0))
-    detail::reject("rflow::threshold", "moments are squares, not " + std::to_string(constant) +
-                                           ", " + std::to_string(tau) + ", " +
-                                           std::to_string(mamba.mean_square) + ", " +
-                                           std::to_string(mamba.trace));
+  for (double const x : {constant, tau, mamba.mean_square.value, mamba.trace.value})
+    if (!(x >= 0) || !detail::is_finite(x))
+      detail::reject("rflow::threshold", "moments are squares, not " + std::to_string(constant) +
+                                             ", " + std::to_string(tau) + ", " +
+                                             std::to_string(mamba.mean_square.value) + ", " +
+                                             std::to_string(mamba.trace.value));
+  double const quarter = mamba.mean_square / 4 + mamba.trace / 4;  // of κ, which may be too large
   if (tau == 0 && constant == 0) return 0;
-  if (kappa == 0) return std::numeric_limits<double>::infinity();
-  return (tau + std::hypot(tau, 2 * std::sqrt(constant) * std::sqrt(kappa))) / (2 * kappa);
+  if (quarter == 0 && mamba.mean_square == 0 && mamba.trace == 0)
+    return std::numeric_limits<double>::infinity();
+  // (τ + √(τ² + 4 N‖m‖² κ)) / 2κ with moments and κ near 1, and the rest in exponents: s has the
+  // larger of the units τ/κ and √(N‖m‖²/κ).
+  auto const parts = [](double x, int& exponent) {  // x = value · 4^exponent
+    exponent = x > 0 ? static_cast<int>(std::floor(std::ilogb(x) / 2.)) : 0;
+    return std::ldexp(x, -2 * exponent);
+  };
+  int of_tau, of_constant, of_kappa;
+  double const t = parts(tau, of_tau), c = parts(constant, of_constant),
+               k = parts(quarter, of_kappa);
+  // In units of 2^(of_constant − of_kappa) and 4^(of_tau − of_kappa).
+  int const linear = 2 * (of_tau - of_kappa), root = of_constant - of_kappa;
+  int const unit = tau == 0 ? root : constant == 0 ? linear : (std::max)(linear, root);
+  double const a = std::ldexp(t / (8 * k), linear - unit),
+               b = std::ldexp(std::sqrt(c / (4 * k)), root - unit);
+  return detail::in_units(a + std::hypot(a, b), unit);
 }
 
 // ---- chains of many layers ----------------------------------------------------------------------
@@ -349,39 +463,47 @@ inline double threshold(update_moments const& transformer, update_moments const&
 ///
 /// @param  first_step_square  ‖Δ_0‖²
 /// @param  factors            ℓ_1 … ℓ_{L−1}; empty for a chain of one step
-/// @throws std::invalid_argument if anything is negative or NaN
+/// @return the bound; out_of_range above the largest double
+/// @throws std::invalid_argument if anything is negative, NaN or infinite
 /// @see    arXiv 2510.06640, appendix A.3, lemma 2
-inline double propagation_bound(double first_step_square, std::span<double const> factors) {
+inline measured propagation_bound(double first_step_square, std::span<double const> factors) {
   constexpr char const* where = "rflow::propagation_bound";
-  if (!(first_step_square >= 0))
-    detail::reject(where, "the first step's square is " + std::to_string(first_step_square));
-  double product = 1, sum = 1;
+  detail::require_square(where, first_step_square);
+  // A term is product · 2^exponent: it may leave the range of double and come back.
+  int exponent = 0;
+  double product = std::frexp(first_step_square, &exponent), sum = first_step_square;
   for (std::size_t l = 0; l < factors.size(); ++l) {
-    if (!(factors[l] >= 0))
+    if (!(factors[l] >= 0) || !detail::is_finite(factors[l]))
       detail::reject(where, "factor " + std::to_string(l + 1) + " of " +
                                 std::to_string(factors.size()) + " is " +
                                 std::to_string(factors[l]));
-    product *= factors[l] * factors[l];
-    sum += product;
+    int more = 0, carried = 0;
+    double const factor = std::frexp(factors[l], &more);
+    product = std::frexp(product * factor * factor, &carried);
+    constexpr int limit = 1 << 29;  // far beyond what a double holds
+    exponent = std::clamp(exponent + 2 * more + carried, -limit, limit);
+    sum += std::ldexp(product, exponent);
   }
-  return first_step_square * sum;
+  return detail::in_units(sum, 0);
 }
 
 /// The same with one factor ρ < 1 for every step: ‖Δ_0‖² (1 − ρ^{2L}) / (1 − ρ²), L the number of
 /// blocks.
-/// @throws std::invalid_argument if ρ is not in [0, 1), L < 1, or the square is negative or NaN
-inline double propagation_bound(double first_step_square, double rho, std::ptrdiff_t blocks) {
+/// @throws std::invalid_argument if ρ is not in [0, 1), L < 1, or the square is negative, NaN or
+///         infinite
+inline measured propagation_bound(double first_step_square, double rho, std::ptrdiff_t blocks) {
   constexpr char const* where = "rflow::propagation_bound";
-  if (!(first_step_square >= 0))
-    detail::reject(where, "the first step's square is " + std::to_string(first_step_square));
+  detail::require_square(where, first_step_square);
   if (!(rho >= 0 && rho < 1))
     detail::reject(where, "rho is " + std::to_string(rho) + ", not in [0, 1)");
   if (blocks < 1) detail::reject(where, std::to_string(blocks) + " blocks");
   if (rho == 0) return first_step_square;
   // expm1 keeps digits where ρ is close to 1.
   double const log_square = 2 * std::log(rho);
-  return first_step_square * std::expm1(static_cast<double>(blocks) * log_square) /
-         std::expm1(log_square);
+  return detail::in_units(
+      first_step_square *
+          (std::expm1(static_cast<double>(blocks) * log_square) / std::expm1(log_square)),
+      0);
 }
 
 }  // namespace rflow
