@@ -42,6 +42,7 @@
 #include <vector>
 
 #include <rflow/moments.hpp>
+#include <rflow/statistics.hpp>
 #include <rflow/threads.hpp>
 #include <rflow/view.hpp>
 
@@ -1531,9 +1532,38 @@ struct third_moments {
   double cubes, triangles;  // Σ U_ij³ and tr U³, over ‖U‖³
 };
 
+/// What shuffled_tail and all_orders_tail need of U, n × n, in units of its norm.
+/// @param squares          n: Σ_j U_ij²
+/// @param numbers, heavy    shuffle_numbers and (pins + 1) × n are written; n × n and no numbers for
+///                         at most few_tokens
+template <class C>
+void find_shuffles(integer n, C const* u, double norm, double const* squares,
+                   third_moments const& third, double* numbers, double* heavy) {
+  if (!(norm > 0) || !is_finite(norm)) return;  // a site without an answer
+  auto const row = [&](integer a, double* out) {
+    for (integer i = 0; i < n; ++i) out[i] = static_cast<double>(u[a * n + i]) / norm;
+  };
+  if (n <= few_tokens) {
+    for (integer i = 0; i < n; ++i) row(i, heavy + i * n);
+    return;
+  }
+  auto const times = [&](double const* x, double* out) {
+    std::fill_n(out, n, 0.);
+    for (integer j = 0; j < n; ++j)  // symmetric: columns are rows
+      for (integer i = 0; i < n; ++i) out[i] += x[j] / norm * static_cast<double>(u[j * n + i]);
+  };
+  std::vector<double> relative(squares, squares + n);
+  for (double& x : relative) x = x / norm / norm;
+  shuffle_moments const found =
+      find_shuffle_moments(n, relative.data(), third.cubes, third.triangles, row, times, heavy);
+  std::memcpy(numbers, &found, sizeof found);
+}
+
 /// Of the U-centred kernel matrix of one site, which is formed whole.
+/// @param numbers, heavy  as find_shuffles writes them
 template <class Product, class C, class Bound>
-third_moments find_third_moments(prepared_site<C> const& site, Bound const& kernel) {
+third_moments find_third_moments(prepared_site<C> const& site, Bound const& kernel, double* numbers,
+                                 double* heavy) {
   using namespace Eigen::internal;
   using P = packet_t<C>;
   constexpr integer R = Product::template rows<C>, N = Product::template cols<C>, W = lanes_v<C>;
@@ -1564,11 +1594,14 @@ third_moments find_third_moments(prepared_site<C> const& site, Bound const& kern
   }
   double const offset = total / ((count - 1) * (count - 2));
   double squares = 0, cubes = 0, triangles = 0;
+  std::vector<double> row_squares(static_cast<std::size_t>(n));
   for (integer i = 0; i < n; ++i)
     for (integer j = 0; j < i; ++j) {
       double const x =
           static_cast<double>(u[i * n + j]) - shift.data()[i] - shift.data()[j] + offset;
       squares += 2 * x * x;
+      row_squares.data()[i] += x * x;
+      row_squares.data()[j] += x * x;
       cubes += 2 * x * x * x;
       u[i * n + j] = u[j * n + i] = static_cast<C>(x);
     }
@@ -1583,7 +1616,9 @@ third_moments find_third_moments(prepared_site<C> const& site, Bound const& kern
         triangles += 2 * static_cast<double>(u[i * n + j]) * static_cast<double>(g[i - i0]);
   });
   double const norm = std::sqrt(squares);
-  return {cubes / norm / norm / norm, triangles / norm / norm / norm};
+  third_moments const found{cubes / norm / norm / norm, triangles / norm / norm / norm};
+  find_shuffles(n, u.data(), norm, row_squares.data(), found, numbers, heavy);
+  return found;
 }
 
 /// Adds third moments, if asked for. Sites run side by side, as many as memory holds.
@@ -1602,14 +1637,20 @@ gram_moments with_third_moments(team& threads, std::vector<prepared_site<C>> con
   integer const at_once = static_cast<integer>((std::min)(bound / bytes, 1e6));
   m.cubes.resize(sites.size());
   m.triangles.resize(sites.size());
+  bool const few = m.tokens <= few_tokens;
+  integer const numbers = few ? 0 : static_cast<integer>(shuffle_numbers);
+  integer const rows = m.tokens * (few ? m.tokens : static_cast<integer>(pins) + 1);
+  m.shuffles.resize(sites.size() * static_cast<std::size_t>(numbers));
+  m.heavy_rows.resize(sites.size() * static_cast<std::size_t>(rows));
   integer const first = options.share.index, step = options.share.of;
   integer const mine = first < m.sites ? ceil_div(m.sites - first, step) : 0;
   for (integer done = 0; done < mine; done += at_once)
     threads.run((std::min)(at_once, mine - done), [&](integer i) {
       integer const site = first + (done + i) * step;
       auto const p = static_cast<std::size_t>(site);
-      third_moments const t =
-          find_third_moments<Product>(sites[p], kernel.template bind<C>(site, sites[p]));
+      third_moments const t = find_third_moments<Product>(
+          sites[p], kernel.template bind<C>(site, sites[p]), m.shuffles.data() + site * numbers,
+          m.heavy_rows.data() + site * rows);
       m.cubes[p] = t.cubes;
       m.triangles[p] = t.triangles;
     });

@@ -15,6 +15,7 @@
 #include <rflow/cka.hpp>
 #include <rflow/default.hpp>
 #include <rflow/moments.hpp>
+#include <rflow/statistics.hpp>
 #include <rflow/view.hpp>
 
 namespace rflow {
@@ -42,15 +43,6 @@ struct cka_intervals {
 };
 
 namespace detail {
-
-/// The 97.5 % point of Student's t: its expansion about the normal's, good to 1e-3 from 4 degrees of
-/// freedom on.
-/// @see Abramowitz, Stegun, 26.7.5
-inline double student_975(double degrees) {
-  double const x = 1.959963984540054, x3 = x * x * x, x5 = x3 * x * x, x7 = x5 * x * x;
-  return x + (x3 + x) / (4 * degrees) + (5 * x5 + 16 * x3 + 3 * x) / (96 * degrees * degrees) +
-         (3 * x7 + 19 * x5 + 17 * x3 - 15 * x) / (384 * degrees * degrees * degrees);
-}
 
 /// Keeps every token that counts but those of block b of `blocks`.
 template <class T, class Memory>

@@ -206,7 +206,7 @@ struct work_share {
 /// subtract what makes the sums exact (row means for linear, a constant for RBF).
 ///
 /// Shares of the same tokens' work add to these sums, by merge(); other tokens do not (see
-/// minibatch_moments). In a share products, row_sums, squares, cubes and triangles are parts of the
+/// minibatch_moments). In a share products, row_sums, squares and what p-values need are parts of the
 /// whole, everything else is as in the whole.
 struct gram_moments {
   std::ptrdiff_t sites = 0;      ///< S
@@ -223,6 +223,12 @@ struct gram_moments {
   std::vector<double> sigma;      ///< S, for kernels with a bandwidth
   std::vector<double> cubes;      ///< S: Σ U_ij³ / ‖U‖³, U = U(G^p); empty unless asked for
   std::vector<double> triangles;  ///< S: tr U³ / ‖U‖³; the same
+  std::vector<double>
+      shuffles;  ///< S × what of U/‖U‖ p-values need (see statistics.hpp); the same,
+                 ///< and empty for at most 8 tokens
+  std::vector<double>
+      heavy_rows;  ///< S × 4 × n: the rows of U/‖U‖ of its three heaviest tokens, and the squares of the
+                   ///< others' rows; S × n × n, U/‖U‖, for at most 8 tokens; the same
   gram_path path = gram_path::gram;  ///< how they came about
   std::vector<std::uint8_t> shares{
       1};                            ///< one a share of the work: whether the sums have it (else 0)
@@ -267,7 +273,8 @@ struct gram_moments {
                                   std::to_string(shares.size()) + " is in both");
     for (std::size_t k = 0; k < shares.size(); ++k) shares[k] |= other.shares[k];
     for (auto const of : {&gram_moments::products, &gram_moments::row_sums, &gram_moments::squares,
-                          &gram_moments::cubes, &gram_moments::triangles})
+                          &gram_moments::cubes, &gram_moments::triangles, &gram_moments::shuffles,
+                          &gram_moments::heavy_rows})
       for (std::size_t i = 0; i < (this->*of).size(); ++i) (this->*of)[i] += (other.*of)[i];
     find_trace();
   }
@@ -483,7 +490,7 @@ void each_number(gram_moments& m, F const& f) {
   f(m.epsilon);
   for (std::uint8_t& x : m.shares) detail::as_number(x, f);
   for (auto* const values : {&m.products, &m.row_sums, &m.diagonal, &m.squares, &m.trace, &m.sigma,
-                             &m.cubes, &m.triangles})
+                             &m.cubes, &m.triangles, &m.shuffles, &m.heavy_rows})
     for (double& x : *values) f(x);
   for (int& x : m.exponent) detail::as_number(x, f);
   for (status& why : m.why) detail::as_number(why, f);
