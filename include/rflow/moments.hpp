@@ -229,6 +229,8 @@ struct gram_moments {
   std::vector<double>
       heavy_rows;  ///< S × 4 × n: the rows of U/‖U‖ of its three heaviest tokens, and the squares of the
                    ///< others' rows; S × n × n, U/‖U‖, for at most 8 tokens; the same
+  std::vector<double> shifts;  ///< S × S × n: Σ_ij U^p_ij U^q_{i+s,j+s}, indices modulo n, over
+                               ///< ‖U^p‖ ‖U^q‖; empty unless asked for, and not in shares
   gram_path path = gram_path::gram;  ///< how they came about
   std::vector<std::uint8_t> shares{
       1};                            ///< one a share of the work: whether the sums have it (else 0)
@@ -490,7 +492,7 @@ void each_number(gram_moments& m, F const& f) {
   f(m.epsilon);
   for (std::uint8_t& x : m.shares) detail::as_number(x, f);
   for (auto* const values : {&m.products, &m.row_sums, &m.diagonal, &m.squares, &m.trace, &m.sigma,
-                             &m.cubes, &m.triangles, &m.shuffles, &m.heavy_rows})
+                             &m.cubes, &m.triangles, &m.shuffles, &m.heavy_rows, &m.shifts})
     for (double& x : *values) f(x);
   for (int& x : m.exponent) detail::as_number(x, f);
   for (status& why : m.why) detail::as_number(why, f);

@@ -566,4 +566,28 @@ inline double all_orders_tail(std::ptrdiff_t n, double rounding, double const* u
   return no_less / count;
 }
 
+// ---- shifted tokens -----------------------------------------------------------------------------
+
+/// How many tokens are worth one independent one: 1 + 2 Σ_k √a_k up to where a_k is lost in noise,
+/// infinity if that is not within n/4 shifts or the level far from 0 is above a half. a_k is about the
+/// square of the tokens' correlation.
+/// @param  own  n: Σ_ij U_ij U_{i+k,j+k}, own[0] = ‖U‖². Its level far from 0 is taken off: dependent
+///              tokens have one
+inline double shift_dependence(double const* own, std::ptrdiff_t n) {
+  std::vector<double> far(own + n / 4, own + n / 2 + 1);
+  auto const middle = far.begin() + static_cast<std::ptrdiff_t>(far.size() / 2);
+  std::nth_element(far.begin(), middle, far.end());
+  double const level = std::clamp(*middle / own[0], 0.0, 0.9);
+  if (level > 0.5) return std::numeric_limits<double>::infinity();
+  // Of independent tokens a_k has the standard deviation √2/n.
+  double const noise = 0.05 + 3 * std::sqrt(2.0) / static_cast<double>(n);
+  double sum = 1;
+  for (std::ptrdiff_t k = 1; k <= (std::max)(n / 4, std::ptrdiff_t{1}); ++k) {
+    double const a = (own[k] / own[0] - level) / (1 - level);
+    if (!(a > noise)) return sum;
+    sum += 2 * std::sqrt(a);
+  }
+  return std::numeric_limits<double>::infinity();
+}
+
 }  // namespace rflow::detail

@@ -120,16 +120,17 @@ using compute_t = std::conditional_t<std::same_as<T, double>, double, float>;
 /// Why a value is not a number.
 enum class status : std::uint8_t {
   ok,
-  too_few_rows,    ///< fewer tokens than the estimator needs
-  too_few_sites,   ///< a chain of one site has no steps
-  zero_rows,       ///< too few rows with a non-zero norm, so no direction to compare
-  constant_layer,  ///< all tokens have the same representation (to rounding)
-  zero_step,       ///< a layer equals the one before it (to rounding): the path has no direction
-  zero_bandwidth,  ///< the median distance is 0, so an RBF kernel has no scale
-  non_finite,      ///< the data hold a NaN or an infinity
-  out_of_range,    ///< doubles whose squares leave the range of double: scale the data
-  diverged,        ///< an optimisation ended in numbers that are not finite
-  not_requested,   ///< the option that would compute it is off
+  too_few_rows,      ///< fewer tokens than the estimator needs
+  too_few_sites,     ///< a chain of one site has no steps
+  zero_rows,         ///< too few rows with a non-zero norm, so no direction to compare
+  constant_layer,    ///< all tokens have the same representation (to rounding)
+  zero_step,         ///< a layer equals the one before it (to rounding): the path has no direction
+  zero_bandwidth,    ///< the median distance is 0, so an RBF kernel has no scale
+  non_finite,        ///< the data hold a NaN or an infinity
+  out_of_range,      ///< doubles whose squares leave the range of double: scale the data
+  diverged,          ///< an optimisation ended in numbers that are not finite
+  not_requested,     ///< the option that would compute it is off
+  dependent_tokens,  ///< neighbouring tokens resemble each other too far for so few of them
 };
 
 /// The reason in words, for reports.
@@ -146,6 +147,7 @@ constexpr std::string_view to_string(status why) {
     case status::out_of_range: return "out_of_range";
     case status::diverged: return "diverged";
     case status::not_requested: return "not_requested";
+    case status::dependent_tokens: return "dependent_tokens";
   }
   return "unknown";
 }
