@@ -21,6 +21,7 @@ using rflow::biased;
 using rflow::debiased;
 using rflow::layer_stack;
 using rflow::linear;
+using rflow::measured;
 using rflow::rbf;
 using rflow::status;
 using rflow::view;
@@ -1350,6 +1351,73 @@ TEST_CASE("p-values with a massive token in both layers are those of resampling"
       check(both);
       check(narrow);
     }
+}
+
+TEST_CASE("shifted products are CKA with the tokens of one side shifted") {
+  for (Eigen::Index const n : {4, 5, 13, 64, 90}) {
+    CAPTURE(n);
+    std::mt19937 bits(static_cast<unsigned>(n));
+    layers const x = related_layers(bits, n, {3, 7, 2});
+    rflow::gram_moments const m = tested{.shifts = true}.gram(linear{}, layer_stack(x));
+    REQUIRE(m.shifts.size() == static_cast<std::size_t>(9 * n));
+    for (std::ptrdiff_t p = 0; p < 3; ++p)
+      for (std::ptrdiff_t q = 0; q < 3; ++q)
+        for (Eigen::Index s = 0; s < n; s += 1 + n / 7) {
+          MatrixXd const& y = x[static_cast<std::size_t>(q)];
+          MatrixXd shifted(n, y.cols());
+          for (Eigen::Index i = 0; i < n; ++i) shifted.row(i) = y.row((i + s) % n);
+          double const expected = cka(x[static_cast<std::size_t>(p)], shifted);
+          CHECK(std::abs(m.shifts[static_cast<std::size_t>((3 * p + q) * n + s)] - expected) <
+                1e-6);
+        }
+  }
+  std::mt19937 bits(4);
+  layers const x = related_layers(bits, 40, {3, 7});
+  tested const on{.shifts = true};
+  rflow::cka_table const t = cka_matrix(layer_stack(x), rbf{}, debiased{}, on);
+  CHECK(t.shift_p_value(0, 0) == 1 / 40.0);
+  CHECK(t.shift_p_value(0, 1).value == t.shift_p_value(1, 0).value);
+  CHECK(t.p_value(0, 1).ok());
+  CHECK(cka_matrix(layer_stack(x)).shift_p_value(0, 1).why == status::not_requested);
+  CHECK_THROWS_AS(cka_matrix(layer_stack(x), linear{}, debiased{},
+                             tested{.memory_bound = 40'000, .shifts = true}),
+                  std::invalid_argument);
+}
+
+TEST_CASE("p-values over shifts hold their level for dependent tokens, or are not given") {
+  // Unrelated chains of lag-1 correlation φ: at most 8 in 100 and at least 3 below 0.05, within the
+  // error of so many trials; at 0.97 few values are given at all.
+  Eigen::Index const n = 200;
+  for (double const phi : {0.0, 0.5, 0.97}) {
+    CAPTURE(phi);
+    unsigned const seed = 8;
+    std::mt19937 bits(seed);
+    int given = 0, below = 0, naive = 0;
+    int const trials = 250;
+    for (int t = 0; t < trials; ++t) {
+      layers x{normal_matrix(bits, n, 6), normal_matrix(bits, n, 6)};
+      for (MatrixXd& layer : x)
+        for (Eigen::Index i = 1; i < n; ++i)
+          layer.row(i) = phi * layer.row(i - 1) + std::sqrt(1 - phi * phi) * layer.row(i);
+      rflow::cka_table const table =
+          cka_matrix(layer_stack(x), linear{}, debiased{}, tested{.threads = 1, .shifts = true});
+      measured const p = table.shift_p_value(0, 1);
+      CHECK((p.ok() || p.why == status::dependent_tokens));
+      given += p.ok();
+      below += p.ok() && p <= 0.05;
+      naive += table.p_value(0, 1) <= 0.05;
+    }
+    CAPTURE(given);
+    CAPTURE(below);
+    if (phi < 0.9) {
+      CHECK(given == trials);
+      double const error = 2.5 * std::sqrt(0.05 * 0.95 * trials);
+      CHECK(std::abs(below - 0.05 * trials) < error);
+      CHECK((phi == 0 || naive > trials / 2));  // shuffling does not hold
+    } else {
+      CHECK(given < trials / 10);
+    }
+  }
 }
 
 TEST_CASE("no p-value is 0") {
