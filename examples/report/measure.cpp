@@ -48,6 +48,7 @@ cka_result part_of(std::string const& kernel, rflow::cka_table const& debiased,
                    std::function<std::ptrdiff_t(std::ptrdiff_t)> const& stored) {
   cka_result out;
   out.kernel = kernel;
+  out.tokens = debiased.tokens();
   out.debiased = part_of(debiased, row, rows, col, cols);
   out.biased = part_of(biased, row, rows, col, cols);
   for (std::ptrdiff_t i = row; i < row + rows; ++i)
@@ -55,6 +56,8 @@ cka_result part_of(std::string const& kernel, rflow::cka_table const& debiased,
       if (debiased.p_value(i, j).why != status::not_requested) {
         out.score.push_back(debiased.score(i, j));
         out.p_value.push_back(debiased.p_value(i, j));
+        if (debiased.shift_p_value(i, j).why != status::not_requested)
+          out.shift_p_value.push_back(debiased.shift_p_value(i, j));
       }
   for (std::ptrdiff_t i = row; i < row + rows; ++i) {
     out.sigma.push_back(debiased.sigma(i));
@@ -320,7 +323,17 @@ void add_warnings(model_result& m, rflow::flow_report const& final_norm,
 }
 
 result measure(std::vector<capture> const& captures, options const& asked, progress const& tell) {
-  rflow::on_cpu const on{.threads = asked.threads, .significance = asked.significance};
+  rflow::on_cpu on{
+      .threads = asked.threads, .significance = asked.significance, .shifts = asked.shifts};
+  if (asked.shifts) {  // of cross tables: the sites of both models
+    double n = 0, sites = 0;
+    for (capture const& c : captures) {
+      n = std::max(n, static_cast<double>(c.sites.tokens()));
+      sites += static_cast<double>(c.sites.chain.size() + 1);
+    }
+    on.memory_bound += static_cast<std::size_t>(2 * n * n * (sites + 6) +
+                                                16 * n * sites * (sites + 1) + 8 * 1024 * n);
+  }
   result out;
   bool together = false;
   if (captures.size() == 2) {

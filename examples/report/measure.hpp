@@ -40,6 +40,8 @@ struct cka_result {
   std::vector<rflow::measured> top_share;  // per row: share of the top token in the kernel matrix
   std::vector<std::ptrdiff_t> top_token;   // per row: that token, counted in the file; -1 if none
   std::vector<rflow::measured> score = {}, p_value = {};  // row-major; empty unless asked for
+  std::vector<rflow::measured> shift_p_value = {};        // the same
+  std::ptrdiff_t tokens = 0;                              // that counted
 
   cka_grid const& grid(estimator e) const { return e == estimator::debiased ? debiased : biased; }
 };

@@ -148,6 +148,12 @@ std::optional<options> parse(int argc, char const* const* argv) {
   app.add_flag("--significance", o.significance,
                "CKA: p-values over shuffled tokens, without resampling (twice the time or more)")
       ->group("Metrics");
+  app.add_flag(
+         "--shifts", o.shifts,
+         "CKA: besides, p-values over circular shifts of the tokens, which hold where "
+         "neighbours resemble each other (2 n² bytes a site more; n a product of small primes "
+         "is fast)")
+      ->group("Metrics");
   app.add_option("--labels", o.labels,
                  "One class a token, from 0 on: a .npy of integers, or a text file with one a line "
                  "(or with a column called label). Adds softmax probes of every layer")
@@ -280,6 +286,9 @@ std::optional<options> parse(int argc, char const* const* argv) {
   if (o.shards && (o.cross_cka || !o.labels.empty()))
     throw std::invalid_argument("--shards does not go with --cross-cka or --labels");
   o.minibatch_cka = o.shards && over.is("minibatch");
+  if (o.shards && o.shifts)
+    throw std::invalid_argument(
+        "--shifts is for captures in one file: shards have shares of the work");
   if (o.shards && !o.minibatch_cka && batch->count() > 0)
     throw std::invalid_argument("--cka-batch is for --cka minibatch");
   if (o.minibatch_cka) {
@@ -287,7 +296,8 @@ std::optional<options> parse(int argc, char const* const* argv) {
       throw std::invalid_argument("minibatch CKA has the linear kernel only: --cka full");
     if (app.count("--estimator") > 0 && !main_estimator.is("debiased"))
       throw std::invalid_argument("minibatch CKA is debiased: --cka full");
-    if (o.significance) throw std::invalid_argument("minibatch CKA has no p-values: --cka full");
+    if (o.significance || o.shifts)
+      throw std::invalid_argument("minibatch CKA has no p-values: --cka full");
     o.linear = true;
     o.rbf = false;
   }

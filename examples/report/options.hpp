@@ -28,6 +28,7 @@ struct options {
   double rbf_fraction = 1;
   bool cross_cka = false;
   bool significance = false;
+  bool shifts = false;
 
   bool shards = false;             // inputs are shards of one model, any number of them
   bool minibatch_cka = false;      // of shards, instead of CKA over all tokens at once

@@ -124,6 +124,7 @@ inline constexpr char const* page_script = R"js(
                                        : value + ', chance ' + text(table.chance[i][j])));
       }
       if (t.p) lines.push('p over shuffled tokens: ' + (text(t.p[i * t.cols.length + j]) ?? 'none'));
+      if (t.shift_p) lines.push('p over shifted tokens: ' + t.shift_p[i * t.cols.length + j]);
       if (t.sigma) lines.push('σ of ' + t.rows[i] + ': ' + (text(t.sigma[i]) ?? 'none'));
       tip.replaceChildren(...lines.flatMap((l, k) => k ? [document.createElement('br'), l] : [l]));
       tip.style.display = 'block';

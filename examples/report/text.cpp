@@ -111,6 +111,8 @@ std::string_view explain(rflow::status why) {
     case status::diverged: return "the training ended in numbers that are not finite";
     case status::out_of_range: return "the squares of the values leave the range of double";
     case status::not_requested: return "not computed";
+    case status::dependent_tokens:
+      return "neighbouring tokens resemble each other too far for so few of them";
   }
   return "unknown";
 }

@@ -88,6 +88,16 @@ json cka(cka_result const& c, options const& asked, std::vector<std::string> con
   if (!c.p_value.empty())
     out["significance"] = {{"score", table(c.score, c.debiased.cols)},
                            {"p_value", table(c.p_value, c.debiased.cols)}};
+  if (!c.shift_p_value.empty()) {
+    json statuses = json::array();
+    for (std::size_t k = 0; k < c.shift_p_value.size(); ++k) {
+      if (k % static_cast<std::size_t>(c.debiased.cols) == 0) statuses.push_back(json::array());
+      statuses.back().push_back(to_string(c.shift_p_value[k].why));
+    }
+    out["shift_significance"] = {{"least", 1 / static_cast<double>(c.tokens)},
+                                 {"p_value", table(c.shift_p_value, c.debiased.cols)},
+                                 {"status", std::move(statuses)}};
+  }
   return out;
 }
 

@@ -324,8 +324,20 @@ std::string cka_figure(cka_result const& c, model_result const& a, model_result 
   }
   if (!c.p_value.empty()) {
     entry["p"] = json::array();
-    for (measured const p : c.p_value)
-      entry["p"].push_back(p.ok() ? json(number(p.value, 3)) : json());
+    for (measured const p : c.p_value)  // never 0: the least is 1/n!, as far as a double goes
+      entry["p"].push_back(!p.ok()            ? json()
+                           : p.value < 1e-300 ? json("< 1e-300")
+                                              : json(number(p.value, 3)));
+  }
+  if (!c.shift_p_value.empty()) {
+    entry["shift_p"] = json::array();
+    std::string const least = "1/" + std::to_string(c.tokens);
+    for (measured const p : c.shift_p_value)
+      entry["shift_p"].push_back(
+          !p.ok() ? json("none (" + std::string(to_string(p.why)) + ")")
+          : p.value * static_cast<double>(c.tokens) < 1.5
+              ? json(least + ", the least there can be")
+              : json(number(p.value, 3) + " (the least there can be: " + least + ")"));
   }
   data[key] = std::move(entry);
 

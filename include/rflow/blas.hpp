@@ -130,6 +130,7 @@ struct on_blas {
   std::size_t memory_bound = std::size_t{256} << 20;  ///< bytes of scratch, without BLAS's own
   gram_path path = gram_path::automatic;              ///< how linear Gram moments come about
   bool significance = false;  ///< also what cka_table::p_value needs: n² (d + n) operations a site
+  bool shifts = false;        ///< significance, and what cka_table::shift_p_value needs: see there
 
   /// Host memory only.
   template <class Memory>
@@ -156,7 +157,7 @@ struct on_blas {
   template <class Kernel, class... T>
   gram_moments gram(Kernel const& kernel, layer_stack<T> const&... stacks) const {
     detail::sequential_blas const alone;
-    detail::gram_options const options{{threads}, memory_bound, path, significance};
+    detail::gram_options const options{{threads}, memory_bound, path, significance, {}, shifts};
     auto const gram = [&](auto product) {
       return detail::host_gram<decltype(product)>("rflow::on_blas::gram", kernel, options,
                                                   stacks...);

@@ -1413,6 +1413,7 @@ struct on_cpu {
   gram_path path = gram_path::automatic;              ///< how linear Gram moments come about
   bool significance = false;  ///< also what cka_table::p_value needs: n² (d + n) operations a site
   work_share share = {};      ///< gram() does this part of the products; see gram_moments::merge
+  bool shifts = false;        ///< significance, and what cka_table::shift_p_value needs: see there
 
   /// Host memory only.
   template <class Memory>
@@ -1463,7 +1464,7 @@ struct on_cpu {
  private:
   template <class Kernel, class... Models>
   gram_moments gram_of(Kernel const& kernel, Models const&... models) const {
-    detail::gram_options const options{{threads}, memory_bound, path, significance, share};
+    detail::gram_options const options{{threads}, memory_bound, path, significance, share, shifts};
     return detail::host_gram<detail::packed_product>("rflow::on_cpu::gram", kernel, options,
                                                      models...);
   }

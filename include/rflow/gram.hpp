@@ -24,10 +24,12 @@
 // columns of a panel are an odd number of cache lines apart, or L1 could not hold a strip of them.
 
 #include <Eigen/Core>
+#include <unsupported/Eigen/FFT>
 
 #include <algorithm>
 #include <atomic>
 #include <cmath>
+#include <complex>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
@@ -35,6 +37,7 @@
 #include <memory>
 #include <new>
 #include <numeric>
+#include <optional>
 #include <span>
 #include <stdexcept>
 #include <string>
@@ -44,6 +47,7 @@
 
 #include <rflow/moments.hpp>
 #include <rflow/numerics.hpp>
+#include <rflow/statistics.hpp>
 #include <rflow/threads.hpp>
 #include <rflow/view.hpp>
 
@@ -85,8 +89,9 @@ struct gram_options {
   crew workers{};
   std::size_t memory_bound = std::size_t{256} << 20;  ///< bytes beyond input and result
   gram_path path = gram_path::automatic;
-  bool significance = false;  ///< third moments, too
+  bool significance = false;  ///< what p-values over shuffled tokens need, too
   work_share share{};
+  bool shifts = false;  ///< what p-values over shifted tokens need, too; and the other ones
 };
 
 /// Multiply-adds of the two paths.
@@ -1986,9 +1991,108 @@ struct third_moments {
   double cubes, triangles;  // Σ U_ij³ and tr U³, over ‖U‖³
 };
 
+/// What shuffled_tail and all_orders_tail need of U, n × n, in units of its norm.
+/// @param squares          n: Σ_j U_ij²
+/// @param numbers, heavy    shuffle_numbers and (pins + 1) × n are written; n × n and no numbers for
+///                         at most few_tokens
+template <class C>
+void find_shuffles(integer n, C const* u, double norm, double const* squares,
+                   third_moments const& third, double* numbers, double* heavy) {
+  if (!(norm > 0) || !is_finite(norm)) return;  // a site without an answer
+  auto const row = [&](integer a, double* out) {
+    for (integer i = 0; i < n; ++i) out[i] = static_cast<double>(u[a * n + i]) / norm;
+  };
+  if (n <= few_tokens) {
+    for (integer i = 0; i < n; ++i) row(i, heavy + i * n);
+    return;
+  }
+  auto const times = [&](double const* x, double* out) {
+    std::fill_n(out, n, 0.);
+    for (integer j = 0; j < n; ++j)  // symmetric: columns are rows
+      for (integer i = 0; i < n; ++i) out[i] += x[j] / norm * static_cast<double>(u[j * n + i]);
+  };
+  std::vector<double> relative(squares, squares + n);
+  for (double& x : relative) x = x / norm / norm;
+  shuffle_moments const found =
+      find_shuffle_moments(n, relative.data(), third.cubes, third.triangles, row, times, heavy);
+  std::memcpy(numbers, &found, sizeof found);
+}
+
+/// Shifted products of all pairs of sites, Σ_ij U_ij V_{i+s,j+s} modulo n for all s: correlations
+/// along the diagonals of U and V, which are products of their Fourier transforms.
+class shifted_products {
+ public:
+  shifted_products(integer n, integer sites)
+      : n_(n),
+        sites_(sites),
+        signals_((n / 2 + 1) / 2),
+        spectra_(static_cast<std::size_t>(n * sites * signals_)) {}
+
+  /// What that takes of memory.
+  static double bytes(integer n, integer sites) {
+    double const tokens = static_cast<double>(n), s = static_cast<double>(sites);
+    return 8 * tokens * (s * (tokens / 4 + 1) + s * s) + 8 * tokens * s * s;
+  }
+
+  /// Takes over a site's U / norm. Diagonals k and n − k of U hold the same numbers: half of them
+  /// do, two in one complex signal.
+  template <class C>
+  void add(integer site, C const* u, double norm) {
+    using complex = std::complex<double>;
+    Eigen::FFT<double> transform;
+    std::vector<complex> in(static_cast<std::size_t>(n_)), out(in.size());
+    for (integer m = 0; m < signals_; ++m) {
+      auto const entry = [&](integer k, integer i) {
+        if (2 * k > n_) return 0.;
+        double const weight = 2 * k == n_ ? 1 : 1.4142135623730951;
+        return weight * static_cast<double>(u[i * n_ + (i + k) % n_]) / norm;
+      };
+      for (integer i = 0; i < n_; ++i)
+        in.data()[i] = complex(entry(2 * m + 1, i), entry(2 * m + 2, i));
+      transform.fwd(out.data(), in.data(), static_cast<int>(n_));
+      for (integer f = 0; f < n_; ++f)
+        spectra_.data()[(site * n_ + f) * signals_ + m] = std::complex<float>(out.data()[f]);
+    }
+  }
+
+  /// sites × sites × n.
+  std::vector<double> operator()(team& threads) const {
+    using matrix = Eigen::Matrix<std::complex<float>, Eigen::Dynamic, Eigen::Dynamic>;
+    std::vector<std::complex<float>> products(static_cast<std::size_t>(n_ * sites_ * sites_));
+    threads.run(n_, [&](integer f) {
+      Eigen::Map<matrix const, 0, Eigen::OuterStride<>> const x(
+          spectra_.data() + f * signals_, signals_, sites_, Eigen::OuterStride<>(n_ * signals_));
+      for (integer p = 0; p < sites_; ++p)
+        for (integer q = 0; q <= p; ++q)
+          products.data()[(p * sites_ + q) * n_ + f] = x.col(p).dot(x.col(q));
+    });
+    std::vector<double> out(static_cast<std::size_t>(n_ * sites_ * sites_));
+    threads.run(sites_, [&](integer p) {
+      Eigen::FFT<double> transform;
+      std::vector<std::complex<double>> in(static_cast<std::size_t>(n_)), back(in.size());
+      for (integer q = 0; q <= p; ++q) {
+        std::copy_n(products.data() + (p * sites_ + q) * n_, n_, in.data());
+        transform.inv(back.data(), in.data(), static_cast<int>(n_));
+        for (integer s = 0; s < n_; ++s) {
+          double const t = back.data()[s].real();
+          out.data()[(p * sites_ + q) * n_ + s] = t;
+          out.data()[(q * sites_ + p) * n_ + (n_ - s) % n_] = t;
+        }
+      }
+    });
+    return out;
+  }
+
+ private:
+  integer n_, sites_, signals_;
+  std::vector<std::complex<float>> spectra_;
+};
+
 /// Of the U-centred kernel matrix of one site, which is formed whole.
+/// @param numbers, heavy  as find_shuffles writes them
 template <class Product, class C, class Bound>
-third_moments find_third_moments(prepared_site<C> const& site, Bound const& kernel) {
+third_moments find_third_moments(integer index, prepared_site<C> const& site, Bound const& kernel,
+                                 double* numbers, double* heavy, shifted_products* shifted) {
   using namespace Eigen::internal;
   using P = packet_t<C>;
   constexpr integer R = Product::template rows<C>, N = Product::template cols<C>, W = lanes_v<C>;
@@ -2026,11 +2130,14 @@ third_moments find_third_moments(prepared_site<C> const& site, Bound const& kern
   }
   double const offset = total / ((count - 1) * (count - 2));
   double squares = 0, cubes = 0, triangles = 0;
+  std::vector<double> row_squares(static_cast<std::size_t>(n));
   for (integer i = 0; i < n; ++i)
     for (integer j = 0; j < i; ++j) {
       double const x =
           static_cast<double>(u[i * n + j]) - shift.data()[i] - shift.data()[j] + offset;
       squares += 2 * x * x;
+      row_squares.data()[i] += x * x;
+      row_squares.data()[j] += x * x;
       cubes += 2 * x * x * x;
       u[i * n + j] = u[j * n + i] = static_cast<C>(x);
     }
@@ -2045,7 +2152,10 @@ third_moments find_third_moments(prepared_site<C> const& site, Bound const& kern
         triangles += 2 * static_cast<double>(u[i * n + j]) * static_cast<double>(g[i - i0]);
   });
   double const norm = std::sqrt(squares);
-  return {cubes / norm / norm / norm, triangles / norm / norm / norm};
+  third_moments const found{cubes / norm / norm / norm, triangles / norm / norm / norm};
+  find_shuffles(n, u.data(), norm, row_squares.data(), found, numbers, heavy);
+  if (shifted) shifted->add(index, u.data(), norm > 0 && is_finite(norm) ? norm : 1);
+  return found;
 }
 
 /// Adds third moments, if asked for. Sites run side by side, as many as memory holds.
@@ -2053,28 +2163,42 @@ third_moments find_third_moments(prepared_site<C> const& site, Bound const& kern
 template <class Product, class C, class Kernel>
 gram_moments with_third_moments(team& threads, std::vector<prepared_site<C>> const& sites,
                                 Kernel const& kernel, gram_options const& options, gram_moments m) {
-  if (!options.significance || m.tokens < 4) return m;
+  if (!(options.significance || options.shifts) || m.tokens < 4) return m;
+  if (options.shifts && options.share.of > 1)
+    throw std::invalid_argument("rflow: shifted tokens are not compared in shares of the work");
   double const n = static_cast<double>(m.tokens), bound = static_cast<double>(options.memory_bound);
   double const bytes = sizeof(C) * n * (1.5 * n + 2 * 128 + Product::template rows<C>);
-  if (bytes > bound)
+  double const spectra = options.shifts ? shifted_products::bytes(m.tokens, m.sites) : 0;
+  if (bytes + spectra > bound)
     throw std::invalid_argument("rflow: a memory bound of " + std::to_string(options.memory_bound) +
-                                " bytes is below the " + std::to_string(std::llround(bytes)) +
-                                " bytes that significance takes for " + std::to_string(m.tokens) +
-                                " tokens");
-  integer const at_once = static_cast<integer>((std::min)(bound / bytes, 1e6));
+                                " bytes is below the " +
+                                std::to_string(std::llround(bytes + spectra)) + " bytes that " +
+                                (options.shifts ? "shifts take" : "significance takes") + " for " +
+                                std::to_string(m.tokens) + " tokens");
+  std::optional<shifted_products> shifted;
+  if (options.shifts) shifted.emplace(m.tokens, m.sites);
+  integer const at_once = static_cast<integer>((std::min)((bound - spectra) / bytes, 1e6));
   m.cubes.resize(sites.size());
   m.triangles.resize(sites.size());
+  bool const few = m.tokens <= few_tokens;
+  integer const numbers = few ? 0 : static_cast<integer>(shuffle_numbers);
+  integer const rows = m.tokens * (few ? m.tokens : static_cast<integer>(pins) + 1);
+  m.shuffles.resize(sites.size() * static_cast<std::size_t>(numbers));
+  m.heavy_rows.resize(sites.size() * static_cast<std::size_t>(rows));
   integer const first = options.share.index, step = options.share.of;
   integer const mine = first < m.sites ? ceil_div(m.sites - first, step) : 0;
   for (integer done = 0; done < mine; done += at_once)
     threads.run((std::min)(at_once, mine - done), [&](integer i) {
       integer const site = first + (done + i) * step;
       auto const p = static_cast<std::size_t>(site);
-      third_moments const t =
-          find_third_moments<Product>(sites[p], kernel.template bind<C>(site, sites[p]));
+      third_moments const t = find_third_moments<Product>(
+          site, sites[p], kernel.template bind<C>(site, sites[p]),
+          m.shuffles.data() + site * numbers, m.heavy_rows.data() + site * rows,
+          shifted ? &*shifted : nullptr);
       m.cubes[p] = t.cubes;
       m.triangles[p] = t.triangles;
     });
+  if (shifted) m.shifts = (*shifted)(threads);
   return m;
 }
 
@@ -2436,7 +2560,7 @@ template <class C>
 crew crew_for(double operations, std::vector<panel_source<C>> const& sources, integer tokens,
               gram_options const& options) {
   double const n = static_cast<double>(tokens), sites = static_cast<double>(sources.size());
-  if (options.significance)
+  if (options.significance || options.shifts)
     operations += count_operations(tokens, sources).gram + sites * n * n * n / 2;
   return options.workers.sized_for(operations / options.share.of,
                                    static_cast<double>(lanes_v<C>) * (1 << 20));

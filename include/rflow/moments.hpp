@@ -206,8 +206,8 @@ struct work_share {
 /// subtract what makes the sums exact (row means for linear, a constant for RBF).
 ///
 /// Shares of the same tokens' work add to these sums, by merge(); other tokens do not (see
-/// minibatch_moments). In a share products, row_sums, squares, square_sum, cubes and triangles are parts
-/// of the whole, everything else is as in the whole.
+/// minibatch_moments). In a share products, row_sums, squares, square_sum and what p-values need are
+/// parts of the whole, everything else is as in the whole.
 struct gram_moments {
   std::ptrdiff_t sites = 0;      ///< S
   std::ptrdiff_t tokens = 0;     ///< n
@@ -228,6 +228,14 @@ struct gram_moments {
   std::vector<double> sigma;      ///< S, for kernels with a bandwidth
   std::vector<double> cubes;      ///< S: Σ U_ij³ / ‖U‖³, U = U(G^p); empty unless asked for
   std::vector<double> triangles;  ///< S: tr U³ / ‖U‖³; the same
+  std::vector<double>
+      shuffles;  ///< S × what of U/‖U‖ p-values need (see statistics.hpp); the same,
+                 ///< and empty for at most 8 tokens
+  std::vector<double>
+      heavy_rows;  ///< S × 4 × n: the rows of U/‖U‖ of its three heaviest tokens, and the squares of the
+                   ///< others' rows; S × n × n, U/‖U‖, for at most 8 tokens; the same
+  std::vector<double> shifts;  ///< S × S × n: Σ_ij U^p_ij U^q_{i+s,j+s}, indices modulo n, over
+                               ///< ‖U^p‖ ‖U^q‖; empty unless asked for, and not in shares
   gram_path path = gram_path::gram;  ///< how they came about
   std::vector<std::uint8_t> shares{
       1};                            ///< one a share of the work: whether the sums have it (else 0)
@@ -274,9 +282,9 @@ struct gram_moments {
         detail::reject(where, "share " + std::to_string(k) + " of " +
                                   std::to_string(shares.size()) + " is in both");
     for (std::size_t k = 0; k < shares.size(); ++k) shares[k] |= other.shares[k];
-    for (auto const of :
-         {&gram_moments::products, &gram_moments::row_sums, &gram_moments::squares,
-          &gram_moments::square_sum, &gram_moments::cubes, &gram_moments::triangles})
+    for (auto const of : {&gram_moments::products, &gram_moments::row_sums, &gram_moments::squares,
+                          &gram_moments::square_sum, &gram_moments::cubes, &gram_moments::triangles,
+                          &gram_moments::shuffles, &gram_moments::heavy_rows})
       for (std::size_t i = 0; i < (this->*of).size(); ++i) (this->*of)[i] += (other.*of)[i];
   }
 
@@ -542,8 +550,9 @@ template <class F>
 void each_number(gram_moments& m, F const& f) {
   f(m.epsilon), f(m.accuracy);
   for (std::uint8_t& x : m.shares) detail::as_number(x, f);
-  for (auto* const values : {&m.products, &m.row_sums, &m.diagonal, &m.squares, &m.square_sum,
-                             &m.entry_rounding, &m.sum_rounding, &m.sigma, &m.cubes, &m.triangles})
+  for (auto* const values :
+       {&m.products, &m.row_sums, &m.diagonal, &m.squares, &m.square_sum, &m.entry_rounding,
+        &m.sum_rounding, &m.sigma, &m.cubes, &m.triangles, &m.shuffles, &m.heavy_rows, &m.shifts})
     for (double& x : *values) f(x);
   for (int& x : m.exponent) detail::as_number(x, f);
   for (status& why : m.why) detail::as_number(why, f);

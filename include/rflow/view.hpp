@@ -131,6 +131,7 @@ enum class status : std::uint8_t {
   out_of_range,     ///< doubles whose squares leave the range of double: scale the data
   diverged,         ///< an optimisation ended in numbers that are not finite
   not_requested,    ///< the option that would compute it is off
+  dependent_tokens,  ///< neighbouring tokens resemble each other too far for so few of them
 };
 
 /// The reason in words, for reports.
@@ -148,6 +149,7 @@ constexpr std::string_view to_string(status why) {
     case status::out_of_range: return "out_of_range";
     case status::diverged: return "diverged";
     case status::not_requested: return "not_requested";
+    case status::dependent_tokens: return "dependent_tokens";
   }
   return "unknown";
 }

@@ -352,7 +352,7 @@ TEST_CASE("p-values of CKA, for those who ask") {
     REQUIRE(s["p_value"].size() == sites);
     for (std::size_t i = 0; i < sites; ++i)
       for (std::size_t j = 0; j < sites; ++j) {
-        CHECK(s["p_value"][i][j].get<double>() >= 0);
+        CHECK(s["p_value"][i][j].get<double>() > 0);
         CHECK(s["p_value"][i][j].get<double>() <= 1);
         // In standard deviations: over the root of 2 / (n (n − 3)).
         CHECK(s["score"][i][j].get<double>() ==
@@ -363,6 +363,34 @@ TEST_CASE("p-values of CKA, for those who ask") {
   }
   CHECK(read(work / "with/report.html").find("\"p\":[") != std::string::npos);
   CHECK(read(work / "without/report.html").find("\"p\":[") == std::string::npos);
+}
+
+TEST_CASE("p-values over shifted tokens say what the least is, and none is shown as 0") {
+  folder const work;
+  sites x(3, 40, 6);
+  x.write(work / "x.safetensors");
+  REQUIRE(run(work, {"x.safetensors", "-o", "out", "--no-plots", "--shifts"}).status == 0);
+  json const report = json::parse(read(work / "out/metrics.json"));
+  for (json const& cka : report["models"][0]["cka"]) {
+    json const& s = cka["shift_significance"];
+    CHECK(s["least"] == 1 / 40.0);
+    for (std::size_t i = 0; i < cka["rows"].size(); ++i)
+      for (std::size_t j = 0; j < cka["rows"].size(); ++j) {
+        CHECK((s["status"][i][j] == "ok" || s["status"][i][j] == "dependent_tokens"));
+        CHECK(s["p_value"][i][j].is_null() == (s["status"][i][j] != "ok"));
+        if (s["status"][i][j] == "ok") CHECK(s["p_value"][i][j].get<double>() >= 1 / 40.0);
+      }
+    if (s["status"][0][0] == "ok") CHECK(s["p_value"][0][0] == 1 / 40.0);
+  }
+  std::string const page = read(work / "out/report.html");
+  CHECK(page.find("\"shift_p\":[\"") != std::string::npos);
+  CHECK(page.find("p over shifted tokens") != std::string::npos);
+  for (std::string const name : {"\"p\":[", "\"shift_p\":["})
+    for (auto at = page.find(name); at != std::string::npos; at = page.find(name, at + 1)) {
+      std::string const values = page.substr(at, page.find(']', at) - at);
+      CHECK(values.find("\"0\"") == std::string::npos);
+      CHECK(values.find("\"0.0\"") == std::string::npos);
+    }
 }
 
 TEST_CASE("two models side by side") {

@@ -409,6 +409,7 @@ TEST_CASE("shards and checkpoints that cannot be used: one line, status 1, nothi
   SUBCASE("options that do not go together") {
     refused(m.arguments({"-o", "out", "--kernel", "rbf"}), {"linear kernel only"});
     refused(m.arguments({"-o", "out", "--significance"}), {"no p-values"});
+    refused(m.arguments({"-o", "out", "--cka", "full", "--shifts"}), {"--shifts"});
     refused(m.arguments({"-o", "out", "--cka", "full", "--cka-batch", "64"}), {"--cka minibatch"});
     refused({m.names[0], "-o", "out", "--cka", "full"}, {"need --shards"});
     refused(m.arguments({"-o", "out", "--cross-cka"}), {"--cross-cka"});
