@@ -164,15 +164,9 @@ TEST_CASE("the same bits for any number of threads") {
   rflow::flow_moments const one = run(1);
   for (int const threads : {2, 3, 16}) {
     rflow::flow_moments const many = run(threads);
-    auto const same = [](std::vector<double> const& a, std::vector<double> const& b) {
-      return std::memcmp(a.data(), b.data(), a.size() * sizeof(double)) == 0;
-    };
-    CHECK(same(one.squares, many.squares));
-    CHECK(same(one.pair_cosines, many.pair_cosines));
-    CHECK(same(one.steps, many.steps));
-    CHECK(same(one.turns, many.turns));
-    CHECK(one.spread == many.spread);
-    CHECK(one.cosine[1].m2 == many.cosine[1].m2);
+    std::vector<double> const a = rflow::to_numbers(one), b = rflow::to_numbers(many);
+    REQUIRE(a.size() == b.size());
+    CHECK(std::memcmp(a.data(), b.data(), a.size() * sizeof(double)) == 0);
   }
 }
 

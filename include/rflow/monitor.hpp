@@ -71,33 +71,24 @@ struct sequence_figures {
   /// Adds one sequence. Does not allocate.
   void add(flow_moments const& m, normalization by) {
     if (!(m.tokens > 0)) return;
-    measured const factor = detail::variance_factor(m, by);
-    auto const finite = [&](std::size_t l) { return !m.non_finite[l].found(); };
-    auto const sites = static_cast<std::size_t>(m.sites);
-    double energy = 0, length = 0;
-    bool all_finite = true;
-    for (std::size_t l = 0; l < sites; ++l) {
-      all_finite = all_finite && finite(l);
-      if (!finite(l)) continue;
-      if (m.pairs[l] > 0) inter_token[l].add(m.pair_cosines[l] / m.pairs[l]);
-      rms_norm[l].add(std::sqrt(m.squares[l] / m.tokens));
-      if (l + 1 == sites || !finite(l + 1)) continue;
-      if (m.cosine[l].count > 0) adjacent[l].add(m.cosine[l].mean);
-      if (!factor.ok()) continue;
-      double const step = std::sqrt(m.steps[l] * factor.value);
-      steps[l].add(step);
-      energy += step * step;
-      length += step;
-      if (l + 2 == sites || !finite(l + 2)) continue;
-      double const norms = std::sqrt(m.steps[l]) * std::sqrt(m.steps[l + 1]);
-      if (norms > 0) curvature[l].add(std::acos(std::clamp(m.turns[l] / norms, -1.0, 1.0)));
+    detail::square_factor const factor = detail::variance_factor(m, by);
+    auto const count = [](running_stat& to, measured const& x) {
+      if (x.ok()) to.add(x);
+    };
+    for (std::size_t l = 0; l < rms_norm.size(); ++l) {
+      count(inter_token[l], detail::mean_pair_cosine(m, static_cast<std::ptrdiff_t>(l)));
+      count(rms_norm[l], detail::rms_norm(m, l));
     }
-    if (!all_finite || !factor.ok()) return;
-    st2.add(std::sqrt(m.spread * factor.value / static_cast<double>(m.sites)));
-    if (sites < 2) return;
-    st1.add(std::sqrt(energy / static_cast<double>(sites - 1)));
-    path_energy.add(energy);
-    path_length.add(length);
+    for (std::size_t l = 0; l < steps.size(); ++l) {
+      if (detail::finite_sites(m, l, l + 1) && m.cosine[l].count > 0)
+        adjacent[l].add(m.cosine[l].mean);
+      count(steps[l], detail::step_of(m, l, factor));
+    }
+    for (std::size_t l = 0; l < curvature.size(); ++l)
+      count(curvature[l], detail::curvature_of(m, l));
+    detail::chain_figures const whole = detail::chain_of(m, factor);
+    count(st1, whole.st1), count(st2, whole.st2);
+    count(path_energy, whole.path_energy), count(path_length, whole.path_length);
   }
 
   /// Adds the CKA of one sequence.
