@@ -19,6 +19,7 @@
 #include <rflow/flow.hpp>
 #include <rflow/probe.hpp>
 
+#include "exact.hpp"
 #include "reference.hpp"
 
 // Bytes that hold a tile or a few of them, but not all of 151 tokens.
@@ -234,67 +235,6 @@ TEST_CASE_TEMPLATE("a part of the flow moments is as good as all of them", On, R
   parts_agree<On, rflow::bf16>();
 }
 
-namespace backends {
-
-/// Whether a value is the exact one, or says rightly that double does not have it.
-inline bool is_exactly(rflow::measured got, long double exact, long double within) {
-  if (std::isnan(exact)) return !got.ok();
-  bool const has = exact == 0 || (std::abs(exact) >= std::numeric_limits<double>::min() &&
-                                  std::abs(exact) <= std::numeric_limits<double>::max());
-  if (!got.ok()) return !has && got.why == rflow::status::out_of_range;
-  return std::abs(static_cast<long double>(got.value) - exact) <= within * std::abs(exact);
-}
-
-/// What is asked of every backend and of the monitor: cosines and angles absolute, the rest relative.
-template <class T>
-void check_exact(rflow::flow_report const& r, reference::chain_figures const& exact) {
-  long double const within = reference::tolerance<T>;
-  auto const absolute = [&](rflow::measured got, long double want) {
-    if (std::isnan(want))
-      CHECK_FALSE(got.ok());
-    else
-      CHECK(std::abs(got - want) <= within);
-  };
-  auto const relative = [&](rflow::measured got, long double want) {
-    CAPTURE(got.value);
-    CAPTURE(want);
-    CHECK(is_exactly(got, want, within));
-  };
-  std::size_t const sites = exact.rms_norm.size();
-  for (std::size_t l = 0; l < sites; ++l) {
-    CAPTURE(l);
-    absolute(r.inter_token[l], exact.inter_token[l]);
-    relative(r.rms_norm[l], exact.rms_norm[l]);
-    std::size_t const kept = r.norms.empty() ? 0 : r.norms[l].size();
-    for (std::size_t t = 0; t < kept; ++t)
-      if (exact.norms[l][t] < std::numeric_limits<double>::max())
-        CHECK(std::abs(r.norms[l][t] - exact.norms[l][t]) <=
-              within * exact.norms[l][t] + std::numeric_limits<double>::denorm_min());
-    if (l + 1 == sites) break;
-    long double sum = 0, count = 0;
-    for (long double const c : exact.adjacent[l])
-      if (!std::isnan(c)) sum += c, count += 1;
-    absolute(r.adjacent[l].mean, count > 0 ? sum / count : count / count);
-    for (std::size_t t = 0; t < r.adjacent[l].per_token.size(); ++t) {
-      CHECK(near(r.adjacent[l].per_token[t], static_cast<double>(exact.adjacent[l][t]),
-                 static_cast<double>(within)));
-    }
-    relative(r.variance.steps[l], exact.steps[l]);
-    if (l + 2 == sites) continue;
-    if (exact.steps[l] > 0 && exact.steps[l + 1] > 0)
-      absolute(r.variance.curvature[l], exact.curvature[l]);
-    else
-      CHECK(r.variance.curvature[l].why == rflow::status::zero_step);
-  }
-  relative(r.variance.st2, exact.st2);
-  if (sites < 2) return;
-  relative(r.variance.st1, exact.st1);
-  relative(r.variance.path_energy, exact.path_energy);
-  relative(r.variance.path_length, exact.path_length);
-}
-
-}  // namespace backends
-
 template <class On, class T>
 void flow_is_exact(unsigned cases) {
   constexpr bool wide = std::same_as<T, double>, half = std::same_as<T, rflow::f16>;
@@ -304,8 +244,9 @@ void flow_is_exact(unsigned cases) {
     std::mt19937 bits(seed);
     reference::stack x = reference::hard_stack(bits, decades, most_offset);
     std::vector<T> const values = reference::pack<T>(x);
-    backends::check_exact<T>(rflow::flow(reference::stack_of(values, x), {.per_token = true}, On{}),
-                             reference::exact_chain(x));
+    reference::check_exact<T>(
+        rflow::flow(reference::stack_of(values, x), {.per_token = true}, On{}),
+        reference::exact_chain(x));
   }
 }
 TEST_CASE_TEMPLATE("flow is exact however far its data are from 1", On, RFLOW_BACKENDS) {
