@@ -394,7 +394,7 @@ double bytes_needed(plan const& p, options const& asked, workers const& all) {
   double const batch = static_cast<double>(asked.cka_batch), n = tokens_at_once;
   double const c = p.type == rflow::dtype::f64 ? 8 : 4;
   double const t = static_cast<double>(rflow::bits(p.type)) / 8;
-  double const rows = n * d * (3 * t + c);  // three rows, and how far the last is off the mean
+  double const rows = n * d * (2 * t + c);  // two rows, the mean
   double const fixed = rows + 8 * s * (3 * d + 8 * s) + 32e6;
   if (!asked.minibatch_cka) {
     // Scratch; norms, sums per token of a share and of all, and of one rank at a time on the way.

@@ -781,7 +781,7 @@ class flow_walker {
 
 // ---- the same, site by site ---------------------------------------------------------------------
 
-/// A chain that arrives site by site: keeps of each token under way its last three rows and how far
+/// A chain that arrives site by site: keeps of each token under way its last two rows and how far
 /// the last is off the mean of all so far, in numbered slots, and adds to the flow moments as rows
 /// come.
 template <class T>
@@ -810,19 +810,18 @@ class chain_stream {
   /// Room for this many tokens under way. Those in slots first, first + 1, … (`live` of them, modulo
   /// the old capacity) go to the slots 0, 1, …
   void resize(std::ptrdiff_t tokens, std::ptrdiff_t first = 0, std::ptrdiff_t live = 0) {
-    aligned_array<T> rows[3] = {aligned_array<T>(tokens * padded_),
-                                aligned_array<T>(tokens * padded_),
+    aligned_array<T> rows[2] = {aligned_array<T>(tokens * padded_),
                                 aligned_array<T>(tokens * padded_)};
     aligned_array<C> off(tokens * padded_);
     std::vector<slot> fresh(count(tokens));
     for (std::ptrdiff_t i = 0; i < live; ++i) {
       std::ptrdiff_t const from = (first + i) % capacity();
-      for (int k = 0; k < 3; ++k)
+      for (int k = 0; k < 2; ++k)
         std::copy_n(rows_[k].data() + from * padded_, padded_, rows[k].data() + i * padded_);
       std::copy_n(off_.data() + from * padded_, padded_, off.data() + i * padded_);
       fresh[count(i)] = slots_[count(from)];
     }
-    for (int k = 0; k < 3; ++k) rows_[k] = std::move(rows[k]);
+    for (int k = 0; k < 2; ++k) rows_[k] = std::move(rows[k]);
     off_ = std::move(off);
     slots_ = std::move(fresh);
   }
@@ -877,9 +876,8 @@ class chain_stream {
 
   /// A token under way.
   struct slot {
-    double norm2 = 0;     // of its last row
-    square_sum step = 0;  // of its last step
-    int unit = 0;         // how far it is off its mean is in units of 2^unit
+    double norm2 = 0;  // of its last row
+    int unit = 0;      // how far it is off its mean is in units of 2^unit
     bool counts = true;
     bool ordinary = true;                    // every row so far can be squared in C
     bool has_last = false, has_two = false;  // whether the last row, and the one before, are finite
@@ -895,10 +893,19 @@ class chain_stream {
 
   /// A row on its way: where it is and what it is measured against.
   struct moving_row {
-    T const *x, *last, *two_before;  // features in one piece; the rows of the two sites before
-    T* to;                           // the place this one takes
+    T const *x, *last;  // features in one piece; the row of the site before
+    T* to;              // the row of the site before that, whose place this one takes
     C* off;
     C scale;  // 1 / ‖x‖
+  };
+
+  /// Products of a row with those before it. Blocks of features whose products in C will not do are
+  /// looked at again, and kept apart.
+  struct row_products {
+    double dot = 0, away2 = 0;
+    double step2 = 0, turn = 0, before2 = 0;  // ‖a‖², ⟨a, b⟩, ‖b‖² of this step and the one before
+    square_sum step_again;
+    turn_sum turn_again;
   };
 
   /// What one slice of a push works with.
@@ -916,9 +923,9 @@ class chain_stream {
 
   static std::size_t count(std::ptrdiff_t n) { return static_cast<std::size_t>(n); }
 
-  /// Where the row of a site is kept, as long as that is one of the last three.
+  /// Where the row of a site is kept, as long as that is one of the last two.
   T* place(std::ptrdiff_t site, std::ptrdiff_t at) {
-    return rows_[(site + 3) % 3].data() + at * padded_;
+    return rows_[(site + 2) % 2].data() + at * padded_;
   }
 
   /// Takes one row in, the first of `left` of a slice.
@@ -940,11 +947,7 @@ class chain_stream {
     s.ordinary = s.ordinary && in_range<C>(norm2);
     if (!s.ordinary) return rescue(s, from, site, at, token, units, mine.sums);
 
-    mine.waiting[k] = {from,
-                       place(site - 1, at),
-                       place(site - 2, at),
-                       place(site, at),
-                       off_.data() + at * padded_,
+    mine.waiting[k] = {from, place(site - 1, at), place(site, at), off_.data() + at * padded_,
                        static_cast<C>(1 / std::sqrt(norm2))};
     std::ptrdiff_t const ahead = left > together ? together : 0;
     mine.next_x = x.col_stride == 1 ? ahead * x.row_stride : 0;
@@ -967,18 +970,14 @@ class chain_stream {
   template <std::ptrdiff_t Rows>
   void advance(part& mine, std::ptrdiff_t first, double* units) {
     moving_row const* const rows = mine.waiting + first;
-    chain_products r[Rows];
+    row_products r[Rows];
     auto const go = [&]<int Before>(std::integral_constant<int, Before>) {
       advance_places<Rows, Before>(rows, body_, mine.next_x, mine.next_row, mine.site, units, r);
       if (body_ == padded_) return;
       moving_row tails[Rows];
       for (std::ptrdiff_t k = 0; k < Rows; ++k)
-        tails[k] = {mine.tails.data() + (first + k) * chunk<T>::width,
-                    rows[k].last + body_,
-                    rows[k].two_before + body_,
-                    rows[k].to + body_,
-                    rows[k].off + body_,
-                    rows[k].scale};
+        tails[k] = {mine.tails.data() + (first + k) * chunk<T>::width, rows[k].last + body_,
+                    rows[k].to + body_, rows[k].off + body_, rows[k].scale};
       advance_places<Rows, Before>(tails, padded_ - body_, 0, 0, mine.site, units + body_, r);
     };
     if (mine.site == 0)
@@ -992,7 +991,7 @@ class chain_stream {
                    mine.sums);
   }
 
-  void add_products(slot& s, moving_row const& row, chain_products const& r, double norm2,
+  void add_products(slot& s, moving_row const& row, row_products const& r, double norm2,
                     std::ptrdiff_t site, site_sums& sums) {
     sums.squares += norm2;
     sums.units += 1;
@@ -1007,38 +1006,35 @@ class chain_stream {
             width_, [&](std::ptrdiff_t j) { return static_cast<double>(row.off[place_of<T>(j)]); });
         sums.spread += square_sum::of(off.square() / share, off.exponent);
       }
-      bool const good =
-          in_range<C>(r.step2) || std::memcmp(row.to, row.last, count(width_) * sizeof(T)) == 0;
-      add_step(s, row, good ? &r : nullptr, site > 1, sums);
+      sums.steps += r.step2;
+      sums.steps += r.step_again;
+    }
+    if (site > 1) {
+      double const c = r.before2 > 0 ? r.turn / r.before2 : 0;
+      sums.turns.add(r.before2, c, r.step2 - c * r.turn);
+      sums.turns.merge(r.turn_again);
     }
     s.norm2 = norm2;
     s.has_two = s.has_last;
     s.has_last = true;
   }
 
-  /// Adds the last step, and how it lies to the one before: from products in C if they are good.
-  void add_step(slot& s, moving_row const& row, chain_products const* products, bool has_two,
-                site_sums& sums) {
-    row_values<T> const x{row.to}, p{row.last}, q{row.two_before};
-    using step = row_difference<row_values<T>, row_values<T>>;
-    square_sum const before = s.step;
-    bool const plain = products != nullptr && before.exponent == 0 &&
-                       (before.value == 0 || in_range<C>(before.value));
-    if (products != nullptr) {
-      s.step = products->step2;
-    } else {
-      auto const a = step_in_own_units(width_, x, p);
-      s.step = square_sum::of(a.square(), a.exponent);
+  /// Adds the step of a row, and how it lies to the one before, over some features, from products in
+  /// C if they are good. What is across a step adds up over features as it does over tokens.
+  static void add_step(moving_row const& row, std::ptrdiff_t begin, std::ptrdiff_t end,
+                       bool has_two, double a2, double ab, double b2, row_products& to) {
+    bool const good =
+        in_range<C>(a2) && (!has_two || (in_range<C>(b2) && ab * (ab / b2) < 0.75 * a2));
+    if (good) {
+      to.step2 += a2;
+      to.turn += ab;
+      to.before2 += b2;
+      return;
     }
-    sums.steps += s.step;
-    if (!has_two) return;
-    if (!plain) {
-      sums.turns.merge(turn_of(step_in_own_units(width_, x, p), step_in_own_units(width_, p, q)));
-    } else {
-      add_turn(sums.turns, products->step2, products->turn, before.value, [&] {
-        return turn_of(in_units<step>{{x, p}, width_}, in_units<step>{{p, q}, width_});
-      });
-    }
+    row_values<T> const x{row.x + begin}, p{row.last + begin}, q{row.to + begin};
+    auto const a = step_in_own_units(end - begin, x, p);
+    to.step_again += square_sum::of(a.square(), a.exponent);
+    if (has_two) to.turn_again.merge(turn_of(a, step_in_own_units(end - begin, p, q)));
   }
 
   static constexpr std::ptrdiff_t block = 64 * chunk<T>::width;  // summed in C, then in double
@@ -1066,13 +1062,13 @@ class chain_stream {
   }
 
   /// Products of `places` features of rows with those of the row before (at Before ≥ 1) and of the
-  /// one before that (at Before = 2); each row is kept, in a place of its own. And their unit vectors, added
+  /// one before that (at Before = 2), whose place each row then takes; and their unit vectors, added
   /// in double, so that it hardly matters how tokens were grouped. All in one loop: a row comes from
   /// memory, and what it meets from the outer caches, while others are worked on.
   template <std::ptrdiff_t Rows, int Before>
   static void advance_places(moving_row const* rows, std::ptrdiff_t places, std::ptrdiff_t next_x,
                              std::ptrdiff_t next_row, std::ptrdiff_t site, double* units,
-                             chain_products* r) {
+                             row_products* r) {
     constexpr std::ptrdiff_t width = chunk<T>::width, lanes = chunk<T>::lanes;
     // Vectors of the compiler's: Eigen cannot widen packets, and as a loop this is not vectorised.
     typedef C narrow __attribute__((vector_size(lanes * sizeof(C))));
@@ -1081,20 +1077,21 @@ class chain_stream {
     moving_row row[Rows];
     std::copy_n(rows, Rows, row);
     for (std::ptrdiff_t j = 0; j < places; j += block) {
-      P dot[Rows], step2[Rows], turn[Rows], away2[Rows];
+      P dot[Rows], step2[Rows], turn[Rows], before2[Rows], away2[Rows];
+      std::ptrdiff_t const end = (std::min)(places, j + block);
       for (std::ptrdiff_t k = 0; k < Rows; ++k)
-        dot[k] = step2[k] = turn[k] = away2[k] = packet::pset1<P>(C(0));
-      for (std::ptrdiff_t i = j; i < (std::min)(places, j + block); i += width) {
+        dot[k] = step2[k] = turn[k] = before2[k] = away2[k] = packet::pset1<P>(C(0));
+      for (std::ptrdiff_t i = j; i < end; i += width) {
         wide sum[chunk<T>::packets];
         std::memcpy(sum, units + i, sizeof(sum));
         unrolled<Rows>([&](std::ptrdiff_t k) __attribute__((always_inline)) {
           chunk<T> const here = load_chunk(row[k].x + i);
           chunk<T> before{}, two_before{};
           if constexpr (Before > 0) before = load_chunk(row[k].last + i);
-          if constexpr (Before > 1) two_before = load_chunk(row[k].two_before + i);
+          if constexpr (Before > 1) two_before = load_chunk(static_cast<T const*>(row[k].to + i));
           __builtin_prefetch(row[k].x + (i + next_x), 0, 2);
           if constexpr (Before > 0) __builtin_prefetch(row[k].last + (i + next_row), 0, 2);
-          if constexpr (Before > 1) __builtin_prefetch(row[k].two_before + (i + next_row), 0, 2);
+          if constexpr (Before > 1) __builtin_prefetch(row[k].to + (i + next_row), 0, 2);
           P const scale = packet::pset1<P>(row[k].scale);
           for (std::ptrdiff_t c = 0; c < chunk<T>::packets; ++c) {
             C* const off = row[k].off + i + c * lanes;
@@ -1108,25 +1105,26 @@ class chain_stream {
               step2[k] = packet::pmadd(change, change, step2[k]);
               away2[k] = packet::pmadd(away, away, away2[k]);
               packet::pstore(off, packet::pmul(away, weight));
-              if constexpr (Before > 1)
-                turn[k] =
-                    packet::pmadd(change, packet::psub(before.at[c], two_before.at[c]), turn[k]);
+              if constexpr (Before > 1) {
+                P const change_before = packet::psub(before.at[c], two_before.at[c]);
+                turn[k] = packet::pmadd(change, change_before, turn[k]);
+                before2[k] = packet::pmadd(change_before, change_before, before2[k]);
+              }
             }
             P const unit = packet::pmul(here.at[c], scale);
             sum[c] += __builtin_convertvector(std::bit_cast<narrow>(unit), wide);
           }
-          if constexpr (std::same_as<T, C>)
-            packet::pstoreu(row[k].to + i, here.at[0]);
-          else
-            std::memcpy(row[k].to + i, row[k].x + i, count(width) * sizeof(T));
         });
         std::memcpy(units + i, sum, sizeof(sum));
       }
       for (std::ptrdiff_t k = 0; k < Rows; ++k) {
         r[k].dot += static_cast<double>(packet::predux(dot[k]));
-        r[k].step2 += static_cast<double>(packet::predux(step2[k]));
-        r[k].turn += static_cast<double>(packet::predux(turn[k]));
         r[k].away2 += static_cast<double>(packet::predux(away2[k]));
+        if constexpr (Before > 0)
+          add_step(row[k], j, end, Before > 1, static_cast<double>(packet::predux(step2[k])),
+                   static_cast<double>(packet::predux(turn[k])),
+                   static_cast<double>(packet::predux(before2[k])), r[k]);
+        std::memcpy(row[k].to + j, row[k].x + j, count(end - j) * sizeof(T));
       }
     }
   }
@@ -1158,8 +1156,7 @@ class chain_stream {
       if (square > 0 && square_before > 0)
         sums.cosine.add(inner_product(own, its) / norm / std::sqrt(square_before));
       auto const a = step_in_own_units(width_, here, last);
-      s.step = square_sum::of(a.square(), a.exponent);
-      sums.steps += s.step;
+      sums.steps += square_sum::of(a.square(), a.exponent);
       if (s.has_two) sums.turns.merge(turn_of(a, step_in_own_units(width_, last, two_before)));
     }
     move_off(s, here, last, off_.data() + at * padded_, site, sums);
@@ -1199,7 +1196,7 @@ class chain_stream {
 
   std::ptrdiff_t width_, body_, padded_;
   std::unique_ptr<team> team_;
-  aligned_array<T> rows_[3];  // capacity × padded: rows of the last three sites, by site mod 3
+  aligned_array<T> rows_[2];  // capacity × padded: rows of the last even and the last odd site
   aligned_array<C> off_;      // capacity × padded, features in their places
   std::vector<slot> slots_;   // capacity
   part parts_[most_slices];

@@ -2,7 +2,7 @@
 #pragma once
 
 // The flow of a model while it runs: rows are pushed site by site as an inference engine makes
-// them, and only the last three rows of each token under way are kept. For activations that are at
+// them, and only the last two rows of each token under way are kept. For activations that are at
 // hand as a whole, flow() does the same with fewer words.
 
 #include <algorithm>
