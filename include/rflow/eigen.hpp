@@ -813,16 +813,19 @@ class chain_stream {
     aligned_array<T> rows[2] = {aligned_array<T>(tokens * padded_),
                                 aligned_array<T>(tokens * padded_)};
     aligned_array<C> off(tokens * padded_);
+    aligned_array<double> steps(tokens * blocks());
     std::vector<slot> fresh(count(tokens));
     for (std::ptrdiff_t i = 0; i < live; ++i) {
       std::ptrdiff_t const from = (first + i) % capacity();
       for (int k = 0; k < 2; ++k)
         std::copy_n(rows_[k].data() + from * padded_, padded_, rows[k].data() + i * padded_);
       std::copy_n(off_.data() + from * padded_, padded_, off.data() + i * padded_);
+      std::copy_n(steps_.data() + from * blocks(), blocks(), steps.data() + i * blocks());
       fresh[count(i)] = slots_[count(from)];
     }
     for (int k = 0; k < 2; ++k) rows_[k] = std::move(rows[k]);
     off_ = std::move(off);
+    steps_ = std::move(steps);
     slots_ = std::move(fresh);
   }
 
@@ -896,7 +899,8 @@ class chain_stream {
     T const *x, *last;  // features in one piece; the row of the site before
     T* to;              // the row of the site before that, whose place this one takes
     C* off;
-    C scale;  // 1 / ‖x‖
+    double* steps;  // ‖·‖² of the last step over each block of features
+    C scale;        // 1 / ‖x‖
   };
 
   /// Products of a row with those before it. Blocks of features whose products in C will not do are
@@ -947,7 +951,11 @@ class chain_stream {
     s.ordinary = s.ordinary && in_range<C>(norm2);
     if (!s.ordinary) return rescue(s, from, site, at, token, units, mine.sums);
 
-    mine.waiting[k] = {from, place(site - 1, at), place(site, at), off_.data() + at * padded_,
+    mine.waiting[k] = {from,
+                       place(site - 1, at),
+                       place(site, at),
+                       off_.data() + at * padded_,
+                       steps_.data() + at * blocks(),
                        static_cast<C>(1 / std::sqrt(norm2))};
     std::ptrdiff_t const ahead = left > together ? together : 0;
     mine.next_x = x.col_stride == 1 ? ahead * x.row_stride : 0;
@@ -976,8 +984,12 @@ class chain_stream {
       if (body_ == padded_) return;
       moving_row tails[Rows];
       for (std::ptrdiff_t k = 0; k < Rows; ++k)
-        tails[k] = {mine.tails.data() + (first + k) * chunk<T>::width, rows[k].last + body_,
-                    rows[k].to + body_, rows[k].off + body_, rows[k].scale};
+        tails[k] = {mine.tails.data() + (first + k) * chunk<T>::width,
+                    rows[k].last + body_,
+                    rows[k].to + body_,
+                    rows[k].off + body_,
+                    rows[k].steps + ceil_div(body_, block),
+                    rows[k].scale};
       advance_places<Rows, Before>(tails, padded_ - body_, 0, 0, mine.site, units + body_, r);
     };
     if (mine.site == 0)
@@ -1019,16 +1031,19 @@ class chain_stream {
     s.has_last = true;
   }
 
+  static bool far_from_straight(double a2, double ab, double b2) {
+    if constexpr (std::same_as<C, float>) return ab * ab < 0.75 * (a2 * b2);
+    return ab * (ab / b2) < 0.75 * a2;  // squares of squares may leave the range of double
+  }
+
   /// Adds the step of a row, and how it lies to the one before, over some features, from products in
   /// C if they are good. What is across a step adds up over features as it does over tokens.
   static void add_step(moving_row const& row, std::ptrdiff_t begin, std::ptrdiff_t end,
-                       bool has_two, double a2, double ab, double b2, row_products& to) {
-    bool const good =
-        in_range<C>(a2) && (!has_two || (in_range<C>(b2) && ab * (ab / b2) < 0.75 * a2));
-    if (good) {
+                       bool has_two, double a2, double ab, row_products& to) {
+    double const b2 = std::exchange(row.steps[begin / block], a2);
+    if (in_range<C>(a2) && (!has_two || (in_range<C>(b2) && far_from_straight(a2, ab, b2)))) {
       to.step2 += a2;
-      to.turn += ab;
-      to.before2 += b2;
+      if (has_two) to.turn += ab, to.before2 += b2;
       return;
     }
     row_values<T> const x{row.x + begin}, p{row.last + begin}, q{row.to + begin};
@@ -1038,6 +1053,7 @@ class chain_stream {
   }
 
   static constexpr std::ptrdiff_t block = 64 * chunk<T>::width;  // summed in C, then in double
+  std::ptrdiff_t blocks() const { return ceil_div(body_, block) + 1; }
 
   static double add_squares(T const* x, std::ptrdiff_t places) {
     constexpr std::ptrdiff_t chains = 4;  // sums that do not wait for each other
@@ -1077,10 +1093,10 @@ class chain_stream {
     moving_row row[Rows];
     std::copy_n(rows, Rows, row);
     for (std::ptrdiff_t j = 0; j < places; j += block) {
-      P dot[Rows], step2[Rows], turn[Rows], before2[Rows], away2[Rows];
+      P dot[Rows], step2[Rows], turn[Rows], away2[Rows];
       std::ptrdiff_t const end = (std::min)(places, j + block);
       for (std::ptrdiff_t k = 0; k < Rows; ++k)
-        dot[k] = step2[k] = turn[k] = before2[k] = away2[k] = packet::pset1<P>(C(0));
+        dot[k] = step2[k] = turn[k] = away2[k] = packet::pset1<P>(C(0));
       for (std::ptrdiff_t i = j; i < end; i += width) {
         wide sum[chunk<T>::packets];
         std::memcpy(sum, units + i, sizeof(sum));
@@ -1105,11 +1121,9 @@ class chain_stream {
               step2[k] = packet::pmadd(change, change, step2[k]);
               away2[k] = packet::pmadd(away, away, away2[k]);
               packet::pstore(off, packet::pmul(away, weight));
-              if constexpr (Before > 1) {
-                P const change_before = packet::psub(before.at[c], two_before.at[c]);
-                turn[k] = packet::pmadd(change, change_before, turn[k]);
-                before2[k] = packet::pmadd(change_before, change_before, before2[k]);
-              }
+              if constexpr (Before > 1)
+                turn[k] =
+                    packet::pmadd(change, packet::psub(before.at[c], two_before.at[c]), turn[k]);
             }
             P const unit = packet::pmul(here.at[c], scale);
             sum[c] += __builtin_convertvector(std::bit_cast<narrow>(unit), wide);
@@ -1122,8 +1136,7 @@ class chain_stream {
         r[k].away2 += static_cast<double>(packet::predux(away2[k]));
         if constexpr (Before > 0)
           add_step(row[k], j, end, Before > 1, static_cast<double>(packet::predux(step2[k])),
-                   static_cast<double>(packet::predux(turn[k])),
-                   static_cast<double>(packet::predux(before2[k])), r[k]);
+                   static_cast<double>(packet::predux(turn[k])), r[k]);
         std::memcpy(row[k].to + j, row[k].x + j, count(end - j) * sizeof(T));
       }
     }
@@ -1196,9 +1209,10 @@ class chain_stream {
 
   std::ptrdiff_t width_, body_, padded_;
   std::unique_ptr<team> team_;
-  aligned_array<T> rows_[2];  // capacity × padded: rows of the last even and the last odd site
-  aligned_array<C> off_;      // capacity × padded, features in their places
-  std::vector<slot> slots_;   // capacity
+  aligned_array<T> rows_[2];     // capacity × padded: rows of the last even and the last odd site
+  aligned_array<C> off_;         // capacity × padded, features in their places
+  aligned_array<double> steps_;  // capacity × blocks
+  std::vector<slot> slots_;      // capacity
   part parts_[most_slices];
 };
 
