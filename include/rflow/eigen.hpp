@@ -1046,6 +1046,12 @@ class chain_stream {
       if (has_two) to.turn += ab, to.before2 += b2;
       return;
     }
+    look_again(row, begin, end, has_two, to);
+  }
+
+  /// Kept out of the loop that calls it, whose registers it would take.
+  [[gnu::noinline]] static void look_again(moving_row const& row, std::ptrdiff_t begin,
+                                           std::ptrdiff_t end, bool has_two, row_products& to) {
     row_values<T> const x{row.x + begin}, p{row.last + begin}, q{row.to + begin};
     auto const a = step_in_own_units(end - begin, x, p);
     to.step_again += square_sum::of(a.square(), a.exponent);
@@ -1135,7 +1141,7 @@ class chain_stream {
         r[k].dot += static_cast<double>(packet::predux(dot[k]));
         r[k].away2 += static_cast<double>(packet::predux(away2[k]));
         if constexpr (Before > 0)
-          add_step(row[k], j, end, Before > 1, static_cast<double>(packet::predux(step2[k])),
+          add_step(rows[k], j, end, Before > 1, static_cast<double>(packet::predux(step2[k])),
                    static_cast<double>(packet::predux(turn[k])), r[k]);
         std::memcpy(row[k].to + j, row[k].x + j, count(end - j) * sizeof(T));
       }
