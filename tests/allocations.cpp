@@ -40,6 +40,10 @@ TEST_CASE_TEMPLATE("a monitor allocates nothing after reserve", T, float, double
   reference::stack x = reference::random_stack(bits, 4, 100, 130);
   x[1][3][5] = x[1][7][2] * 1e30;  // the rare paths too
   x[2][9].assign(130, 0.0);
+  x[2][20] = x[1][20];  // a step of 0, and one whose square has no float
+  x[3][20] = x[2][20];
+  x[3][20][0] += x[3][20][0] * 1e-7;
+  for (std::size_t j = 0; j < 130; ++j) x[3][21][j] = 2 * x[2][21][j] - x[1][21][j];  // straight on
   std::vector<T> const values = reference::pack<T>(x);
   auto const rows = [&](std::ptrdiff_t site, std::ptrdiff_t first, std::ptrdiff_t count) {
     return rflow::view<T>(values.data() + (site * tokens + first) * width, count, width);

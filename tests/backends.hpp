@@ -19,6 +19,7 @@
 #include <rflow/flow.hpp>
 #include <rflow/probe.hpp>
 
+#include "exact.hpp"
 #include "reference.hpp"
 
 // Bytes that hold a tile or a few of them, but not all of 151 tokens.
@@ -232,6 +233,27 @@ TEST_CASE_TEMPLATE("a part of the flow moments is as good as all of them", On, R
   parts_agree<On, double>();
   parts_agree<On, rflow::f16>();
   parts_agree<On, rflow::bf16>();
+}
+
+template <class On, class T>
+void flow_is_exact(unsigned cases) {
+  constexpr bool wide = std::same_as<T, double>, half = std::same_as<T, rflow::f16>;
+  double const decades = wide ? 290 : half ? 1.5 : 30, most_offset = wide ? 1e13 : half ? 10 : 1e4;
+  for (unsigned seed = 1; seed <= cases; ++seed) {
+    CAPTURE(seed);
+    std::mt19937 bits(seed);
+    reference::stack x = reference::hard_stack(bits, decades, most_offset);
+    std::vector<T> const values = reference::pack<T>(x);
+    reference::check_exact<T>(
+        rflow::flow(reference::stack_of(values, x), {.per_token = true}, On{}),
+        reference::exact_chain(x));
+  }
+}
+TEST_CASE_TEMPLATE("flow is exact however far its data are from 1", On, RFLOW_BACKENDS) {
+  flow_is_exact<On, float>(80);
+  flow_is_exact<On, double>(80);
+  flow_is_exact<On, rflow::f16>(30);
+  flow_is_exact<On, rflow::bf16>(30);
 }
 
 TEST_CASE_TEMPLATE("more sequences than a slab ends", On, RFLOW_BACKENDS) {

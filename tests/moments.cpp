@@ -36,6 +36,70 @@ TEST_CASE("a running mean and spread, in any order of merging, without cancellat
   CHECK(empty.stddev() == 0);
 }
 
+TEST_CASE("spread of values whose squares have no double") {
+  double const values[] = {1, 3, 5, 4, 2, 9};
+  rflow::running_stat plain;
+  for (double const v : values) plain.add(v);
+  for (double const scale : {1e-300, 1e-170, 1e160, 1e300}) {
+    CAPTURE(scale);
+    rflow::running_stat all, parts[2];
+    for (std::size_t i = 0; i < 6; ++i) {
+      all.add(values[i] * scale);
+      parts[i % 2].add(values[i] * scale);
+    }
+    parts[0].merge(parts[1]);
+    CHECK(all.stddev() / scale == Approx(plain.stddev()).epsilon(1e-14));
+    CHECK(parts[0].stddev() / scale == Approx(plain.stddev()).epsilon(1e-14));
+    rflow::running_stat sent = all, got;
+    rflow::from_numbers(got, rflow::to_numbers(sent));
+    CHECK(got.stddev() == all.stddev());
+  }
+}
+
+TEST_CASE("turns of tokens of any size add in any order") {
+  // a = (c, r) · size · pace, b = (1, 0) · size: angles and sums are known.
+  struct token {
+    double size, pace, c, r;
+  };
+  auto const moment = [](token const& t) {
+    rflow::turn_sum one;
+    int size = 0, pace = 0;
+    double const s = std::frexp(t.size, &size), p = std::frexp(t.pace, &pace);
+    one.add(s * s, t.c * p, t.r * p * s * (t.r * p * s));
+    one.before = size;
+    one.after = size + pace;
+    one.settle();
+    return one;
+  };
+  std::mt19937 bits(3);
+  std::normal_distribution<double> normal;
+  for (int repeat = 0; repeat < 50; ++repeat) {
+    double const pace = std::pow(10, normal(bits) * 40), all = std::pow(10, normal(bits) * 60);
+    double const range = repeat % 2 == 0 ? 0.3 : 30;
+    std::vector<token> tokens(7);
+    for (token& t : tokens)
+      t = {all * std::pow(10, normal(bits) * range), pace, 1 + 1e-3 * normal(bits),
+           1e-6 * normal(bits)};
+    long double aa = 0, ab = 0, bb = 0, across = 0;
+    for (token const& t : tokens) {
+      long double const b = t.size;
+      bb += b * b;
+      ab += b * b * t.c;
+    }
+    for (token const& t : tokens) {
+      long double const b = t.size, away = t.c - ab / bb;
+      across += b * b * (away * away + static_cast<long double>(t.r) * t.r);
+    }
+    aa = ab / bb * std::sqrt(bb);
+    double const want = static_cast<double>(std::atan2(std::sqrt(across), aa));
+    rflow::turn_sum forth, back;
+    for (std::size_t i = 0; i < 7; ++i) forth.merge(moment(tokens[i]));
+    for (std::size_t i = 7; i-- > 0;) back.merge(moment(tokens[i]));
+    CHECK(std::abs(forth.angle() - want) < 1e-14);
+    CHECK(std::abs(back.angle() - want) < 1e-14);
+  }
+}
+
 TEST_CASE("open sequences add, closed ones do not") {
   // Two tokens at right angles in two parts: one sequence if open, two of one token if closed.
   float const x[] = {1, 0}, y[] = {0, 1};

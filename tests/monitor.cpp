@@ -7,6 +7,7 @@
 
 #include <doctest/doctest.h>
 
+#include "exact.hpp"
 #include "reference.hpp"
 
 using doctest::Approx;
@@ -138,6 +139,50 @@ TEST_CASE_TEMPLATE("a monitor gives what flow gives, whatever the chunks", T, fl
   }
 }
 
+TEST_CASE_TEMPLATE("a monitor is exact however far its data are from 1", T, float, double,
+                   rflow::bf16) {
+  for (unsigned seed = 1; seed <= 80; ++seed) {
+    CAPTURE(seed);
+    std::mt19937 bits(seed);
+    constexpr bool wide = std::same_as<T, double>;
+    reference::stack x = reference::hard_stack(bits, wide ? 290 : 30, wide ? 1e13 : 1e4);
+    std::vector<T> const values = reference::pack<T>(x);
+    rflow::layer_stack<T> const stack = reference::stack_of(values, x);
+    rflow::flow_monitor<T> monitor(stack.sites(), stack.width());
+    std::ptrdiff_t const half = stack.size() / 2;
+    for (auto const& [first, count] :
+         {std::pair{std::ptrdiff_t{0}, half}, {half, stack.size() - half}})
+      for (std::ptrdiff_t l = 0; count > 0 && l < stack.sites(); ++l) {
+        rflow::view<T> const all = stack[l];
+        REQUIRE(monitor.push(l, first,
+                             rflow::view<T>(all.data + first * all.row_stride, count, all.cols)));
+      }
+    REQUIRE(monitor.end_sequence());
+    rflow::monitor_report const r = monitor.report();
+    reference::check_exact<T>(r.pooled, reference::exact_chain(x));
+
+    // One sequence: its figures are those of all, and count where those have an answer.
+    auto const same = [](rflow::running_stat const& one, rflow::measured const& all) {
+      CHECK(one.count == (all.ok() ? 1 : 0));
+      if (all.ok()) CHECK(one.mean == Approx(all.value).epsilon(1e-13));
+    };
+    rflow::layer_variance const& v = r.pooled.variance;
+    same(r.per_sequence.st1, v.st1), same(r.per_sequence.st2, v.st2);
+    same(r.per_sequence.path_energy, v.path_energy);
+    same(r.per_sequence.path_length, v.path_length);
+    for (std::size_t l = 0; l < v.steps.size(); ++l) {
+      same(r.per_sequence.steps[l], v.steps[l]);
+      same(r.per_sequence.adjacent[l], r.pooled.adjacent[l].mean);
+    }
+    for (std::size_t l = 0; l < v.curvature.size(); ++l)
+      same(r.per_sequence.curvature[l], v.curvature[l]);
+    for (std::size_t l = 0; l < r.pooled.rms_norm.size(); ++l) {
+      same(r.per_sequence.rms_norm[l], r.pooled.rms_norm[l]);
+      same(r.per_sequence.inter_token[l], r.pooled.inter_token[l]);
+    }
+  }
+}
+
 TEST_CASE_TEMPLATE("how a monitor's rows are cut hardly matters", T, float, rflow::bf16) {
   std::mt19937 bits(2);
   sample<T> const s(bits, 5, 333, 70);
@@ -164,15 +209,9 @@ TEST_CASE("the same bits for any number of threads") {
   rflow::flow_moments const one = run(1);
   for (int const threads : {2, 3, 16}) {
     rflow::flow_moments const many = run(threads);
-    auto const same = [](std::vector<double> const& a, std::vector<double> const& b) {
-      return std::memcmp(a.data(), b.data(), a.size() * sizeof(double)) == 0;
-    };
-    CHECK(same(one.squares, many.squares));
-    CHECK(same(one.pair_cosines, many.pair_cosines));
-    CHECK(same(one.steps, many.steps));
-    CHECK(same(one.turns, many.turns));
-    CHECK(one.spread == many.spread);
-    CHECK(one.cosine[1].m2 == many.cosine[1].m2);
+    std::vector<double> const a = rflow::to_numbers(one), b = rflow::to_numbers(many);
+    REQUIRE(a.size() == b.size());
+    CHECK(std::memcmp(a.data(), b.data(), a.size() * sizeof(double)) == 0);
   }
 }
 
@@ -547,6 +586,52 @@ TEST_CASE("what cannot be right is refused, named, and changes nothing") {
   CHECK_FALSE(monitor.push(7, 0, s.rows(0, 0, 1)));
   CHECK_FALSE(monitor.push(8, 0, s.rows(0, 0, 1)));
   CHECK(monitor.error() == "rflow::flow_monitor: site 7, but there are 3 sites");  // the first
+}
+
+TEST_CASE("sizes beyond any memory are refused by name, not tried") {
+  constexpr std::ptrdiff_t most = std::numeric_limits<std::ptrdiff_t>::max();
+  using monitor = rflow::flow_monitor<float>;
+  for (std::ptrdiff_t const huge : {std::ptrdiff_t{1} << 48, most / 8, most - 1, most}) {
+    CAPTURE(huge);
+    CHECK_THROWS_AS(monitor(huge, 8), std::invalid_argument);
+    CHECK_THROWS_AS(monitor(3, huge), std::invalid_argument);
+    CHECK_THROWS_AS(monitor(huge, huge), std::invalid_argument);
+    CHECK_THROWS_AS(monitor(huge, 1, {.cka = true}), std::invalid_argument);
+    CHECK_THROWS_AS(monitor(3, 8, {.cka = true, .cka_batch = huge}), std::invalid_argument);
+    monitor plain(3, 8), with_cka(3, 8, {.cka = true});
+    CHECK_THROWS_AS(plain.reserve(huge), std::invalid_argument);
+    CHECK_THROWS_AS(with_cka.reserve(huge), std::invalid_argument);
+    std::vector<float> const row(8, 1.0f);
+    CHECK_FALSE(plain.push(0, 0, rflow::view<float>(row.data(), huge, 8, 0)));
+    CHECK(plain.error().find("more than an address space holds") != std::string_view::npos);
+  }
+  CHECK_THROWS_WITH_AS(monitor(3, 8, {.cka = true, .cka_batch = 3000000000}),
+                       "rflow::flow_monitor: 3 sites x 8 features in batches of 3000000000 tokens: "
+                       "more than an address space holds",
+                       std::invalid_argument);
+}
+
+TEST_CASE("numbers of tokens at the end of their range") {
+  constexpr std::ptrdiff_t most = std::numeric_limits<std::ptrdiff_t>::max();
+  std::vector<float> const rows(80, 1.0f);
+  rflow::flow_monitor<float> monitor(3, 8);
+  CHECK_FALSE(monitor.push(0, most - 3, rflow::view<float>(rows.data(), 10, 8)));
+  CHECK(monitor.error() ==
+        "rflow::flow_monitor: site 0: 10 rows from token 9223372036854775804 on "
+        "are too many to count");
+  monitor.clear_error();
+  CHECK_FALSE(monitor.push(0, most - 10, rflow::view<float>(rows.data(), 10, 8)));
+  CHECK(monitor.error().find("is out of order, 0 is next") != std::string_view::npos);
+  monitor.clear_error();
+  CHECK_FALSE(monitor.push(0, std::numeric_limits<std::ptrdiff_t>::min(),
+                           rflow::view<float>(rows.data(), 10, 8)));
+  monitor.clear_error();
+  rflow::monitor_moments a = monitor.moments(), b = a;
+  a.tokens = most - 1;
+  b.tokens = 2;
+  CHECK_THROWS_AS(a.merge(b), std::invalid_argument);
+  b.tokens = -1;
+  CHECK_THROWS_AS(a.merge(b), std::invalid_argument);
 }
 
 TEST_CASE("monitors of different kind do not merge") {

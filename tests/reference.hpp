@@ -6,6 +6,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <limits>
 #include <random>
 #include <string>
 #include <vector>
@@ -66,6 +67,136 @@ inline double spread(stack const& s) {
     sum += inner(away, away);
   }
   return sum;
+}
+
+// ---- the flow of a chain in long double, whose range squares of doubles do not leave -------------
+
+struct chain_figures {
+  std::vector<long double> inter_token, rms_norm;  // S; NaN where there is none
+  std::vector<std::vector<long double>> adjacent;  // S − 1 × n: NaN for a zero row
+  std::vector<std::vector<long double>> norms;     // S × n
+  std::vector<long double> steps, curvature;       // S − 1, S − 2
+  long double st1, st2, path_energy, path_length;
+};
+
+/// Everything flow() says about finite tokens of one sequence, from its definitions. Angles by the
+/// two legs of the triangle: ‖a‖ b and ‖b‖ a differ by 2 sin(θ/2) of their length.
+inline chain_figures exact_chain(stack const& x) {
+  using real = long double;
+  using row = std::vector<real>;
+  auto const inner = [](row const& a, row const& b) {
+    real sum = 0;
+    for (std::size_t j = 0; j < a.size(); ++j) sum += a[j] * b[j];
+    return sum;
+  };
+  std::size_t const sites = x.size(), n = x[0].size(), d = x[0][0].size();
+  auto const missing = std::numeric_limits<real>::quiet_NaN();
+  auto const at = [&](std::size_t l, std::size_t t) { return row(x[l][t].begin(), x[l][t].end()); };
+  auto const step = [&](std::size_t l, std::size_t t) {  // from site l
+    row out = at(l + 1, t);
+    for (std::size_t j = 0; j < d; ++j) out[j] -= static_cast<real>(x[l][t][j]);
+    return out;
+  };
+  chain_figures out;
+  for (std::size_t l = 0; l < sites; ++l) {
+    row sum(d), norms(n);
+    real m = 0, squares = 0;
+    for (std::size_t t = 0; t < n; ++t) {
+      row const r = at(l, t);
+      norms[t] = std::sqrt(inner(r, r));
+      squares += norms[t] * norms[t];
+      if (norms[t] == 0) continue;
+      m += 1;
+      for (std::size_t j = 0; j < d; ++j) sum[j] += r[j] / norms[t];
+    }
+    out.inter_token.push_back(m < 2 ? missing : (inner(sum, sum) - m) / (m * (m - 1)));
+    out.rms_norm.push_back(std::sqrt(squares / static_cast<real>(n)));
+    out.norms.push_back(norms);
+  }
+  out.path_energy = out.path_length = 0;
+  for (std::size_t l = 0; l + 1 < sites; ++l) {
+    row cosines(n);
+    real squares = 0;
+    for (std::size_t t = 0; t < n; ++t) {
+      real const both = out.norms[l][t] * out.norms[l + 1][t];
+      cosines[t] = both > 0 ? inner(at(l, t), at(l + 1, t)) / both : missing;
+      squares += inner(step(l, t), step(l, t));
+    }
+    out.adjacent.push_back(cosines);
+    out.steps.push_back(std::sqrt(squares));
+    out.path_energy += squares;
+    out.path_length += out.steps.back();
+  }
+  for (std::size_t l = 0; l + 2 < sites; ++l) {
+    real apart = 0, together = 0;
+    for (std::size_t t = 0; t < n; ++t) {
+      row const b = step(l, t), a = step(l + 1, t);
+      for (std::size_t j = 0; j < d; ++j) {
+        real const u = a[j] / out.steps[l + 1], v = b[j] / out.steps[l];
+        apart += (u - v) * (u - v);
+        together += (u + v) * (u + v);
+      }
+    }
+    out.curvature.push_back(2 * std::atan2(std::sqrt(apart), std::sqrt(together)));
+  }
+  real spread = 0;
+  for (std::size_t t = 0; t < n; ++t)
+    for (std::size_t j = 0; j < d; ++j) {
+      real mean = 0;
+      for (std::size_t l = 0; l < sites; ++l)
+        mean += (static_cast<real>(x[l][t][j]) - static_cast<real>(x[0][t][j])) /
+                static_cast<real>(sites);
+      for (std::size_t l = 0; l < sites; ++l) {
+        real const away = static_cast<real>(x[l][t][j]) - static_cast<real>(x[0][t][j]) - mean;
+        spread += away * away;
+      }
+    }
+  out.st2 = std::sqrt(spread / static_cast<real>(sites));
+  out.st1 = sites > 1 ? std::sqrt(out.path_energy / static_cast<real>(sites - 1)) : missing;
+  return out;
+}
+
+/// A chain that is hard on sums of squares, of one of a few kinds: far from the origin, straight,
+/// standing still, or with rows and features of very different size. `decades` is how far a type
+/// reaches either way.
+inline stack hard_stack(std::mt19937& bits, double decades, double most_offset) {
+  std::normal_distribution<double> normal;
+  auto const pick = [&](std::size_t count) { return bits() % count; };
+  auto const between = [&](double reach) {
+    return reach * (2 * static_cast<double>(bits()) / 4294967295.0 - 1);
+  };
+  auto const power = [&](double exponent) {
+    return std::pow(10.0, std::max(-decades, std::min(exponent, decades)));
+  };
+  std::size_t const sites = pick(4) == 0 ? 33 : 1 + pick(7);
+  std::size_t const tokens = 1 + pick(pick(3) == 0 ? 150 : 12), width = 1 + pick(90);
+  std::size_t const kind = pick(6), rows = pick(3);
+  double const offset = pick(2) == 0 ? most_offset * power(between(1) - 1) : 0;
+  double const all = pick(2) == 0 ? between(decades) : 0;
+  double const small = pick(2) == 0 ? std::pow(10.0, between(3) - 3) : 1;
+  std::vector<double> pace(sites);
+  for (double& p : pace) p = kind == 1 ? 1 : normal(bits);
+  stack out(sites, matrix(tokens, std::vector<double>(width)));
+  for (std::size_t t = 0; t < tokens; ++t) {
+    double const token = rows == 1 ? between(decades) : 0;
+    std::vector<double> of_row(sites);
+    for (double& r : of_row) r = rows == 2 ? between(decades) : 0;
+    for (std::size_t j = 0; j < width; ++j) {
+      double const feature = kind == 4 ? between(decades) : 0;
+      double value = kind == 5 ? 0.1 : normal(bits);
+      double const direction = normal(bits);
+      for (std::size_t l = 0; l < sites; ++l) {
+        double const step = kind <= 1                  ? pace[l] * direction
+                            : kind == 2 && pick(3) > 0 ? 0
+                                                       : normal(bits);
+        if (l > 0 && kind != 5) value += small * step;
+        out[l][t][j] = (value + offset) * power(token + feature + all + of_row[l]);
+      }
+    }
+  }
+  if (pick(4) == 0)
+    for (double& v : out[pick(sites)][pick(tokens)]) v = 0;
+  return out;
 }
 
 // ---- kernels and HSIC, by their definitions -----------------------------------------------------

@@ -227,24 +227,99 @@ TEST_CASE("nothing to be relative to, and no tokens") {
   CHECK(rflow::variance(none).curvature[0].why == status::too_few_rows);
 }
 
-TEST_CASE("doubles whose squares have no double say so, and their cosines stay") {
+TEST_CASE("figures of doubles whose squares have no double") {
   chain const x = random_chain(8, 4, 6, 5);
+  rflow::flow_report const good = rflow::flow(rflow::layer_stack(x));
   for (double const scale : {1e160, 1e-170}) {
     CAPTURE(scale);
     chain const y = mapped(x, [&](auto const& m) { return (m * scale).eval(); });
-    for (normalization const by : all_normalizations) {
-      layer_variance const v = variance_of(y, by);
-      for (rflow::measured const& m : {v.st1, v.st2, v.path_energy, v.path_length, v.steps[1]})
-        CHECK(m.why == status::out_of_range);
-      CHECK(v.curvature[0].why == status::out_of_range);
+    for (normalization const by :
+         {normalization::none, normalization::per_token, normalization::per_element}) {
+      layer_variance const v = variance_of(y, by), u = variance_of(x, by);
+      CHECK(v.path_energy.why == status::out_of_range);
+      CHECK(v.st1 / (u.st1 * scale) == Approx(1).epsilon(1e-12));
+      CHECK(v.st2 / (u.st2 * scale) == Approx(1).epsilon(1e-12));
+      CHECK(v.path_length / (u.path_length * scale) == Approx(1).epsilon(1e-12));
+      CHECK(v.steps[1] / (u.steps[1] * scale) == Approx(1).epsilon(1e-12));
+      CHECK(v.curvature[0] / u.curvature[0] == Approx(1).epsilon(1e-12));
     }
+    layer_variance const v = variance_of(y, normalization::relative),
+                         u = variance_of(x, normalization::relative);
+    CHECK(v.factor.why == status::out_of_range);
+    check_same(v, u);
     rflow::flow_report const r = rflow::flow(rflow::layer_stack(y));
-    rflow::flow_report const good = rflow::flow(rflow::layer_stack(x));
-    CHECK(r.rms_norm[2].why == status::out_of_range);
-    CHECK(r.inter_token[2] == Approx(good.inter_token[2]).epsilon(1e-9));
-    CHECK(r.adjacent[1].mean == Approx(good.adjacent[1].mean).epsilon(1e-9));
+    CHECK(r.rms_norm[2] / (good.rms_norm[2] * scale) == Approx(1).epsilon(1e-12));
+    CHECK(r.inter_token[2] == Approx(good.inter_token[2]).epsilon(1e-12));
+    CHECK(r.adjacent[1].mean == Approx(good.adjacent[1].mean).epsilon(1e-12));
     CHECK(std::isnan(r.spread_bounds.lower));
   }
+}
+
+TEST_CASE("bounds on a spread that double does not have are none") {
+  chain x(5, Eigen::MatrixXd::Zero(1, 1));
+  x[1](0, 0) = 8e153;
+  rflow::flow_report const r = rflow::flow(rflow::layer_stack(x));
+  CHECK(r.variance.path_energy.ok());
+  CHECK(std::isnan(r.spread_bounds.lower));
+  CHECK(std::isnan(r.spread_bounds.upper));
+  CHECK(r.variance.st2 / (0.4 * 8e153) == Approx(1).epsilon(1e-12));
+}
+
+TEST_CASE("rows a long way from the origin leave the spread of small steps exact") {
+  for (double const step : {1e-2, 1e-3, 1e-4}) {
+    CAPTURE(step);
+    std::mt19937 bits(5);
+    std::normal_distribution<double> normal;
+    reference::stack x(33, reference::matrix(20, std::vector<double>(50)));
+    for (std::size_t i = 0; i < 20; ++i)
+      for (std::size_t j = 0; j < 50; ++j) {
+        double value = 1000 + normal(bits);
+        for (auto& site : x) site[i][j] = value += step * normal(bits);
+      }
+    std::vector<float> const values = reference::pack<float>(x);
+    reference::chain_figures const exact = reference::exact_chain(x);
+    layer_variance const v = rflow::variance(reference::stack_of(values, x));
+    CHECK(v.st1 / static_cast<double>(exact.st1) == Approx(1).epsilon(1e-5));
+    CHECK(v.st2 / static_cast<double>(exact.st2) == Approx(1).epsilon(1e-5));
+  }
+}
+
+TEST_CASE_TEMPLATE("straight chains and chains that turn back have exact angles", T, float,
+                   double) {
+  for (unsigned seed = 1; seed <= 20; ++seed) {
+    CAPTURE(seed);
+    std::mt19937 bits(seed);
+    std::normal_distribution<double> normal;
+    std::size_t const tokens = 1 + seed % 5, width = 1 + 37 * (seed % 7);
+    reference::stack x(6, reference::matrix(tokens, std::vector<double>(width)));
+    double const from = seed % 2 == 0 ? 0 : 100, pace[] = {0, 1, 3, 2, 2.5, 10};
+    for (std::size_t i = 0; i < tokens; ++i)
+      for (std::size_t j = 0; j < width; ++j) {
+        double const direction = seed % 3 == 0 ? 0.1 : normal(bits);
+        for (std::size_t l = 0; l < 6; ++l) x[l][i][j] = from + pace[l] * direction;
+      }
+    std::vector<T> const values = reference::pack<T>(x);
+    reference::chain_figures const exact = reference::exact_chain(x);
+    layer_variance const v = rflow::variance(reference::stack_of(values, x));
+    for (std::size_t l = 0; l < 4; ++l)
+      CHECK(std::abs(v.curvature[l] - static_cast<double>(exact.curvature[l])) <
+            (std::same_as<T, double> ? 1e-13 : 1e-6));
+  }
+}
+
+TEST_CASE("steps whose squares have no float or double are steps") {
+  float const a[] = {1, 1e-23f, 1, 2e-23f, 1, 4e-23f};
+  layer_variance const v = rflow::variance(rflow::layer_stack<float>(a, {3, 1, 2}));
+  CHECK(v.steps[0] / 1e-23 == Approx(1).epsilon(1e-5));
+  CHECK(v.steps[1] / 2e-23 == Approx(1).epsilon(1e-5));
+  CHECK(v.curvature[0].ok());
+  CHECK(v.curvature[0] == 0);
+  double const b[] = {1, 1e-170, 1, 2e-170, 1, 1e-170};
+  layer_variance const w = rflow::variance(rflow::layer_stack<double>(b, {3, 1, 2}));
+  CHECK(w.steps[0] / 1e-170 == Approx(1).epsilon(1e-12));
+  CHECK(w.st2 / (std::sqrt(2.0) / 3 * 1e-170) == Approx(1).epsilon(1e-12));
+  CHECK(w.path_energy.why == status::out_of_range);
+  CHECK(w.curvature[0] == Approx(std::numbers::pi).epsilon(1e-15));
 }
 
 TEST_CASE("a NaN takes its steps and the sums, and leaves the other steps") {

@@ -196,8 +196,14 @@ struct chain_products {
   double dot = 0;    // ⟨x, p⟩, p the row before
   double step2 = 0;  // ‖x − p‖²
   double turn = 0;   // ⟨x − p, p − q⟩, q the row before p
-  double away2 = 0;  // ‖x − mean of the rows before‖²
+  double away2 = 0;  // ‖x − mean of the rows before‖²; that mean is p less what p is off it
 };
+
+/// A row as far as it is off the mean of those before it is off the new mean by this share.
+template <class C>
+C share_off(std::ptrdiff_t rows_before) {
+  return static_cast<C>(rows_before) / static_cast<C>(rows_before + 1);
+}
 
 /// Whether squares of C neither overflow nor lose their last bits in a row of this squared norm.
 template <class C>
@@ -209,8 +215,126 @@ bool in_range(double norm2) {
   return is_finite(x) && x > (narrow ? 1e-18 : 1e-270) && x < (narrow ? 1e30 : 1e290);
 }
 
+// ---- rows whose squares are not for C: in double, each in units of its own ----------------------
+
+/// Σ f(j) over j < n, in sums that do not wait for each other.
+template <class F>
+double sum_over(std::ptrdiff_t n, F const& f) {
+  constexpr std::ptrdiff_t lanes = 8;
+  double part[lanes] = {};
+  std::ptrdiff_t j = 0;
+  for (; j + lanes <= n; j += lanes)
+    for (std::ptrdiff_t k = 0; k < lanes; ++k) part[k] += f(j + k);
+  for (; j < n; ++j) part[0] += f(j);
+  return ((part[0] + part[1]) + (part[2] + part[3])) + ((part[4] + part[5]) + (part[6] + part[7]));
+}
+
+/// The largest |f(j)|.
+template <class F>
+double largest_of(std::ptrdiff_t n, F const& f) {
+  double most = 0;
+  for (std::ptrdiff_t j = 0; j < n; ++j) most = (std::max)(most, std::abs(f(j)));
+  return most;
+}
+
+/// The features of a row.
+template <class T>
+struct row_values {
+  T const* at;
+  std::ptrdiff_t stride = 1;
+
+  double operator()(std::ptrdiff_t j) const { return static_cast<double>(at[j * stride]); }
+};
+
+/// x − p, or half of it.
+template <class X, class P>
+struct row_difference {
+  X x;
+  P p;
+  double part = 1;
+
+  double operator()(std::ptrdiff_t j) const { return x(j) * part - p(j) * part; }
+};
+
+/// Values in units of 2^exponent.
+template <class F>
+struct in_units {
+  F values;
+  std::ptrdiff_t size;
+  int exponent = 0;
+  double power = 1, rest = 1;  // 2^−exponent in two factors: one may be out of range
+
+  double operator()(std::ptrdiff_t j) const { return values(j) * power * rest; }
+  double square() const {
+    return sum_over(size, [&](std::ptrdiff_t j) {
+      double const x = (*this)(j);
+      return x * x;
+    });
+  }
+  void set(int e) {
+    exponent = e;
+    power = std::ldexp(1., -(e / 2));
+    rest = std::ldexp(1., e / 2 - e);
+  }
+};
+
+/// In units in which the largest of n values, of this size, is between 1 and 2.
+template <class F>
+in_units<F> in_units_of(double most, std::ptrdiff_t n, F const& f) {
+  in_units<F> out{f, n};
+  out.set(most > 0 ? std::ilogb(most) : 0);
+  return out;
+}
+template <class F>
+in_units<F> in_own_units(std::ptrdiff_t n, F const& f) {
+  return in_units_of(largest_of(n, f), n, f);
+}
+/// x − p in such units, also where the difference itself has no double.
+template <class X, class P>
+in_units<row_difference<X, P>> step_in_own_units(std::ptrdiff_t n, X const& x, P const& p) {
+  row_difference<X, P> const whole{x, p}, half{x, p, 0.5};
+  double const most = largest_of(n, whole);
+  if (is_finite(most)) return in_units_of(most, n, whole);
+  auto out = in_own_units(n, half);
+  out.exponent += 1;
+  return out;
+}
+
+template <class A, class B>
+double inner_product(A const& a, B const& b) {
+  return sum_over(a.size, [&](std::ptrdiff_t j) { return a(j) * b(j); });
+}
+
+/// How the steps b and a of one token lie to each other, by a second look at them: what is across b
+/// is measured, not left over from squares that nearly cancel.
+template <class A, class B>
+turn_sum turn_of(A const& a, B const& b) {
+  double const b2 = b.square(), c = b2 > 0 ? inner_product(a, b) / b2 : 0;
+  turn_sum out;
+  out.add(b2, c, sum_over(a.size, [&](std::ptrdiff_t j) {
+            double const rest = a(j) - c * b(j);
+            return rest * rest;
+          }));
+  out.before = b.exponent;
+  out.after = a.exponent;
+  out.settle();
+  return out;
+}
+
+/// Adds one token to a turn_sum by its products ‖a‖², ⟨a, b⟩ and ‖b‖² in C. Where the steps are so
+/// nearly parallel that the part of a across b is a small difference of those, by again().
+template <class Again>
+void add_turn(turn_sum& to, double a2, double ab, double b2, Again const& again) {
+  double const c = b2 > 0 ? ab / b2 : 0;
+  if (c * ab > 0.75 * a2)
+    to.merge(again());
+  else
+    to.add(b2, c, a2 - c * ab);
+}
+
 /// Walks tokens through the chain, for the part of the moments that is asked for. What each row of
-/// activations needs of the rows before it (two of them, and the running mean) is fetched from cache
+/// activations needs of the rows before it (two of them, and how far the last is off the mean so
+/// far, which unlike that mean is no larger than the steps) is fetched from cache
 /// once for several sites: with the sums of `Sites` sites in registers, four sites cost little more
 /// than the read of their rows from memory.
 template <class T>
@@ -236,7 +360,7 @@ class flow_walker {
         tails_(count(group * sites_ * chunk<T>::width)),
         gathered_(needs_gather() ? count(group * ring * width_) : 0),
         absent_(count(padded_)),
-        mean_(group * padded_),
+        off_(group * padded_),
         units_(sites_ * padded_),
         zeros_(Eigen::Array<C, Eigen::Dynamic, 1>::Zero(padded_)),
         products_(count(group * sites_)),
@@ -297,7 +421,7 @@ class flow_walker {
     }
     for (std::ptrdiff_t k = 0; k < tokens; ++k) {
       bool ordinary = true;
-      for (l = 0; l < sites_; ++l) ordinary = ordinary && in_range<C>(product(k, l).norm2);
+      for (l = 0; l < sites_; ++l) ordinary = ordinary && is_ordinary(k, l);
       if (ordinary)
         add_products(k, moments_);
       else
@@ -327,6 +451,16 @@ class flow_walker {
     sequence_.clear();
   }
 
+  /// Whether the products in C of a row are good ones.
+  bool is_ordinary(std::ptrdiff_t k, std::ptrdiff_t l) {
+    chain_products const& r = product(k, l);
+    if (!in_range<C>(r.norm2)) return false;
+    if (l == 0 || !with_chain() || in_range<C>(r.step2)) return true;
+    auto const x = values(k, l), p = values(k, l - 1);
+    return x.stride == 1 && p.stride == 1 &&
+           std::memcmp(x.at, p.at, count(width_) * sizeof(T)) == 0;
+  }
+
   bool with_units() const { return sink_.part != flow_part::adjacent; }
   bool with_chain() const { return sink_.part == flow_part::all; }
 
@@ -336,6 +470,11 @@ class flow_walker {
     return false;
   }
 
+  /// A row where it lies.
+  row_values<T> values(std::ptrdiff_t k, std::ptrdiff_t site) const {
+    view<T> const& x = stack_[site];
+    return {x.data + stack_.token(first_ + k) * x.row_stride, x.col_stride};
+  }
   T const*& row(std::ptrdiff_t k, std::ptrdiff_t site) { return rows_[count(k * sites_ + site)]; }
   T* tail(std::ptrdiff_t k, std::ptrdiff_t site) {
     return tails_.data() + (k * sites_ + site) * chunk<T>::width;
@@ -367,20 +506,20 @@ class flow_walker {
       std::ptrdiff_t const p = (std::max<std::ptrdiff_t>)(site - 1, 0);
       std::ptrdiff_t const q = (std::max<std::ptrdiff_t>)(site - 2, 0);
       chain_products* const to = &product(k, site);
-      C* const mean = mean_.data() + k * padded_;
-      C const* const mean_before = site == 0 ? zeros_.data() : mean;
+      C* const off = off_.data() + k * padded_;
+      C const* const off_before = site == 0 ? zeros_.data() : off;
       constexpr std::ptrdiff_t block =
           64 * chunk<T>::width;  // features summed in C, then in double
       T const* next[Sites];
       for (std::ptrdiff_t s = 0; s < Sites; ++s) next[s] = wanted_next(k, site + Sites + s);
       for (std::ptrdiff_t j = 0; j < body_; j += block)
         add_chunks<Part, Sites>(&row(k, site), next, row(k, p), row(k, q), j,
-                                (std::min)(body_, j + block), mean_before, mean, site, to);
+                                (std::min)(body_, j + block), off_before, off, site, to);
       if (body_ < padded_) {
         T const* tails[Sites];
         for (std::ptrdiff_t s = 0; s < Sites; ++s) tails[s] = tail(k, site + s);
         add_chunks<Part, Sites>(tails, tails, tail(k, p), tail(k, q), 0, chunk<T>::width,
-                                mean_before + body_, mean + body_, site, to);
+                                off_before + body_, off + body_, site, to);
       }
     }
     if constexpr (Part != flow_part::adjacent)
@@ -403,7 +542,7 @@ class flow_walker {
   /// features of the rows in `next` are asked for from memory, where many rows go side by side.
   template <flow_part Part, std::ptrdiff_t Sites>
   static void add_chunks(T const* const* x, T const* const* next, T const* p, T const* q,
-                         std::ptrdiff_t begin, std::ptrdiff_t end, C const* mean_before, C* mean,
+                         std::ptrdiff_t begin, std::ptrdiff_t end, C const* off_before, C* off,
                          std::ptrdiff_t site, chain_products* to) {
     constexpr bool chain = Part == flow_part::all, pairs = Part != flow_part::inter_token;
     struct site_sums {
@@ -413,17 +552,16 @@ class flow_walker {
     site_sums sums[Sites];
     P const zero = packet::pset1<P>(C(0));
     for (std::ptrdiff_t s = 0; s < Sites; ++s)
-      sums[s] = {zero, zero,   zero,
-                 zero, zero,   packet::pset1<P>(C(1) / static_cast<C>(site + s + 1)),
+      sums[s] = {zero, zero,   zero, zero, zero, packet::pset1<P>(share_off<C>(site + s)),
                  x[s], next[s]};
     for (std::ptrdiff_t j = begin; j < end; j += chunk<T>::width) {
-      chunk<T> before, step_before, average;
+      chunk<T> before, step_before, off_mean;
       if constexpr (pairs) before = load_chunk(p + j);
       if constexpr (chain) {
         step_before = load_chunk(q + j);
         for (std::ptrdiff_t i = 0; i < chunk<T>::packets; ++i) {
           step_before.at[i] = packet::psub(before.at[i], step_before.at[i]);
-          average.at[i] = packet::ploadu<P>(mean_before + j + i * chunk<T>::lanes);
+          off_mean.at[i] = packet::ploadu<P>(off_before + j + i * chunk<T>::lanes);
         }
       }
       auto const add = [&](site_sums& sum) {
@@ -434,11 +572,11 @@ class flow_walker {
           if constexpr (pairs) sum.dot = packet::pmadd(here.at[i], before.at[i], sum.dot);
           if constexpr (chain) {
             P const step = packet::psub(here.at[i], before.at[i]);
-            P const away = packet::psub(here.at[i], average.at[i]);
+            P const away = packet::padd(step, off_mean.at[i]);
             sum.step2 = packet::pmadd(step, step, sum.step2);
             sum.turn = packet::pmadd(step, step_before.at[i], sum.turn);
             sum.away2 = packet::pmadd(away, away, sum.away2);
-            average.at[i] = packet::pmadd(away, sum.weight, average.at[i]);
+            off_mean.at[i] = packet::pmul(away, sum.weight);
             step_before.at[i] = step;
           }
           if constexpr (pairs) before.at[i] = here.at[i];
@@ -450,7 +588,7 @@ class flow_walker {
       if constexpr (Sites > 2) add(sums[2]), add(sums[3]);
       if constexpr (chain)
         for (std::ptrdiff_t i = 0; i < chunk<T>::packets; ++i)
-          packet::pstoreu(mean + j + i * chunk<T>::lanes, average.at[i]);
+          packet::pstoreu(off + j + i * chunk<T>::lanes, off_mean.at[i]);
     }
     for (std::ptrdiff_t s = 0; s < Sites; ++s) {
       to[s].norm2 += static_cast<double>(packet::predux(sums[s].norm2));
@@ -495,97 +633,122 @@ class flow_walker {
   }
 
   void add_products(std::ptrdiff_t k, flow_moments& m) {
+    double norm = 0;
     for (std::ptrdiff_t l = 0; l < sites_; ++l) {
       auto const s = count(l);
       chain_products const& r = product(k, l);
+      double const norm_before = norm;
+      norm = std::sqrt(r.norm2);
       m.squares[s] += r.norm2;
       sequence_.units[s] += with_units() ? 1 : 0;
-      note_norm(l, first_ + k, std::sqrt(r.norm2));
+      note_norm(l, first_ + k, norm);
       if (l == 0) continue;
-      note_cosine(l - 1, first_ + k, r.dot / std::sqrt(r.norm2 * product(k, l - 1).norm2), m);
-      // All 0 where only a part is wanted.
+      note_cosine(l - 1, first_ + k, r.dot / (norm * norm_before), m);
+      if (!with_chain()) continue;
       m.spread += r.away2 * (static_cast<double>(l) / static_cast<double>(l + 1));
       m.steps[s - 1] += r.step2;
-      if (l > 1) m.turns[s - 2] += r.turn;
+      if (l > 1)
+        add_turn(m.turns[s - 2], r.step2, r.turn, product(k, l - 1).step2,
+                 [&] { return turn_again(k, l); });
     }
   }
 
+  /// How steps l − 1 and l of a token lie to each other, from the rows themselves.
+  turn_sum turn_again(std::ptrdiff_t k, std::ptrdiff_t l) const {
+    using step = row_difference<row_values<T>, row_values<T>>;
+    row_values<T> const x = values(k, l), p = values(k, l - 1), q = values(k, l - 2);
+    return turn_of(in_units<step>{{x, p}, width_}, in_units<step>{{p, q}, width_});
+  }
+
+  /// A row in units of its own.
+  struct careful_row {
+    in_units<row_values<T>> x;
+    double square = 0;
+    std::ptrdiff_t bad = 0;  // first feature that is not finite, or the width
+
+    careful_row(row_values<T> const& values, std::ptrdiff_t width) : x{values, width} {
+      while (bad < width && is_finite(values(bad))) ++bad;
+      if (!finite()) return;
+      x = in_own_units(width, values);
+      square = x.square();
+    }
+    bool finite() const { return bad == x.size; }
+  };
+
   /// The same for a token with a row that is zero, not finite, or too large or small to be squared
-  /// in C: in double, scaled by a power of two, and each site kept apart from one that has no value.
+  /// in C, or such a step: in double, in units of its own, and each site kept apart from one that
+  /// has no value.
   void rescue(std::ptrdiff_t k, flow_moments& m) {
     std::ptrdiff_t const i = first_ + k;
-    auto const d = count(width_);
-    std::vector<std::vector<double>> rows(count(sites_));
-    double largest = 0;
-    for (std::ptrdiff_t l = 0; l < sites_; ++l) {
-      std::vector<double> row(d);
-      for (std::ptrdiff_t j = 0; j < width_ && !row.empty(); ++j) {
-        double const value = static_cast<double>(stack_[l](stack_.token(i), j));
-        if (!is_finite(value)) {
-          if (!m.non_finite[count(l)].found()) m.non_finite[count(l)] = {stack_.token(i), j};
-          row.clear();
-        } else {
-          row[count(j)] = value;
-          largest = (std::max)(largest, std::abs(value));
-        }
-      }
-      rows[count(l)] = std::move(row);
-    }
-    double const scale = largest > 0 ? std::ldexp(1.0, (std::min)(1000, -std::ilogb(largest))) : 1;
-    for (auto& row : rows)
-      for (double& value : row) value *= scale;
-    auto const unscaled = [&](double square) { return square / scale / scale; };
-
-    std::vector<double> mean(d, 0.0);
-    double seen = 0, norm2_before = 0;
+    double const missing = std::numeric_limits<double>::quiet_NaN();
+    std::vector<careful_row> rows;
+    for (std::ptrdiff_t l = 0; l < sites_; ++l) rows.emplace_back(values(k, l), width_);
+    auto const step = [&](std::size_t s) {
+      return step_in_own_units(width_, rows[s].x.values, rows[s - 1].x.values);
+    };
     for (std::ptrdiff_t l = 0; l < sites_; ++l) {
       auto const s = count(l);
-      std::vector<double> const& x = rows[s];
-      double const missing = std::numeric_limits<double>::quiet_NaN();
-      if (x.empty()) {
+      careful_row const& here = rows[s];
+      if (!here.finite()) {
+        if (!m.non_finite[s].found()) m.non_finite[s] = {stack_.token(i), here.bad};
         note_norm(l, i, missing);
         if (l > 0) note_cosine(l - 1, i, missing, m);
         continue;
       }
-      double square = 0;
-      for (double const value : x) square += value * value;
-      m.squares[s] += unscaled(square);
-      note_norm(l, i, std::sqrt(square) / scale);
+      double const norm = std::sqrt(here.square);
+      m.squares[s] += square_sum::of(here.square, here.x.exponent);
+      note_norm(l, i, std::ldexp(norm, here.x.exponent));
       bool const added = in_range<C>(product(k, l).norm2);  // by add_units
-      if (square > 0 || added) {
+      if (here.square > 0 || added) {
         sequence_.units[s] += with_units() ? 1 : 0;
-        if (with_units() && !added)
-          for (std::ptrdiff_t j = 0; j < width_; ++j)
-            sequence_.sum(place_of<T>(j), l) += x[count(j)] / std::sqrt(square);
+        for (std::ptrdiff_t j = 0; with_units() && !added && j < width_; ++j)
+          sequence_.sum(place_of<T>(j), l) += here.x(j) / norm;
       } else {
         m.zero_rows[s] += 1;
       }
-      seen += 1;
-      double away2 = 0;
-      for (std::size_t j = 0; j < d; ++j) {
-        double const away = x[j] - mean[j];
-        away2 += away * away;
-        mean[j] += away / seen;
-      }
-      if (with_chain()) m.spread += unscaled(away2 * ((seen - 1) / seen));
-      if (l > 0 && !rows[s - 1].empty()) {
-        std::vector<double> const& p = rows[s - 1];
-        double dot = 0, step2 = 0, turn = 0;
-        for (std::size_t j = 0; j < d; ++j) {
-          dot += x[j] * p[j];
-          step2 += (x[j] - p[j]) * (x[j] - p[j]);
-          if (l > 1 && !rows[s - 2].empty()) turn += (x[j] - p[j]) * (p[j] - rows[s - 2][j]);
-        }
-        if (with_chain()) {
-          m.steps[s - 1] += unscaled(step2);
-          if (l > 1) m.turns[s - 2] += unscaled(turn);
-        }
-        note_cosine(l - 1, i, dot / std::sqrt(square) / std::sqrt(norm2_before), m);
-      } else if (l > 0) {
-        note_cosine(l - 1, i, missing, m);
-      }
-      norm2_before = square;
+      if (l == 0) continue;
+      careful_row const& before = rows[s - 1];
+      bool const both = before.finite() && here.square > 0 && before.square > 0;
+      note_cosine(
+          l - 1, i,
+          both ? inner_product(here.x, before.x) / norm / std::sqrt(before.square) : missing, m);
+      if (!with_chain() || !before.finite()) continue;
+      auto const a = step(s);
+      m.steps[s - 1] += square_sum::of(a.square(), a.exponent);
+      if (l > 1 && rows[s - 2].finite()) m.turns[s - 2].merge(turn_of(a, step(s - 1)));
     }
+    if (with_chain()) m.spread += spread_of(rows);
+  }
+
+  /// Σ_l ‖x_l − mean‖² of a token, from differences to its first row.
+  square_sum spread_of(std::vector<careful_row> const& rows) const {
+    for (careful_row const& r : rows)
+      if (!r.finite()) return 0;  // there is no St2
+    using difference = row_difference<row_values<T>, row_values<T>>;
+    auto const largest = [&](double part) {
+      double most = 0;
+      for (careful_row const& r : rows)
+        most = (std::max)(most, largest_of(width_, difference{r.x.values, rows[0].x.values, part}));
+      return most;
+    };
+    double part = 1, most = largest(part);
+    if (!is_finite(most)) part = 0.5, most = largest(part);
+    if (!(most > 0)) return 0;
+    std::vector<double> mean(count(width_));
+    double sum = 0;
+    for (std::size_t l = 0; l < rows.size(); ++l) {
+      in_units<difference> move{{rows[l].x.values, rows[0].x.values, part}, width_};
+      move.set(std::ilogb(most));
+      auto const seen = static_cast<double>(l);
+      double away2 = 0;
+      for (std::ptrdiff_t j = 0; j < width_; ++j) {
+        double const away = move(j) - mean[count(j)];
+        away2 += away * away;
+        mean[count(j)] += away / (seen + 1);
+      }
+      sum += away2 * (seen / (seen + 1));
+    }
+    return square_sum::of(sum, std::ilogb(most) + (part < 1 ? 1 : 0));
   }
 
   void note_norm(std::ptrdiff_t site, std::ptrdiff_t i, double value) const {
@@ -609,9 +772,9 @@ class flow_walker {
   std::vector<T> tails_;                   // group × S × chunk: what is left of each, zero-padded
   std::vector<T> gathered_;                // group × ring × d, where features are strided
   std::vector<T> absent_;                  // zeros, for rows that do not take part
-  Eigen::Array<C, Eigen::Dynamic, 1> mean_;   // group × padded: mean of the rows so far
+  Eigen::Array<C, Eigen::Dynamic, 1> off_;  // group × padded: how far the last row is off the mean
   Eigen::Array<C, Eigen::Dynamic, 1> units_;  // S × padded: unit vectors of the pending tokens
-  Eigen::Array<C, Eigen::Dynamic, 1> zeros_;  // padded: the mean before the first row
+  Eigen::Array<C, Eigen::Dynamic, 1> zeros_;  // padded: the same before the first row
   std::vector<chain_products> products_;      // group × S
   flow_moments moments_{sites_, 0};           // of width 0: unit sums are kept below
   open_sequence sequence_;                    // the sequence under way
@@ -621,8 +784,9 @@ class flow_walker {
 
 // ---- the same, site by site ---------------------------------------------------------------------
 
-/// A chain that arrives site by site: keeps of each token under way its last two rows and the mean
-/// of all so far, in numbered slots, and adds to the flow moments as rows come.
+/// A chain that arrives site by site: keeps of each token under way its last two rows and how far
+/// the last is off the mean of all so far, in numbered slots, and adds to the flow moments as rows
+/// come.
 template <class T>
 class chain_stream {
  public:
@@ -651,17 +815,20 @@ class chain_stream {
   void resize(std::ptrdiff_t tokens, std::ptrdiff_t first = 0, std::ptrdiff_t live = 0) {
     aligned_array<T> rows[2] = {aligned_array<T>(tokens * padded_),
                                 aligned_array<T>(tokens * padded_)};
-    aligned_array<C> mean(tokens * padded_);
+    aligned_array<C> off(tokens * padded_);
+    aligned_array<double> steps(tokens * blocks());
     std::vector<slot> fresh(count(tokens));
     for (std::ptrdiff_t i = 0; i < live; ++i) {
       std::ptrdiff_t const from = (first + i) % capacity();
       for (int k = 0; k < 2; ++k)
         std::copy_n(rows_[k].data() + from * padded_, padded_, rows[k].data() + i * padded_);
-      std::copy_n(mean_.data() + from * padded_, padded_, mean.data() + i * padded_);
+      std::copy_n(off_.data() + from * padded_, padded_, off.data() + i * padded_);
+      std::copy_n(steps_.data() + from * blocks(), blocks(), steps.data() + i * blocks());
       fresh[count(i)] = slots_[count(from)];
     }
     for (int k = 0; k < 2; ++k) rows_[k] = std::move(rows[k]);
-    mean_ = std::move(mean);
+    off_ = std::move(off);
+    steps_ = std::move(steps);
     slots_ = std::move(fresh);
   }
 
@@ -701,7 +868,7 @@ class chain_stream {
         m.steps[l - 1] += sums.steps;
         m.cosine[l - 1].merge(sums.cosine);
       }
-      if (site > 1) m.turns[l - 2] += sums.turns;
+      if (site > 1) m.turns[l - 2].merge(sums.turns);
       if (!m.non_finite[l].found()) m.non_finite[l] = sums.non_finite;
       if (slices > 1)
         for (std::ptrdiff_t j = 0; j < padded_; ++j) units[j] += parts_[count(s)].units[count(j)];
@@ -715,15 +882,17 @@ class chain_stream {
 
   /// A token under way.
   struct slot {
-    double norm2 = 0;         // of its last row
-    std::ptrdiff_t seen = 0;  // rows in its mean
+    double norm2 = 0;  // of its last row
+    int unit = 0;      // how far it is off its mean is in units of 2^unit
     bool counts = true;
     bool ordinary = true;                    // every row so far can be squared in C
     bool has_last = false, has_two = false;  // whether the last row, and the one before, are finite
   };
 
   struct site_sums {
-    double tokens = 0, squares = 0, zero_rows = 0, units = 0, steps = 0, turns = 0, spread = 0;
+    double tokens = 0, zero_rows = 0, units = 0;
+    square_sum squares, steps, spread;
+    turn_sum turns;
     running_stat cosine;
     position non_finite;
   };
@@ -732,8 +901,18 @@ class chain_stream {
   struct moving_row {
     T const *x, *last;  // features in one piece; the row of the site before
     T* to;              // the row of the site before that, whose place this one takes
-    C* mean;
-    C scale;  // 1 / ‖x‖
+    C* off;
+    double* steps;  // ‖·‖² of the last step over each block of features
+    C scale;        // 1 / ‖x‖
+  };
+
+  /// Products of a row with those before it. Blocks of features whose products in C will not do are
+  /// looked at again, and kept apart.
+  struct row_products {
+    double dot = 0, away2 = 0;
+    double step2 = 0, turn = 0, before2 = 0;  // ‖a‖², ⟨a, b⟩, ‖b‖² of this step and the one before
+    square_sum step_again;
+    turn_sum turn_again;
   };
 
   /// What one slice of a push works with.
@@ -750,6 +929,11 @@ class chain_stream {
   };
 
   static std::size_t count(std::ptrdiff_t n) { return static_cast<std::size_t>(n); }
+
+  /// Where the row of a site is kept, as long as that is one of the last two.
+  T* place(std::ptrdiff_t site, std::ptrdiff_t at) {
+    return rows_[(site + 2) % 2].data() + at * padded_;
+  }
 
   /// Takes one row in, the first of `left` of a slice.
   void take_row(part& mine, view<T> const& x, std::ptrdiff_t row, std::ptrdiff_t left,
@@ -770,8 +954,11 @@ class chain_stream {
     s.ordinary = s.ordinary && in_range<C>(norm2);
     if (!s.ordinary) return rescue(s, from, site, at, token, units, mine.sums);
 
-    mine.waiting[k] = {from, rows_[(site + 1) % 2].data() + at * padded_,
-                       rows_[site % 2].data() + at * padded_, mean_.data() + at * padded_,
+    mine.waiting[k] = {from,
+                       place(site - 1, at),
+                       place(site, at),
+                       off_.data() + at * padded_,
+                       steps_.data() + at * blocks(),
                        static_cast<C>(1 / std::sqrt(norm2))};
     std::ptrdiff_t const ahead = left > together ? together : 0;
     mine.next_x = x.col_stride == 1 ? ahead * x.row_stride : 0;
@@ -794,14 +981,18 @@ class chain_stream {
   template <std::ptrdiff_t Rows>
   void advance(part& mine, std::ptrdiff_t first, double* units) {
     moving_row const* const rows = mine.waiting + first;
-    chain_products r[Rows];
+    row_products r[Rows];
     auto const go = [&]<int Before>(std::integral_constant<int, Before>) {
       advance_places<Rows, Before>(rows, body_, mine.next_x, mine.next_row, mine.site, units, r);
       if (body_ == padded_) return;
       moving_row tails[Rows];
       for (std::ptrdiff_t k = 0; k < Rows; ++k)
-        tails[k] = {mine.tails.data() + (first + k) * chunk<T>::width, rows[k].last + body_,
-                    rows[k].to + body_, rows[k].mean + body_, rows[k].scale};
+        tails[k] = {mine.tails.data() + (first + k) * chunk<T>::width,
+                    rows[k].last + body_,
+                    rows[k].to + body_,
+                    rows[k].off + body_,
+                    rows[k].steps + ceil_div(body_, block),
+                    rows[k].scale};
       advance_places<Rows, Before>(tails, padded_ - body_, 0, 0, mine.site, units + body_, r);
     };
     if (mine.site == 0)
@@ -811,27 +1002,67 @@ class chain_stream {
     else
       go(std::integral_constant<int, 2>{});
     for (std::ptrdiff_t k = 0; k < Rows; ++k)
-      add_products(*mine.whose[first + k], r[k], mine.norm2[first + k], mine.site, mine.sums);
+      add_products(*mine.whose[first + k], rows[k], r[k], mine.norm2[first + k], mine.site,
+                   mine.sums);
   }
 
-  void add_products(slot& s, chain_products const& r, double norm2, std::ptrdiff_t site,
-                    site_sums& sums) {
+  void add_products(slot& s, moving_row const& row, row_products const& r, double norm2,
+                    std::ptrdiff_t site, site_sums& sums) {
     sums.squares += norm2;
     sums.units += 1;
     if (site > 0) {
-      sums.spread += r.away2 * (static_cast<double>(site) / static_cast<double>(site + 1));
-      sums.steps += r.step2;
-      double const cosine = r.dot / std::sqrt(norm2 * s.norm2);
+      double const cosine = r.dot / (std::sqrt(norm2) * std::sqrt(s.norm2));
       if (is_finite(cosine)) sums.cosine.add(cosine);
+      double const share = share_off<double>(site);
+      if (in_range<C>(r.away2)) {
+        sums.spread += r.away2 * share;
+      } else {
+        auto const off = in_own_units(
+            width_, [&](std::ptrdiff_t j) { return static_cast<double>(row.off[place_of<T>(j)]); });
+        sums.spread += square_sum::of(off.square() / share, off.exponent);
+      }
+      sums.steps += r.step2;
+      sums.steps += r.step_again;
     }
-    sums.turns += r.turn;
+    if (site > 1) {
+      double const c = r.before2 > 0 ? r.turn / r.before2 : 0;
+      sums.turns.add(r.before2, c, r.step2 - c * r.turn);
+      sums.turns.merge(r.turn_again);
+    }
     s.norm2 = norm2;
-    s.seen = site + 1;
     s.has_two = s.has_last;
     s.has_last = true;
   }
 
+  static bool far_from_straight(double a2, double ab, double b2) {
+    if constexpr (std::same_as<C, float>) return ab * ab < 0.75 * (a2 * b2);
+    return ab * (ab / b2) < 0.75 * a2;  // squares of squares may leave the range of double
+  }
+
+  /// Adds the step of a row, and how it lies to the one before, over some features, from products in
+  /// C if they are good. What is across a step adds up over features as it does over tokens.
+  static void add_step(moving_row const& row, std::ptrdiff_t begin, std::ptrdiff_t end,
+                       bool has_two, double a2, double ab, row_products& to) {
+    double const b2 = std::exchange(row.steps[begin / block], a2);
+    if (in_range<C>(a2) && (!has_two || (in_range<C>(b2) && far_from_straight(a2, ab, b2)))) {
+      to.step2 += a2;
+      if (has_two) to.turn += ab, to.before2 += b2;
+      return;
+    }
+    look_again(row, begin, end, has_two, to);
+  }
+
+  /// Kept out of the loop that calls it, whose registers it would take.
+  [[gnu::noinline]] static void look_again(moving_row const& row, std::ptrdiff_t begin,
+                                           std::ptrdiff_t end, bool has_two, row_products& to) {
+    row_values<T> const x{row.x + begin}, p{row.last + begin}, q{row.to + begin};
+    auto const a = step_in_own_units(end - begin, x, p);
+    to.step_again += square_sum::of(a.square(), a.exponent);
+    if (has_two) to.turn_again.merge(turn_of(a, step_in_own_units(end - begin, p, q)));
+  }
+
   static constexpr std::ptrdiff_t block = 64 * chunk<T>::width;  // summed in C, then in double
+  std::ptrdiff_t blocks() const { return ceil_div(body_, block) + 1; }
 
   static double add_squares(T const* x, std::ptrdiff_t places) {
     constexpr std::ptrdiff_t chains = 4;  // sums that do not wait for each other
@@ -862,43 +1093,43 @@ class chain_stream {
   template <std::ptrdiff_t Rows, int Before>
   static void advance_places(moving_row const* rows, std::ptrdiff_t places, std::ptrdiff_t next_x,
                              std::ptrdiff_t next_row, std::ptrdiff_t site, double* units,
-                             chain_products* r) {
+                             row_products* r) {
     constexpr std::ptrdiff_t width = chunk<T>::width, lanes = chunk<T>::lanes;
     // Vectors of the compiler's: Eigen cannot widen packets, and as a loop this is not vectorised.
     typedef C narrow __attribute__((vector_size(lanes * sizeof(C))));
     typedef double wide __attribute__((vector_size(lanes * sizeof(double))));
-    P const weight = packet::pset1<P>(C(1) / static_cast<C>(site + 1));
+    P const weight = packet::pset1<P>(share_off<C>(site));
     moving_row row[Rows];
     std::copy_n(rows, Rows, row);
     for (std::ptrdiff_t j = 0; j < places; j += block) {
       P dot[Rows], step2[Rows], turn[Rows], away2[Rows];
+      std::ptrdiff_t const end = (std::min)(places, j + block);
       for (std::ptrdiff_t k = 0; k < Rows; ++k)
         dot[k] = step2[k] = turn[k] = away2[k] = packet::pset1<P>(C(0));
-      for (std::ptrdiff_t i = j; i < (std::min)(places, j + block); i += width) {
+      for (std::ptrdiff_t i = j; i < end; i += width) {
         wide sum[chunk<T>::packets];
         std::memcpy(sum, units + i, sizeof(sum));
         unrolled<Rows>([&](std::ptrdiff_t k) __attribute__((always_inline)) {
           chunk<T> const here = load_chunk(row[k].x + i);
           chunk<T> before{}, two_before{};
-          if constexpr (Before > 0) before = load_chunk(static_cast<T const*>(row[k].last + i));
+          if constexpr (Before > 0) before = load_chunk(row[k].last + i);
           if constexpr (Before > 1) two_before = load_chunk(static_cast<T const*>(row[k].to + i));
           __builtin_prefetch(row[k].x + (i + next_x), 0, 2);
           if constexpr (Before > 0) __builtin_prefetch(row[k].last + (i + next_row), 0, 2);
           if constexpr (Before > 1) __builtin_prefetch(row[k].to + (i + next_row), 0, 2);
           P const scale = packet::pset1<P>(row[k].scale);
           for (std::ptrdiff_t c = 0; c < chunk<T>::packets; ++c) {
-            C* const m = row[k].mean + i + c * lanes;
+            C* const off = row[k].off + i + c * lanes;
             if constexpr (Before == 0) {
-              packet::pstore(m, here.at[c]);
+              packet::pstore(off, packet::pset1<P>(C(0)));
             } else {
-              __builtin_prefetch(m + next_row, 0, 2);
-              P const average = packet::pload<P>(m);
+              __builtin_prefetch(off + next_row, 0, 2);
               P const change = packet::psub(here.at[c], before.at[c]);
-              P const away = packet::psub(here.at[c], average);
+              P const away = packet::padd(change, packet::pload<P>(off));
               dot[k] = packet::pmadd(here.at[c], before.at[c], dot[k]);
               step2[k] = packet::pmadd(change, change, step2[k]);
               away2[k] = packet::pmadd(away, away, away2[k]);
-              packet::pstore(m, packet::pmadd(away, weight, average));
+              packet::pstore(off, packet::pmul(away, weight));
               if constexpr (Before > 1)
                 turn[k] =
                     packet::pmadd(change, packet::psub(before.at[c], two_before.at[c]), turn[k]);
@@ -906,96 +1137,91 @@ class chain_stream {
             P const unit = packet::pmul(here.at[c], scale);
             sum[c] += __builtin_convertvector(std::bit_cast<narrow>(unit), wide);
           }
-          if constexpr (std::same_as<T, C>)
-            packet::pstoreu(row[k].to + i, here.at[0]);
-          else
-            std::memcpy(row[k].to + i, row[k].x + i, count(width) * sizeof(T));
         });
         std::memcpy(units + i, sum, sizeof(sum));
       }
       for (std::ptrdiff_t k = 0; k < Rows; ++k) {
         r[k].dot += static_cast<double>(packet::predux(dot[k]));
-        r[k].step2 += static_cast<double>(packet::predux(step2[k]));
-        r[k].turn += static_cast<double>(packet::predux(turn[k]));
         r[k].away2 += static_cast<double>(packet::predux(away2[k]));
+        if constexpr (Before > 0)
+          add_step(rows[k], j, end, Before > 1, static_cast<double>(packet::predux(step2[k])),
+                   static_cast<double>(packet::predux(turn[k])), r[k]);
+        std::memcpy(row[k].to + j, row[k].x + j, count(end - j) * sizeof(T));
       }
     }
   }
 
-  /// A power of two that brings the largest of some values to about 1.
-  static double scale_of(double largest) {
-    return largest > 0 ? std::ldexp(1.0, (std::min)(1000, -std::ilogb(largest))) : 1;
-  }
-
   /// A row of a token that cannot do with squares in C: this row or an earlier one is zero, not
-  /// finite, or too large or too small. In double, scaled.
+  /// finite, or too large or too small. In double, in units of its own.
   void rescue(slot& s, T const* x, std::ptrdiff_t site, std::ptrdiff_t at, std::ptrdiff_t token,
               double* units, site_sums& sums) {
-    T* const to = rows_[site % 2].data() + at * padded_;
-    T const* const before = rows_[(site + 1) % 2].data() + at * padded_;
-    C* const mean = mean_.data() + at * padded_;
-    auto const value = [](T const* row, std::ptrdiff_t j) { return static_cast<double>(row[j]); };
+    row_values<T> const here{x}, last{place(site - 1, at)}, two_before{place(site - 2, at)};
     for (std::ptrdiff_t j = 0; j < width_; ++j)
-      if (!is_finite(value(x, j))) {
+      if (!is_finite(here(j))) {
         if (!sums.non_finite.found()) sums.non_finite = {token, j};
         s.has_two = s.has_last;
         s.has_last = false;
         return;
       }
-    double most = 0, most_before = 0, most_of_all = 0;
-    for (std::ptrdiff_t j = 0; j < width_; ++j) {
-      most = (std::max)(most, std::abs(value(x, j)));
-      if (s.has_last) most_before = (std::max)(most_before, std::abs(value(before, j)));
-      if (s.has_last && s.has_two) most_of_all = (std::max)(most_of_all, std::abs(value(to, j)));
-      if (s.seen > 0)
-        most_of_all = (std::max)(most_of_all, std::abs(static_cast<double>(mean[place_of<T>(j)])));
-    }
-    most_of_all = (std::max)({most_of_all, most, most_before});
-    double const own = scale_of(most), its = scale_of(most_before), all = scale_of(most_of_all);
-    double square = 0, square_before = 0, dot = 0, step2 = 0, turn = 0, away2 = 0;
-    double const seen = static_cast<double>(s.seen);
-    for (std::ptrdiff_t j = 0; j < width_; ++j) {
-      double const here = value(x, j);
-      square += here * own * (here * own);
-      if (s.has_last) {
-        double const last = value(before, j), step = here * all - last * all;
-        square_before += last * its * (last * its);
-        dot += here * own * (last * its);
-        step2 += step * step;
-        if (s.has_two) turn += step * (last * all - value(to, j) * all);
-      }
-      C& average = mean[place_of<T>(j)];
-      double const known = s.seen > 0 ? static_cast<double>(average) * all : 0;
-      double const away = here * all - known;
-      away2 += away * away;
-      average = static_cast<C>((known + away / (seen + 1)) / all);
-    }
-    sums.squares += square / own / own;
+    auto const own = in_own_units(width_, here);
+    double const square = own.square(), norm = std::sqrt(square);
+    sums.squares += square_sum::of(square, own.exponent);
     if (square > 0) {
       sums.units += 1;
-      for (std::ptrdiff_t j = 0; j < width_; ++j)
-        units[place_of<T>(j)] += value(x, j) * own / std::sqrt(square);
+      for (std::ptrdiff_t j = 0; j < width_; ++j) units[place_of<T>(j)] += own(j) / norm;
     } else {
       sums.zero_rows += 1;
     }
-    sums.spread += away2 * (seen / (seen + 1)) / all / all;
     if (s.has_last) {
-      sums.steps += step2 / all / all;
-      if (s.has_two) sums.turns += turn / all / all;
+      auto const its = in_own_units(width_, last);
+      double const square_before = its.square();
       if (square > 0 && square_before > 0)
-        sums.cosine.add(dot / std::sqrt(square) / std::sqrt(square_before));
+        sums.cosine.add(inner_product(own, its) / norm / std::sqrt(square_before));
+      auto const a = step_in_own_units(width_, here, last);
+      sums.steps += square_sum::of(a.square(), a.exponent);
+      if (s.has_two) sums.turns.merge(turn_of(a, step_in_own_units(width_, last, two_before)));
     }
-    std::copy_n(x, width_, to);
-    s.seen += 1;
+    move_off(s, here, last, off_.data() + at * padded_, site, sums);
+    std::copy_n(x, width_, place(site, at));
     s.has_two = s.has_last;
     s.has_last = true;
   }
 
+  /// Adds a row to the spread, and moves on how far its token is off the mean, in units of its own.
+  /// Without a row before there is no such mean: it is the first, or no St2 is to come.
+  void move_off(slot& s, row_values<T> const& x, row_values<T> const& last, C* off,
+                std::ptrdiff_t site, site_sums& sums) const {
+    if (!s.has_last) {
+      std::fill_n(off, padded_, C(0));
+      s.unit = 0;
+      return;
+    }
+    double whole = 1;  // or half of everything, where the whole has no double
+    auto const away = [&](std::ptrdiff_t j) {
+      return x(j) * whole - last(j) * whole +
+             static_cast<double>(off[place_of<T>(j)]) * std::ldexp(whole, s.unit);
+    };
+    double most =
+        s.unit < 1000 ? largest_of(width_, away) : std::numeric_limits<double>::infinity();
+    if (!is_finite(most)) whole = 0.5, most = largest_of(width_, away);
+    int const unit = most > 0 ? std::ilogb(most) : 0;
+    double const share = share_off<double>(site);
+    double square = 0;
+    for (std::ptrdiff_t j = 0; j < width_; ++j) {
+      double const value = std::ldexp(away(j), -unit);
+      square += value * value;
+      off[place_of<T>(j)] = static_cast<C>(value * share);
+    }
+    s.unit = unit + (whole < 1 ? 1 : 0);
+    sums.spread += square_sum::of(square * share, s.unit);
+  }
+
   std::ptrdiff_t width_, body_, padded_;
   std::unique_ptr<team> team_;
-  aligned_array<T> rows_[2];  // capacity × padded: rows of the last even and the last odd site
-  aligned_array<C> mean_;     // capacity × padded, features in their places
-  std::vector<slot> slots_;   // capacity
+  aligned_array<T> rows_[2];     // capacity × padded: rows of the last even and the last odd site
+  aligned_array<C> off_;         // capacity × padded, features in their places
+  aligned_array<double> steps_;  // capacity × blocks
+  std::vector<slot> slots_;      // capacity
   part parts_[most_slices];
 };
 

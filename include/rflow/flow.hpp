@@ -35,7 +35,8 @@ struct flow_report {
   std::vector<measured> rms_norm;          ///< S: √(mean over tokens of ‖x‖²)
   std::vector<std::ptrdiff_t> zero_rows;   ///< S: tokens whose row is zero
   std::vector<position> non_finite;        ///< S: first NaN or infinity, if found()
-  std::vector<std::vector<double>> norms;  ///< S × n: ‖x‖, if per_token
+  std::vector<std::vector<double>> norms;  ///< S × n: ‖x‖, if per_token; infinite where
+                                           ///< double has no such number
 };
 
 /// Reports on moments, wherever they came from.
@@ -51,14 +52,7 @@ inline flow_report report_of(flow_moments const& m, normalization by = normaliza
     out.inter_token.push_back(detail::mean_pair_cosine(m, l));
     out.zero_rows.push_back(static_cast<std::ptrdiff_t>(m.zero_rows[s]));
     if (l + 1 < m.sites) out.adjacent.push_back(detail::cosines_of_pair(m, l));
-    if (m.non_finite[s].found())
-      out.rms_norm.push_back(status::non_finite);
-    else if (!(m.tokens > 0))
-      out.rms_norm.push_back(status::too_few_rows);
-    else
-      out.rms_norm.push_back(detail::squares_underflow(m, s)
-                                 ? measured(status::out_of_range)
-                                 : detail::root(detail::in_range(m.squares[s] / m.tokens)));
+    out.rms_norm.push_back(detail::rms_norm(m, s));
   }
   out.variance = detail::variance_of(m, by);
   measured const energy = out.variance.path_energy;

@@ -6,7 +6,7 @@
 // merges that are exact for it; the types keep apart what does not add.
 
 #include <algorithm>
-#include <cmath>  // std::sqrt, std::ldexp
+#include <cmath>  // std::sqrt, std::ldexp, std::atan2
 #include <concepts>
 #include <cstddef>
 #include <cstdint>
@@ -18,19 +18,65 @@
 
 namespace rflow {
 
+/// A sum of squares that may leave the range of double: value · 4^exponent. The exponent is 0 as long
+/// as the sum is in range. Reads as a double: 0 or infinity where it has none.
+struct square_sum {
+  double value = 0;  ///< at least 0
+  int exponent = 0;  ///< of 4
+
+  constexpr square_sum() = default;
+  /// @param v, e  v · 4^e
+  constexpr square_sum(double v, int e = 0) : value(v), exponent(e) {}
+
+  /// v · 4^e with exponent 0 if that is well within the range of double.
+  static square_sum of(double v, int e) {
+    if (!(v > 0) || !detail::is_finite(v)) return v;
+    int const half = std::ilogb(v) / 2;
+    if (std::abs(half + e) < 450) return std::ldexp(v, 2 * e);
+    return {std::ldexp(v, -2 * half), e + half};
+  }
+  /// a · b, at least 0, of any finite factors.
+  static square_sum product(double a, double b) {
+    int i = 0, j = 0;
+    double const v = std::frexp(a, &i) * std::frexp(b, &j);
+    bool const odd = (i + j) % 2 != 0;
+    return of(odd ? v / 2 : v, (i + j + (odd ? 1 : 0)) / 2);
+  }
+
+  /// Adds another sum.
+  void operator+=(square_sum more) {
+    if (exponent != more.exponent && more.value > 0) {
+      int const top = value > 0 ? (std::max)(exponent, more.exponent) : more.exponent;
+      value = value > 0 ? std::ldexp(value, 2 * (exponent - top)) : 0;
+      more.value = std::ldexp(more.value, 2 * (more.exponent - top));
+      exponent = top;
+    }
+    value += more.value;
+  }
+
+  /// As a double.
+  operator double() const { return exponent == 0 ? value : std::ldexp(value, 2 * exponent); }
+};
+
+/// a · b.
+inline square_sum times(square_sum a, square_sum b) {
+  square_sum const mantissas = square_sum::product(a.value, b.value);
+  return square_sum::of(mantissas.value, mantissas.exponent + a.exponent + b.exponent);
+}
+
 /// Count, mean and centred second moment of a stream; merges without cancellation.
 /// @see Chan, Golub, LeVeque, "Algorithms for computing the sample variance", 1983, equation 1.5
 struct running_stat {
-  double count = 0;  ///< values seen
-  double mean = 0;   ///< of them
-  double m2 = 0;     ///< sum of their squared distances from the mean
+  double count = 0;   ///< values seen
+  double mean = 0;    ///< of them
+  square_sum m2 = 0;  ///< sum of their squared distances from the mean
 
   /// One more value.
   void add(double x) {
     count += 1;
     double const delta = x - mean;
     mean += delta / count;
-    m2 += delta * (x - mean);
+    m2 += product(delta, x - mean);
   }
   /// The values of another stream.
   void merge(running_stat const& other) {
@@ -38,11 +84,83 @@ struct running_stat {
     double const total = count + other.count;
     double const delta = other.mean - mean;
     mean += delta * (other.count / total);
-    m2 += other.m2 + delta * delta * (count * other.count / total);
+    m2 += other.m2;
+    m2 += product(delta, delta * (count * (other.count / total)));
     count = total;
   }
   /// Standard deviation of the values seen (divided by their number), at least 0.
-  double stddev() const { return count > 0 ? std::sqrt(m2 / count) : 0; }
+  double stddev() const {
+    return count > 0 ? std::ldexp(std::sqrt(m2.value / count), m2.exponent) : 0;
+  }
+
+ private:
+  static square_sum product(double a, double b) {
+    double const ab = a * b;
+    return ab > 1e-290 && ab < 1e290 ? square_sum(ab) : square_sum::product(a, b);
+  }
+};
+
+/// How two steps a and b of n tokens lie to each other, as sums that keep small angles: with
+/// a_t = c_t b_t + r_t, r_t orthogonal to b_t, all of a is mean · b and what is orthogonal to it.
+struct turn_sum {
+  double weight = 0;  ///< Σ‖b_t‖², times 4^before
+  double mean = 0;    ///< Σ⟨a_t, b_t⟩ / Σ‖b_t‖², times 2^(after − before)
+  double away2 = 0;   ///< ‖a − mean · b‖², times 4^after
+  int before = 0;     ///< exponent of b; 0 but for steps far from 1
+  int after = 0;      ///< exponent of a
+
+  /// One token, in units of 1.
+  /// @param b2     ‖b_t‖²
+  /// @param c      ⟨a_t, b_t⟩ / ‖b_t‖², or anything if b_t is 0
+  /// @param rest2  ‖a_t − c b_t‖², or ‖a_t‖²
+  void add(double b2, double c, double rest2) {
+    if (before != 0 || after != 0) return merge({b2, b2 > 0 ? c : 0, rest2});
+    if (b2 > 0) add_along(b2, c);
+    away2 += rest2;
+  }
+  /// Other tokens. What is too small beside the others to count is dropped.
+  void merge(turn_sum other) {
+    if (other.before != before || other.after != after) {
+      int const b = common(before, weight, other.before, other.weight);
+      int const a = common(after, size2(), other.after, other.size2());
+      move_to(b, a);
+      other.move_to(b, a);
+    }
+    if (other.weight > 0) add_along(other.weight, other.mean);
+    away2 += other.away2;
+  }
+  /// Goes back to units of 1 where the sums are well within the range of double.
+  void settle() {
+    if (std::abs(before) < 400 && std::abs(after) < 400) move_to(0, 0);
+  }
+  /// The angle between a and b, in [0, π]. Neither may be 0.
+  double angle() const { return std::atan2(std::sqrt(away2), mean * std::sqrt(weight)); }
+
+ private:
+  double size2() const { return away2 + mean * (mean * weight); }
+
+  static int common(int mine, double value, int its, double its_value) {
+    if (!(its_value > 0)) return mine;
+    return value > 0 ? (std::max)(mine, its) : its;
+  }
+  void move_to(int b, int a) {
+    if (before - b < -500) {  // b is nothing beside the others': all of a is across
+      away2 = size2();
+      weight = mean = 0;
+    }
+    weight = weight > 0 ? std::ldexp(weight, 2 * (before - b)) : 0;
+    mean = weight > 0 ? std::ldexp(mean, after - a - (before - b)) : 0;
+    away2 = std::ldexp(away2, 2 * (after - a));
+    before = b;
+    after = a;
+  }
+  void add_along(double b2, double c) {
+    double const total = weight + b2, delta = c - mean;
+    // From the heavier side: the mean of a light one may be out of all proportion.
+    mean = b2 > weight ? c - delta * (weight / total) : mean + delta * (b2 / total);
+    away2 += delta * (delta * (weight * (b2 / total)));  // grouped so as not to leave the range
+    weight = total;
+  }
 };
 
 /// Everything that flow() knows about a chain of S sites, from one read. Adds over tokens.
@@ -54,7 +172,7 @@ struct flow_moments {
   std::ptrdiff_t width = 0;  ///< d
   double tokens = 0;         ///< n, those that count
 
-  std::vector<double> squares;                ///< S: Σ_t ‖x_t‖²
+  std::vector<square_sum> squares;            ///< S: Σ_t ‖x_t‖²
   std::vector<double> zero_rows;              ///< S: tokens with x_t = 0
   std::vector<double> unit_sum;               ///< S × d: Σ x_t/‖x_t‖ over the open sequence
   std::vector<double> units;                  ///< S: number of terms in it
@@ -62,9 +180,9 @@ struct flow_moments {
   std::vector<double> pairs;                  ///< S: number of those ordered pairs
   std::vector<running_stat> sequence_cosine;  ///< S: mean pair cosine of each closed sequence
   std::vector<running_stat> cosine;           ///< S − 1: cos(x_l,t , x_l+1,t)
-  std::vector<double> steps;                  ///< S − 1: Σ_t ‖Δ_l,t‖²
-  std::vector<double> turns;                  ///< S − 2: Σ_t ⟨Δ_l,t , Δ_l+1,t⟩
-  double spread = 0;                          ///< Σ_t Σ_l ‖x_l,t − x̄_t‖²
+  std::vector<square_sum> steps;              ///< S − 1: Σ_t ‖Δ_l,t‖²
+  std::vector<turn_sum> turns;                ///< S − 2: Δ_l+1 against Δ_l
+  square_sum spread = 0;                      ///< Σ_t Σ_l ‖x_l,t − x̄_t‖²
   std::vector<position> non_finite;           ///< S: first NaN or infinity
 
   flow_moments() = default;
@@ -118,7 +236,7 @@ struct flow_moments {
       detail::reject("rflow::flow_moments::merge",
                      std::to_string(sites) + " sites x " + std::to_string(width) + " and " +
                          std::to_string(other.sites) + " sites x " + std::to_string(other.width));
-    auto const add = [](std::vector<double>& to, std::vector<double> const& from) {
+    auto const add = [](auto& to, auto const& from) {
       for (std::size_t i = 0; i < to.size(); ++i) to[i] += from[i];
     };
     tokens += other.tokens;
@@ -130,7 +248,7 @@ struct flow_moments {
     add(pair_cosines, other.pair_cosines);
     add(pairs, other.pairs);
     add(steps, other.steps);
-    add(turns, other.turns);
+    for (std::size_t l = 0; l < turns.size(); ++l) turns[l].merge(other.turns[l]);
     for (std::size_t l = 0; l < cosine.size(); ++l) cosine[l].merge(other.cosine[l]);
     for (std::size_t l = 0; l < non_finite.size(); ++l) {
       sequence_cosine[l].merge(other.sequence_cosine[l]);
@@ -524,8 +642,20 @@ void as_number(Whole& x, F const& f) {
 /// Calls f(double&) for every number of moments in a fixed order, and takes over what f writes. What
 /// to_numbers and from_numbers need of a type; sizes of vectors are not among the numbers.
 template <class F>
+void each_number(square_sum& s, F const& f) {
+  f(s.value);
+  detail::as_number(s.exponent, f);
+}
+template <class F>
+void each_number(turn_sum& s, F const& f) {
+  f(s.weight), f(s.mean), f(s.away2);
+  detail::as_number(s.before, f);
+  detail::as_number(s.after, f);
+}
+template <class F>
 void each_number(running_stat& s, F const& f) {
-  f(s.count), f(s.mean), f(s.m2);
+  f(s.count), f(s.mean);
+  each_number(s.m2, f);
 }
 template <class F>
 void each_number(position& at, F const& f) {
@@ -538,10 +668,13 @@ void each_number(std::vector<running_stat>& stats, F const& f) {
 }
 template <class F>
 void each_number(flow_moments& m, F const& f) {
-  f(m.tokens), f(m.spread);
-  for (auto* const values : {&m.squares, &m.zero_rows, &m.unit_sum, &m.units, &m.pair_cosines,
-                             &m.pairs, &m.steps, &m.turns})
+  f(m.tokens);
+  each_number(m.spread, f);
+  for (auto* const values : {&m.zero_rows, &m.unit_sum, &m.units, &m.pair_cosines, &m.pairs})
     for (double& x : *values) f(x);
+  for (auto* const values : {&m.squares, &m.steps})
+    for (square_sum& x : *values) each_number(x, f);
+  for (turn_sum& x : m.turns) each_number(x, f);
   each_number(m.sequence_cosine, f);
   each_number(m.cosine, f);
   for (position& at : m.non_finite) each_number(at, f);

@@ -71,33 +71,24 @@ struct sequence_figures {
   /// Adds one sequence. Does not allocate.
   void add(flow_moments const& m, normalization by) {
     if (!(m.tokens > 0)) return;
-    measured const factor = detail::variance_factor(m, by);
-    auto const finite = [&](std::size_t l) { return !m.non_finite[l].found(); };
-    auto const sites = static_cast<std::size_t>(m.sites);
-    double energy = 0, length = 0;
-    bool all_finite = true;
-    for (std::size_t l = 0; l < sites; ++l) {
-      all_finite = all_finite && finite(l);
-      if (!finite(l)) continue;
-      if (m.pairs[l] > 0) inter_token[l].add(m.pair_cosines[l] / m.pairs[l]);
-      rms_norm[l].add(std::sqrt(m.squares[l] / m.tokens));
-      if (l + 1 == sites || !finite(l + 1)) continue;
-      if (m.cosine[l].count > 0) adjacent[l].add(m.cosine[l].mean);
-      if (!factor.ok()) continue;
-      double const step = std::sqrt(m.steps[l] * factor.value);
-      steps[l].add(step);
-      energy += step * step;
-      length += step;
-      if (l + 2 == sites || !finite(l + 2)) continue;
-      double const norms = std::sqrt(m.steps[l]) * std::sqrt(m.steps[l + 1]);
-      if (norms > 0) curvature[l].add(std::acos(std::clamp(m.turns[l] / norms, -1.0, 1.0)));
+    detail::square_factor const factor = detail::variance_factor(m, by);
+    auto const count = [](running_stat& to, measured const& x) {
+      if (x.ok()) to.add(x);
+    };
+    for (std::size_t l = 0; l < rms_norm.size(); ++l) {
+      count(inter_token[l], detail::mean_pair_cosine(m, static_cast<std::ptrdiff_t>(l)));
+      count(rms_norm[l], detail::rms_norm(m, l));
     }
-    if (!all_finite || !factor.ok()) return;
-    st2.add(std::sqrt(m.spread * factor.value / static_cast<double>(m.sites)));
-    if (sites < 2) return;
-    st1.add(std::sqrt(energy / static_cast<double>(sites - 1)));
-    path_energy.add(energy);
-    path_length.add(length);
+    for (std::size_t l = 0; l < steps.size(); ++l) {
+      if (detail::finite_sites(m, l, l + 1) && m.cosine[l].count > 0)
+        adjacent[l].add(m.cosine[l].mean);
+      count(steps[l], detail::step_of(m, l, factor));
+    }
+    for (std::size_t l = 0; l < curvature.size(); ++l)
+      count(curvature[l], detail::curvature_of(m, l));
+    detail::chain_figures const whole = detail::chain_of(m, factor);
+    count(st1, whole.st1), count(st2, whole.st2);
+    count(path_energy, whole.path_energy), count(path_length, whole.path_length);
   }
 
   /// Adds the CKA of one sequence.
@@ -163,6 +154,12 @@ struct monitor_moments {
     };
     if (sites != other.sites || width != other.width || cka.sites != other.cka.sites)
       detail::reject("rflow::monitor_moments::merge", shape(*this) + " and " + shape(other));
+    constexpr std::ptrdiff_t most = (std::numeric_limits<std::ptrdiff_t>::max)();
+    if (other.tokens < 0 || other.sequences < 0 || other.tokens > most - tokens ||
+        other.sequences > most - sequences)
+      detail::reject("rflow::monitor_moments::merge", std::to_string(tokens) + " and " +
+                                                          std::to_string(other.tokens) +
+                                                          " tokens: not a number of tokens");
     flow.merge(other.flow, tokens);
     figures.merge(other.figures);
     cka.merge(other.cka);
@@ -220,6 +217,9 @@ inline monitor_report report_of(monitor_moments const& m, normalization by = nor
 /// first refusal is kept, and report() throws it. One thread at a time may use a monitor; several
 /// monitors (one a thread, one a sequence of a batch) merge.
 ///
+/// A child of fork() has none of the monitor's threads: make a new monitor there, or one with
+/// on_cpu{.threads = 1} before. To use, or to destroy, one with threads in the child does not return.
+///
 /// @tparam T   element type of the rows: float, double, f16 or bf16
 /// @tparam On  where it runs; on_cpu{.threads = 1} leaves the engine's cores alone
 template <class T = float, class On = default_backend_t<host_memory>>
@@ -229,11 +229,12 @@ class flow_monitor {
   /// @param  width  d, the same at every site
   /// @param  options  what to compute, and of which tokens
   /// @param  on     where it runs
-  /// @throws std::invalid_argument if sites, width or an option is out of range
+  /// @throws std::invalid_argument if sites, width or an option is out of range, or they take more
+  ///         than an address space together; std::bad_alloc if memory is short
   explicit flow_monitor(std::ptrdiff_t sites, std::ptrdiff_t width,
                         monitor_options const& options = {}, On const& on = {})
       : sites_(require_positive(sites, "sites")),
-        width_(require_positive(width, "features")),
+        width_(require_sizes(sites, width, options)),
         options_(options),
         chain_(width, on.thread_count()),
         batches_(sites, width, batch_of(options), chain_.threads()),
@@ -254,7 +255,8 @@ class flow_monitor {
 
   /// Makes room for this many tokens under way: those of a micro-batch if all sites of one are pushed
   /// before the next, of a whole sequence if site follows site.
-  /// @throws std::invalid_argument if it is not positive
+  /// @throws std::invalid_argument if it is not positive, or more than an address space holds;
+  ///         std::bad_alloc if memory is short
   void reserve(std::ptrdiff_t max_tokens) {
     require_positive(max_tokens, "tokens to reserve");
     if (max_tokens > chain_.capacity()) make_room(max_tokens);
@@ -280,7 +282,7 @@ class flow_monitor {
     std::ptrdiff_t const end = first_token + x.rows;
     try {
       if (low() == high()) origin_ = low();
-      if (end - low() > chain_.capacity()) make_room((std::max)(end - low(), 2 * capacity()));
+      if (end - low() > capacity()) make_room((std::max)(end - low(), 2 * capacity()));
     } catch (std::exception const& error) {
       return refuse("no memory for %td tokens under way: %s", end - low(), error.what());
     }
@@ -377,6 +379,25 @@ class flow_monitor {
     return value;
   }
 
+  /// @param bytes  about so many, as a double: products of sizes have no integer
+  static void require_space(double bytes, std::string const& what) {
+    if (bytes > 0x1p47) detail::reject(name_of_class, what + ": more than an address space holds");
+  }
+
+  static std::ptrdiff_t require_sizes(std::ptrdiff_t sites, std::ptrdiff_t width,
+                                      monitor_options const& options) {
+    require_positive(width, "features");
+    auto const s = static_cast<double>(sites), d = static_cast<double>(width),
+               b = static_cast<double>(batch_of(options));
+    double const sums = (s + 64) * d * sizeof(double) + s * sizeof(flow_moments);
+    double const batches = b > 0 ? s * s * sizeof(running_stat) + s * b * (b + d) * sizeof(T) : 0;
+    require_space(sums + batches,
+                  std::to_string(sites) + " sites x " + std::to_string(width) + " features" +
+                      (b > 0 ? " in batches of " + std::to_string(options.cka_batch) + " tokens"
+                             : std::string()));
+    return width;
+  }
+
   static std::ptrdiff_t batch_of(monitor_options const& options) {
     if (!options.cka) return 0;
     if (options.cka_batch < debiased::minimum_tokens)
@@ -392,6 +413,10 @@ class flow_monitor {
   std::ptrdiff_t capacity() const { return chain_.capacity(); }
 
   void make_room(std::ptrdiff_t tokens) {
+    auto const t = static_cast<double>(tokens), s = static_cast<double>(sites_),
+               b = static_cast<double>(batch_of(options_));
+    require_space(t * (static_cast<double>(width_) * sizeof(double) + s * b * sizeof(T)),
+                  "room for " + std::to_string(tokens) + " tokens under way");
     chain_.resize(tokens, capacity() > 0 ? (low() - origin_) % capacity() : 0, high() - low());
     batches_.resize(tokens, low(), high() - low());
     origin_ = low();
@@ -412,6 +437,9 @@ class flow_monitor {
     if (!keep.empty() && static_cast<std::ptrdiff_t>(keep.size()) != x.rows)
       return refuse("site %td: a mask of %td values for %td rows", site,
                     static_cast<std::ptrdiff_t>(keep.size()), x.rows);
+    if (first > (std::numeric_limits<std::ptrdiff_t>::max)() - x.rows)
+      return refuse("site %td: %td rows from token %td on are too many to count", site, x.rows,
+                    first);
     std::ptrdiff_t const end = first + x.rows, had = next(site);
     if (first >= 0 && end <= had)
       return refuse("site %td: tokens %td to %td were pushed before", site, first, end - 1);

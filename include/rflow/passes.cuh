@@ -196,10 +196,17 @@ __host__ __device__ bool in_range(double square) {
     return square > 1e-270 && square < 1e290;
 }
 
-/// What is kept of every token of a slab at every site, at site · tokens + token.
+/// Squares of a token are in units of 4^these: 0 but for data far from 1.
+struct token_units {
+  short square, step, spread;
+};
+
+/// What is kept of every token of a slab at every site, at site · tokens + token. A turn is a share
+/// of the step before, and rest2 the square of what is across it.
 struct token_table {
   integer sites, tokens;
-  double *square, *step2, *turn, *spread, *cosine, *norm;
+  double *square, *step2, *turn, *rest2, *spread, *cosine, *norm;
+  token_units* unit;
   integer* bad;  // first feature that is NaN or infinite, −1 if there is none
 
   __host__ __device__ integer at(integer site, integer token) const {
@@ -213,12 +220,75 @@ struct chain_sums {
   A square = 0, dot = 0, step2 = 0, turn = 0, away2 = 0;
 };
 
+/// The features of a row.
+template <class T>
+struct row_values {
+  T const* at;
+  integer stride;
+
+  __host__ __device__ double operator()(integer j) const {
+    return static_cast<double>(at[j * stride]);
+  }
+};
+
+/// x − p, or half of it.
+template <class T>
+struct row_difference {
+  row_values<T> x, p;
+  double part;
+
+  __host__ __device__ double operator()(integer j) const { return x(j) * part - p(j) * part; }
+};
+
+/// Values in units of 2^exponent.
+template <class F>
+struct in_units {
+  F values;
+  int exponent;
+  double power, rest;  // 2^−exponent in two factors: one may be out of range
+
+  __host__ __device__ double operator()(integer j) const { return values(j) * power * rest; }
+};
+
+/// Sums of f(j) over j < n.
+template <class Group, class F>
+__host__ __device__ double sum_over(integer n, Group g, F const& f) {
+  double sum = 0;
+  for (integer j = g.lane(); j < n; j += Group::size) sum += f(j);
+  return g.sum(sum);
+}
+/// The largest |f(j)|.
+template <class Group, class F>
+__host__ __device__ double largest_of(integer n, Group g, F const& f) {
+  using std::abs;
+  double most = 0;
+  for (integer j = g.lane(); j < n; j += Group::size) {
+    double const value = abs(f(j));
+    most = most < value ? value : most;
+  }
+  return g.max(most);
+}
+/// Σ a(j) b(j).
+template <class Group, class A, class B>
+__host__ __device__ double inner(integer n, Group g, A const& a, B const& b) {
+  return sum_over(n, g, [&](integer j) { return a(j) * b(j); });
+}
+/// Units in which a largest value of `most` is between 1 and 2.
+template <class F>
+__host__ __device__ in_units<F> in_units_of(double most, F const& f) {
+  using std::ilogb, std::ldexp;
+  int const e = most > 0 ? ilogb(most) : 0;
+  return {f, e, ldexp(1.0, -(e / 2)), ldexp(1.0, e / 2 - e)};
+}
+
 /// Walks one token through all sites: norms, products with the site before, distance from the mean
-/// of the sites before. In C, and once more in double for a token with a row that is zero, not
-/// finite, or too large or small to be squared in C.
+/// of the sites before, by how far the site before is off it. In C, and once more in double for a
+/// token with a row that is zero, not finite, or too large or small to be squared in C, or such a
+/// step, or steps that are nearly parallel.
 template <class T>
 struct walk_chain {
   using C = compute_t<T>;
+  using step = row_difference<T>;
 
   slab_rows<T> x;
   token_table out;
@@ -227,75 +297,69 @@ struct walk_chain {
   __host__ __device__ void operator()(integer t, Group g) const {
     for (integer l = g.lane(); l < out.sites; l += Group::size) out.bad[out.at(l, t)] = -1;
     g.sync();
-    walk<C, false>(t, g, 1);
+    walk(t, g);
     g.sync();
     double odd = 0;
-    for (integer l = g.lane(); l < out.sites; l += Group::size)
-      if (!in_range<C>(out.square[out.at(l, t)])) odd = 1;
-    double scale = 1;
-    if (g.max(odd) > 0) {
-      scale = inspect(t, g);
-      g.sync();
-      walk<double, true>(t, g, scale);
-      g.sync();
+    for (integer l = g.lane(); l < out.sites; l += Group::size) {
+      bool const good =
+          in_range<C>(out.square[out.at(l, t)]) && (l == 0 || in_range<C>(out.step2[out.at(l, t)]));
+      if (!good) odd = 1;
     }
-    finish(t, g, scale);
+    if (g.max(odd) > 0)
+      careful(t, g);
+    else
+      finish(t, g);
   }
 
  private:
-  template <class A, bool Careful, class Group>
-  __host__ __device__ void walk(integer t, Group g, double scale) const {
+  __host__ __device__ row_values<T> values(integer l, integer t) const {
+    return {x.sites[l].row(x.first + t), x.sites[l].col_stride};
+  }
+
+  template <class Group>
+  __host__ __device__ void walk(integer t, Group g) const {
     constexpr integer block = Group::size * Group::held;
     integer const width = x.sites[0].cols;
     for (integer from = 0; from < width; from += block) {
-      A mean[Group::held] = {}, before[Group::held] = {}, step[Group::held] = {};
-      integer seen = 0, run = 0;  // sites so far; those of them just before this one
+      C off[Group::held] = {}, before[Group::held] = {}, move[Group::held] = {};
       for (integer l = 0; l < out.sites; ++l) {
-        if (Careful && out.bad[out.at(l, t)] >= 0) {
-          run = 0;
-          if (from == 0 && g.lane() == 0) store(out.at(l, t), 0, missing, 0, 0, 0);
-          continue;
-        }
-        A here[Group::held];
+        C here[Group::held];
         load(x.sites[l], x.sites[l].row(x.first + t), from, g, here);
-        if constexpr (Careful)
-          for (A& value : here) value *= static_cast<A>(scale);
-        chain_sums<A> s;
-        add_features(here, A(1) / static_cast<A>(seen + 1), mean, before, step, s);
+        C const share = static_cast<C>(l) / static_cast<C>(l + 1);
+        chain_sums<C> s;
+        add_features(here, share, off, before, move, s);
         double const square = static_cast<double>(g.sum(s.square)),
                      dot = static_cast<double>(g.sum(s.dot)),
                      step2 = static_cast<double>(g.sum(s.step2)),
                      turn = static_cast<double>(g.sum(s.turn)),
-                     away2 = static_cast<double>(g.sum(s.away2)) * static_cast<double>(seen) /
-                             static_cast<double>(seen + 1);
+                     away2 = static_cast<double>(g.sum(s.away2)) * static_cast<double>(l) /
+                             static_cast<double>(l + 1);
         if (g.lane() == 0) {
           integer const at = out.at(l, t);
-          if (from == 0) store(at, 0, run > 0 ? 0 : missing, 0, 0, 0);
+          if (from == 0) store(at, 0, l > 0 ? 0 : missing, 0, 0, 0);
           out.square[at] += square;
           out.spread[at] += away2;
-          if (run > 0) out.cosine[at] += dot, out.step2[at] += step2;
-          if (run > 1) out.turn[at] += turn;
+          if (l > 0) out.cosine[at] += dot, out.step2[at] += step2;
+          if (l > 1) out.turn[at] += turn;
         }
-        ++seen;
-        ++run;
       }
     }
   }
 
-  template <class A, int Held>
-  __host__ __device__ static void add_features(A const (&here)[Held], A weight, A (&mean)[Held],
-                                               A (&before)[Held], A (&step)[Held],
-                                               chain_sums<A>& s) {
+  template <int Held>
+  __host__ __device__ static void add_features(C const (&here)[Held], C share, C (&off)[Held],
+                                               C (&before)[Held], C (&step_before)[Held],
+                                               chain_sums<C>& s) {
     for (int k = 0; k < Held; ++k) {
-      A const v = here[k], move = v - before[k], away = v - mean[k];
+      C const v = here[k], move = v - before[k], away = move + off[k];
       s.square += v * v;
       s.dot += v * before[k];
       s.step2 += move * move;
-      s.turn += move * step[k];
+      s.turn += move * step_before[k];
       s.away2 += away * away;
-      mean[k] += away * weight;
+      off[k] = away * share;
       before[k] = v;
-      step[k] = move;
+      step_before[k] = move;
     }
   }
 
@@ -305,55 +369,183 @@ struct walk_chain {
     out.cosine[at] = cosine;
     out.step2[at] = step2;
     out.turn[at] = turn;
+    out.rest2[at] = 0;
     out.spread[at] = spread;
+    out.unit[at] = {0, 0, 0};
   }
 
-  /// Finds sites that are not finite, and a power of two that brings the largest value to about 1.
+  /// Norms, cosines and turns of a token from its products in C.
   template <class Group>
-  __host__ __device__ double inspect(integer t, Group g) const {
-    using std::abs, std::ilogb, std::ldexp;
-    double largest = 0;
-    for (integer l = 0; l < out.sites; ++l) {
-      token_rows<T> const& site = x.sites[l];
-      T const* const row = site.row(x.first + t);
-      double most = 0, first_bad = 0;  // counted from the end, so that the first is the largest
-      for (integer j = g.lane(); j < site.cols; j += Group::size) {
-        double const value = static_cast<double>(row[j * site.col_stride]);
-        if (is_finite(value))
-          most = most < abs(value) ? abs(value) : most;
-        else if (first_bad == 0)
-          first_bad = static_cast<double>(site.cols - j);
-      }
-      first_bad = g.max(first_bad);
-      most = g.max(most);
-      if (first_bad > 0) {
-        if (g.lane() == 0) out.bad[out.at(l, t)] = site.cols - static_cast<integer>(first_bad);
-      } else if (most > largest) {
-        largest = most;
-      }
-    }
-    if (!(largest > 0)) return 1;
-    int const exponent = ilogb(largest);
-    return ldexp(1.0, exponent < -1000 ? 1000 : -exponent);
-  }
-
-  template <class Group>
-  __host__ __device__ void finish(integer t, Group g, double scale) const {
+  __host__ __device__ void finish(integer t, Group g) const {
     using std::sqrt;
+    double straight = 0;
     for (integer l = g.lane(); l < out.sites; l += Group::size) {
       integer const at = out.at(l, t);
       double const square = out.square[at];
-      out.norm[at] = out.bad[at] < 0 ? sqrt(square) / scale : missing;
-      if (l > 0)
-        out.cosine[at] = out.cosine[at] / sqrt(square) / sqrt(out.square[out.at(l - 1, t)]);
+      out.norm[at] = sqrt(square);
+      if (l == 0) continue;
+      out.cosine[at] = out.cosine[at] / sqrt(square) / sqrt(out.square[out.at(l - 1, t)]);
+      if (l == 1) continue;
+      double const a2 = out.step2[at], ab = out.turn[at], c = ab / out.step2[out.at(l - 1, t)];
+      out.turn[at] = c;
+      out.rest2[at] = a2 - c * ab;
+      if (c * ab > 0.75 * a2) straight = 1;
+    }
+    if (!(g.max(straight) > 0)) return;
+    g.sync();
+    for (integer l = 2; l < out.sites; ++l) {
+      integer const at = out.at(l, t);
+      double const rest2 = out.rest2[at], a2 = out.step2[at];
+      g.sync();
+      if (!(rest2 < 0.25 * a2)) continue;
+      turn_again(at, x.sites[l].cols, g,
+                 in_units<step>{{values(l, t), values(l - 1, t), 1}, 0, 1, 1},
+                 in_units<step>{{values(l - 1, t), values(l - 2, t), 1}, 0, 1, 1});
+    }
+  }
+
+  /// What is across the step before is measured, not left over from squares that nearly cancel.
+  template <class Group, class A, class B>
+  __host__ __device__ void turn_again(integer at, integer width, Group g, A const& a,
+                                      B const& b) const {
+    double const b2 = inner(width, g, b, b), ab = inner(width, g, a, b), c = b2 > 0 ? ab / b2 : 0;
+    double const rest2 = sum_over(width, g, [&](integer j) {
+      double const rest = a(j) - c * b(j);
+      return rest * rest;
+    });
+    if (g.lane() != 0) return;
+    out.turn[at] = c;
+    out.rest2[at] = rest2;
+  }
+
+  /// Goes back to units of 1 where a square is well within the range of double.
+  __host__ __device__ static short settled(int exponent) {
+    return static_cast<short>(exponent > -400 && exponent < 400 ? 0 : exponent);
+  }
+
+  template <class Group>
+  __host__ __device__ in_units<step> step_in_own_units(integer width, Group g, step move) const {
+    double most = largest_of(width, g, move);
+    if (is_finite(most)) return in_units_of(most, move);
+    move.part = 0.5;
+    most = largest_of(width, g, move);
+    in_units<step> half = in_units_of(most, move);
+    half.exponent += 1;
+    return half;
+  }
+
+  /// Everything about a token in double, each row and step in units of its own, and each site kept
+  /// apart from one that has no value.
+  template <class Group>
+  __host__ __device__ void careful(integer t, Group g) const {
+    using std::ldexp, std::sqrt;
+    integer const width = x.sites[0].cols;
+    integer run = 0;  // finite rows just before this one
+    bool finite = true;
+    double square_before = 0, most_before = 0;
+    for (integer l = 0; l < out.sites; ++l) {
+      integer const at = out.at(l, t);
+      row_values<T> const row = values(l, t);
+      integer const bad = first_bad(row, width, g);
+      if (bad >= 0) {
+        if (g.lane() == 0) {
+          store(at, 0, missing, 0, 0, 0);
+          out.norm[at] = missing;
+          out.bad[at] = bad;
+        }
+        run = 0;
+        finite = false;
+        continue;
+      }
+      double const most = largest_of(width, g, row);
+      auto const here = in_units_of(most, row);
+      double const square = inner(width, g, here, here);
+      double cosine = missing;
+      if (run > 0 && square > 0 && square_before > 0)
+        cosine = inner(width, g, here, in_units_of(most_before, values(l - 1, t))) / sqrt(square) /
+                 sqrt(square_before);
+      short const unit = settled(here.exponent);
+      if (g.lane() == 0) {
+        store(at, ldexp(square, 2 * (here.exponent - unit)), cosine, 0, 0, 0);
+        out.norm[at] = ldexp(sqrt(square), here.exponent);
+        out.unit[at].square = unit;
+      }
+      if (run > 0) careful_step(l, t, run > 1, g);
+      square_before = square;
+      most_before = most;
+      ++run;
     }
     g.sync();
-    if (scale == 1) return;
-    for (integer l = g.lane(); l < out.sites; l += Group::size) {
-      integer const at = out.at(l, t);
-      for (double* const value : {out.square, out.step2, out.turn, out.spread})
-        value[at] = value[at] / scale / scale;
+    if (finite) careful_spread(t, g);
+  }
+
+  template <class Group>
+  __host__ __device__ integer first_bad(row_values<T> const& row, integer width, Group g) const {
+    double bad = 0;  // counted from the end, so that the first is the largest
+    for (integer j = g.lane(); j < width && bad == 0; j += Group::size)
+      if (!is_finite(row(j))) bad = static_cast<double>(width - j);
+    bad = g.max(bad);
+    return bad > 0 ? width - static_cast<integer>(bad) : -1;
+  }
+
+  template <class Group>
+  __host__ __device__ void careful_step(integer l, integer t, bool turns, Group g) const {
+    using std::ldexp;
+    integer const width = x.sites[0].cols, at = out.at(l, t);
+    auto const a = step_in_own_units(width, g, step{values(l, t), values(l - 1, t), 1});
+    double const a2 = inner(width, g, a, a);
+    short const unit = settled(a.exponent);
+    int const up = a.exponent - unit;
+    g.sync();
+    if (g.lane() == 0) {
+      out.step2[at] = ldexp(a2, 2 * up);
+      out.unit[at].step = unit;
     }
+    if (!turns) return;
+    auto const b = step_in_own_units(width, g, step{values(l - 1, t), values(l - 2, t), 1});
+    turn_again(at, width, g, a, b);
+    if (g.lane() != 0) return;
+    out.turn[at] = ldexp(out.turn[at], up - (b.exponent - settled(b.exponent)));
+    out.rest2[at] = ldexp(out.rest2[at], 2 * up);
+  }
+
+  /// The spread of all sites, kept at the first: from differences to its row.
+  template <class Group>
+  __host__ __device__ void careful_spread(integer t, Group g) const {
+    using std::ilogb, std::ldexp;
+    integer const width = x.sites[0].cols;
+    double part = 1, most = farthest(t, part, g);
+    if (!is_finite(most)) {
+      part = 0.5;
+      most = farthest(t, part, g);
+    }
+    if (!(most > 0)) return;
+    double const sum = sum_over(width, g, [&](integer j) {
+      double mean = 0, square = 0;
+      for (integer l = 0; l < out.sites; ++l) {
+        auto const move = in_units_of(most, step{values(l, t), values(0, t), part});
+        double const seen = static_cast<double>(l), away = move(j) - mean;
+        square += away * away * (seen / (seen + 1));
+        mean += away / (seen + 1);
+      }
+      return square;
+    });
+    if (g.lane() != 0) return;
+    int const exponent = ilogb(most) + (part < 1 ? 1 : 0);
+    short const unit = settled(exponent);
+    out.spread[out.at(0, t)] = ldexp(sum, 2 * (exponent - unit));
+    out.unit[out.at(0, t)].spread = unit;
+  }
+
+  /// The largest difference of a feature to the first site's.
+  template <class Group>
+  __host__ __device__ double farthest(integer t, double part, Group g) const {
+    double most = 0;
+    for (integer l = 1; l < out.sites; ++l) {
+      double const here = largest_of(x.sites[0].cols, g, step{values(l, t), values(0, t), part});
+      most = most < here ? here : most;
+    }
+    return most;
   }
 };
 
@@ -404,6 +596,7 @@ struct add_units {
   template <int Ahead>
   __host__ __device__ double add(integer l, integer begin, integer end, integer j,
                                  double& sum) const {
+    using std::ldexp, std::sqrt;
     token_rows<T> const& site = x.sites[l];
     C part = 0;
     int pending = 0;
@@ -419,7 +612,9 @@ struct add_units {
         if (!(norm[u] > 0)) continue;
         count += 1;
         if (!in_range<C>(norm[u] * norm[u])) {
-          sum += static_cast<double>(here[u]) / norm[u];
+          integer const at = table.at(l, t + u);
+          sum +=
+              ldexp(static_cast<double>(here[u]), -table.unit[at].square) / sqrt(table.square[at]);
           continue;
         }
         part += here[u] * static_cast<C>(1 / norm[u]);
@@ -451,10 +646,14 @@ struct fold_norms {
   }
 };
 
-/// One site over one slice of tokens.
+/// One site over one slice of tokens. Squares are in units of 4^unit; turns in those of the step
+/// before, and of the step.
 struct slice_sums {
-  double square, zero_rows, step2, turn, spread;
+  double square, zero_rows, step2, spread;
+  double turn_weight, turn_mean, turn_away2;
   double cosines, mean_cosine, m2_cosine;
+  token_units unit;
+  int before_unit;
   integer bad_token, bad_feature;  // −1 if there is none
 };
 
@@ -469,19 +668,20 @@ struct sum_tokens {
     integer const l = item % table.sites, first = item / table.sites * slice;
     integer const last = smaller(table.tokens, first + slice);
     slice_sums s{};
+    find_units(l, first, last, g, s);
     double first_bad = 0, cosine = 0;
     for (integer t = first + g.lane(); t < last; t += Group::size) {
       integer const at = table.at(l, t);
-      s.square += table.square[at];
-      s.step2 += table.step2[at];
-      s.turn += table.turn[at];
-      s.spread += table.spread[at];
+      s.square += moved(table.square[at], 2 * (table.unit[at].square - s.unit.square));
+      s.step2 += moved(table.step2[at], 2 * (table.unit[at].step - s.unit.step));
+      s.spread += moved(table.spread[at], 2 * (table.unit[at].spread - s.unit.spread));
       if (table.norm[at] == 0) s.zero_rows += 1;
       if (table.bad[at] >= 0 && first_bad == 0) first_bad = static_cast<double>(last - t);
       if (l > 0 && is_finite(table.cosine[at])) s.cosines += 1, cosine += table.cosine[at];
     }
-    for (double* const value : {&s.square, &s.step2, &s.turn, &s.spread, &s.zero_rows, &s.cosines})
+    for (double* const value : {&s.square, &s.step2, &s.spread, &s.zero_rows, &s.cosines})
       *value = g.sum(*value);
+    if (l > 1) sum_turns(l, first, last, g, s);
     s.mean_cosine = s.cosines > 0 ? g.sum(cosine) / s.cosines : 0;
     for (integer t = first + g.lane(); l > 0 && t < last; t += Group::size) {
       double const away = table.cosine[table.at(l, t)] - s.mean_cosine;
@@ -492,6 +692,76 @@ struct sum_tokens {
     s.bad_token = first_bad > 0 ? last - static_cast<integer>(first_bad) : -1;
     s.bad_feature = first_bad > 0 ? table.bad[table.at(l, s.bad_token)] : -1;
     if (g.lane() == 0) out[item] = s;
+  }
+
+ private:
+  __host__ __device__ static double moved(double value, int by) {
+    using std::ldexp;
+    return by == 0 ? value : ldexp(value, by);
+  }
+
+  /// The largest units of what is not 0.
+  template <class Group>
+  __host__ __device__ void find_units(integer l, integer first, integer last, Group g,
+                                      slice_sums& s) const {
+    double most[4] = {};  // above `least`, which is below any
+    constexpr int least = -4096;
+    auto const raise = [](double value, int unit, double& to) {
+      double const above = value > 0 ? unit - least : 0;
+      to = to < above ? above : to;
+    };
+    for (integer t = first + g.lane(); t < last; t += Group::size) {
+      integer const at = table.at(l, t);
+      raise(table.square[at], table.unit[at].square, most[0]);
+      raise(table.step2[at], table.unit[at].step, most[1]);
+      raise(table.spread[at], table.unit[at].spread, most[2]);
+      if (l == 0) continue;
+      integer const before = table.at(l - 1, t);
+      raise(table.step2[before], table.unit[before].step, most[3]);
+    }
+    auto const unit = [&](double above) {
+      above = g.max(above);
+      return above > 0 ? static_cast<int>(above) + least : 0;
+    };
+    s.unit.square = static_cast<short>(unit(most[0]));
+    s.unit.step = static_cast<short>(unit(most[1]));
+    s.unit.spread = static_cast<short>(unit(most[2]));
+    s.before_unit = unit(most[3]);
+  }
+
+  /// The step of one token into a site and how it goes on, in the units of a slice.
+  struct turn_parts {
+    double b2, c, rest2;
+  };
+  __host__ __device__ turn_parts turn_of(integer l, integer t, slice_sums const& s) const {
+    integer const at = table.at(l, t), before = table.at(l - 1, t);
+    double const b2 = table.step2[before], c = table.turn[at];
+    int const down = table.unit[before].step - s.before_unit;
+    int const by = table.unit[at].step - s.unit.step;
+    // b is nothing beside the others': all of a is across.
+    if (down < -500 || !(b2 > 0)) return {0, 0, moved(table.rest2[at] + c * (c * b2), 2 * by)};
+    return {moved(b2, 2 * down), moved(c, by - down), moved(table.rest2[at], 2 * by)};
+  }
+
+  template <class Group>
+  __host__ __device__ void sum_turns(integer l, integer first, integer last, Group g,
+                                     slice_sums& s) const {
+    double weight = 0, along = 0, away2 = 0;
+    for (integer t = first + g.lane(); t < last; t += Group::size) {
+      turn_parts const p = turn_of(l, t, s);
+      weight += p.b2;
+      along += p.c * p.b2;
+    }
+    s.turn_weight = g.sum(weight);
+    along = g.sum(along);
+    s.turn_mean = s.turn_weight > 0 ? along / s.turn_weight : 0;
+    for (integer t = first + g.lane(); t < last; t += Group::size) {
+      turn_parts const p = turn_of(l, t, s);
+      double const apart = p.c - s.turn_mean;
+      away2 += p.rest2;
+      if (p.b2 > 0) away2 += apart * (apart * p.b2);
+    }
+    s.turn_away2 = g.sum(away2);
   }
 };
 
@@ -551,7 +821,7 @@ class flow_pass {
         tokens_(stack.size()),
         chunks_(ceil_div(width_, integer{group::size})),
         ends_(sequence_ends(stack)) {
-    integer const table = sites_ * integer{7 * sizeof(double)};
+    integer const table = sites_ * integer{9 * sizeof(double)};
     integer const bound = static_cast<integer>(memory_bound) / 2;
     slab_tokens_ = std::min(source_.most_slab(tokens_), std::max<integer>(bound / table, 1));
     slabs_ = cut(tokens_, slab_tokens_, ends_);
@@ -591,6 +861,7 @@ class flow_pass {
     integer most_ends = 0;
     for (slab const& s : slabs_) most_ends = std::max(most_ends, s.end_count);
     for (auto& field : fields_) field = memory_.reserve<double>(sites_ * slab_tokens_);
+    units_ = memory_.reserve<token_units>(sites_ * slab_tokens_);
     bad_ = memory_.reserve<integer>(sites_ * slab_tokens_);
     open_ = memory_.reserve<double>(sites_ * width_ + sites_);
     ends_at_ = memory_.reserve<integer>(static_cast<integer>(ends_.size()));
@@ -601,9 +872,10 @@ class flow_pass {
   }
 
   void add(slab const& s, flow_sink const& sink) {
-    double* const f[] = {memory_[fields_[0]], memory_[fields_[1]], memory_[fields_[2]],
-                         memory_[fields_[3]], memory_[fields_[4]], memory_[fields_[5]]};
-    token_table const table{sites_, s.count, f[0], f[1], f[2], f[3], f[4], f[5], memory_[bad_]};
+    double* f[7];
+    for (std::size_t k = 0; k < 7; ++k) f[k] = memory_[fields_[k]];
+    token_table const table{sites_, s.count,         f[0],         f[1], f[2], f[3], f[4], f[5],
+                            f[6],   memory_[units_], memory_[bad_]};
     slab_rows<T> const x = source_.slab(s.first, s.count);
     integer const at = s.first_end * sites_;
     on_.each_group(s.count, walk_chain<T>{x, table});
@@ -640,15 +912,16 @@ class flow_pass {
   }
 
   static void collect(slice_sums const& s, integer first, std::size_t l, flow_moments& m) {
-    m.squares[l] += s.square;
+    m.squares[l] += square_sum::of(s.square, s.unit.square);
     m.zero_rows[l] += s.zero_rows;
-    m.spread += s.spread;
+    m.spread += square_sum::of(s.spread, s.unit.spread);
     if (s.bad_token >= 0 && !m.non_finite[l].found())
       m.non_finite[l] = {first + s.bad_token, s.bad_feature};
     if (l == 0) return;
-    m.steps[l - 1] += s.step2;
+    m.steps[l - 1] += square_sum::of(s.step2, s.unit.step);
     m.cosine[l - 1].merge({s.cosines, s.mean_cosine, s.m2_cosine});
-    if (l > 1) m.turns[l - 2] += s.turn;
+    if (l > 1)
+      m.turns[l - 2].merge({s.turn_weight, s.turn_mean, s.turn_away2, s.before_unit, s.unit.step});
   }
 
   Device& on_;
@@ -657,13 +930,14 @@ class flow_pass {
   integer sites_, width_, tokens_, slab_tokens_ = 0, chunks_;
   std::vector<integer> ends_;
   std::vector<slab> slabs_;
-  arena::place<double> fields_[6], open_, norms_, counts_, parts_;
+  arena::place<double> fields_[7], open_, norms_, counts_, parts_;
+  arena::place<token_units> units_;
   arena::place<integer> bad_, ends_at_;
   arena::place<slice_sums> sums_;
 };
 
 /// The flow moments of a stack. Asks for memory once; the number of launches does not depend on the
-/// number of tokens as long as 56 bytes a token and site are within half the memory bound.
+/// number of tokens as long as 72 bytes a token and site are within half the memory bound.
 /// @throws std::invalid_argument if the memory bound is too small for the sites and their sequences
 template <class Device, class T, class Memory>
 flow_moments flow(char const* where, Device& on, layer_stack<T, Memory> const& stack,

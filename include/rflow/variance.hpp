@@ -5,9 +5,9 @@
 // their mean over layers (St2). Both are sums of squares, so a token with massive activations can
 // be most of them: look at the same figures without the first token.
 
-#include <algorithm>
 #include <cmath>
 #include <cstddef>
+#include <limits>
 #include <string_view>
 #include <vector>
 
@@ -50,90 +50,124 @@ struct layer_variance {
 
 namespace detail {
 
-/// A value made of squares, if they stayed in the range of double.
+/// A value, if double has it with all its digits.
 inline measured in_range(double x) {
-  return is_finite(x) ? measured(x) : measured(status::out_of_range);
+  bool const has = is_finite(x) && (x == 0 || std::abs(x) >= std::numeric_limits<double>::min());
+  return has ? measured(x) : measured(status::out_of_range);
+}
+inline measured in_range(square_sum x) {
+  double const value = x;
+  return value == 0 && x.value > 0 ? measured(status::out_of_range) : in_range(value);
 }
 
-inline measured root(measured x) { return x.ok() ? measured(std::sqrt(x.value)) : x; }
-
-/// Whether rows that are not zero have squares that are, or nearly: too small for double.
-inline bool squares_underflow(flow_moments const& m, std::size_t site) {
-  return m.zero_rows[site] < m.tokens && m.squares[site] < 1e-290;
+/// √(x / n), which a double has more often than x itself.
+inline measured root(square_sum x, double n = 1) {
+  double const value = std::ldexp(std::sqrt(x.value / n), x.exponent);
+  return value == 0 && x.value > 0 ? measured(status::out_of_range) : in_range(value);
 }
 
-inline measured variance_factor(flow_moments const& m, normalization by) {
+/// What squares are multiplied by, and why not if there is no such number.
+struct square_factor {
+  square_sum by = 1;
+  status why = status::ok;
+
+  measured of(square_sum x) const {
+    return why == status::ok ? in_range(times(x, by)) : measured(why);
+  }
+  measured root_of(square_sum x, double n = 1) const {
+    return why == status::ok ? root(times(x, by), n) : measured(why);
+  }
+};
+
+inline square_factor variance_factor(flow_moments const& m, normalization by) {
   double const d = static_cast<double>(m.width);
-  if (!(m.tokens > 0)) return status::too_few_rows;
+  if (!(m.tokens > 0)) return {0, status::too_few_rows};
   switch (by) {
-    case normalization::none: return 1;
-    case normalization::per_token: return 1 / m.tokens;
-    case normalization::per_element: return 1 / (m.tokens * d);
+    case normalization::none: return {};
+    case normalization::per_token: return {1 / m.tokens};
+    case normalization::per_element: return {1 / (m.tokens * d)};
     case normalization::relative: break;
   }
-  double total = 0;
+  square_sum total;
   for (std::size_t l = 0; l < m.squares.size(); ++l) {
-    if (m.non_finite[l].found()) return status::non_finite;
+    if (m.non_finite[l].found()) return {0, status::non_finite};
     total += m.squares[l];
   }
-  if (!(total > 0)) return status::zero_rows;
-  if (!is_finite(total)) return status::out_of_range;
-  return in_range(static_cast<double>(m.sites) / total);
+  if (!(total.value > 0)) return {0, status::zero_rows};
+  return {square_sum::of(static_cast<double>(m.sites) / total.value, -total.exponent)};
+}
+
+/// Whether every site of first … last is finite.
+inline bool finite_sites(flow_moments const& m, std::size_t first, std::size_t last) {
+  for (std::size_t l = first; l <= last; ++l)
+    if (m.non_finite[l].found()) return false;
+  return true;
+}
+
+/// √(mean over tokens of ‖x‖²) of a site.
+inline measured rms_norm(flow_moments const& m, std::size_t site) {
+  if (m.non_finite[site].found()) return status::non_finite;
+  return m.tokens > 0 ? root(m.squares[site], m.tokens) : measured(status::too_few_rows);
+}
+
+inline measured step_of(flow_moments const& m, std::size_t l, square_factor const& factor) {
+  return finite_sites(m, l, l + 1) ? factor.root_of(m.steps[l]) : measured(status::non_finite);
+}
+
+/// The angle between steps l and l + 1.
+inline measured curvature_of(flow_moments const& m, std::size_t l) {
+  if (!finite_sites(m, l, l + 2)) return status::non_finite;
+  if (!(m.tokens > 0)) return status::too_few_rows;
+  if (!(m.steps[l].value > 0 && m.steps[l + 1].value > 0)) return status::zero_step;
+  double const angle = m.turns[l].angle();
+  return is_finite(angle) ? measured(angle) : measured(status::out_of_range);
+}
+
+/// The figures of a whole chain but for its single steps.
+struct chain_figures {
+  measured st1, st2, path_energy, path_length;
+};
+
+/// Does not allocate.
+inline chain_figures chain_of(flow_moments const& m, square_factor const& factor) {
+  auto const all = [](status why) { return chain_figures{why, why, why, why}; };
+  if (!finite_sites(m, 0, m.squares.size() - 1)) return all(status::non_finite);
+  auto const sites = static_cast<double>(m.sites);
+  chain_figures out = all(status::too_few_sites);
+  out.st2 = factor.root_of(m.spread, sites);
+  if (m.sites < 2) return out;
+  square_sum energy;
+  double length = 0;
+  bool still = true;  // no step moves
+  for (square_sum const& step : m.steps) {
+    energy += step;
+    if (factor.why != status::ok) continue;
+    square_sum const square = times(step, factor.by);
+    length += std::ldexp(std::sqrt(square.value), square.exponent);
+    still = still && !(step.value > 0);
+  }
+  out.path_energy = factor.of(energy);
+  out.st1 = factor.root_of(energy, sites - 1);
+  if (factor.why != status::ok)
+    out.path_length = factor.why;
+  else
+    out.path_length = length == 0 && !still ? measured(status::out_of_range) : in_range(length);
+  return out;
 }
 
 inline layer_variance variance_of(flow_moments const& m, normalization by) {
-  layer_variance out;
-  out.by = by;
-  out.factor = variance_factor(m, by);
-  auto const scaled = [&](double square) -> measured {
-    return out.factor.ok() ? in_range(square * out.factor.value) : measured(out.factor.why);
-  };
-  auto const finite = [&](std::size_t site) { return !m.non_finite[site].found(); };
-
-  bool tiny = true;
-  for (std::size_t l = 0; l < m.squares.size(); ++l) tiny = tiny && squares_underflow(m, l);
-  if (tiny) out.factor = status::out_of_range;
-
-  double energy = 0;
-  bool chain_finite = finite(0);
-  for (std::size_t l = 0; l < m.steps.size(); ++l) {
-    bool const both = finite(l) && finite(l + 1);
-    chain_finite = chain_finite && both;
-    energy += m.steps[l];
-    out.steps.push_back(both ? root(scaled(m.steps[l])) : measured(status::non_finite));
-  }
-  for (std::size_t l = 0; l < m.turns.size(); ++l) {
-    double const norms = std::sqrt(m.steps[l]) * std::sqrt(m.steps[l + 1]);
-    if (!(finite(l) && finite(l + 1) && finite(l + 2)))
-      out.curvature.push_back(status::non_finite);
-    else if (!(m.tokens > 0))
-      out.curvature.push_back(status::too_few_rows);
-    else if (tiny || !is_finite(norms) || !is_finite(m.turns[l]))
-      out.curvature.push_back(status::out_of_range);
-    else if (!(norms > 0))
-      out.curvature.push_back(status::zero_step);
-    else  // rounding may leave a cosine just outside
-      out.curvature.push_back(std::acos(std::clamp(m.turns[l] / norms, -1.0, 1.0)));
-  }
-
-  auto const sites = static_cast<double>(m.sites);
-  if (!chain_finite) {
-    out.st1 = out.st2 = out.path_energy = out.path_length = status::non_finite;
-    return out;
-  }
-  out.st2 = root(scaled(m.spread / sites));
-  if (m.sites < 2) {
-    out.st1 = out.path_energy = out.path_length = status::too_few_sites;
-    return out;
-  }
-  out.path_energy = scaled(energy);
-  out.st1 = root(scaled(energy / (sites - 1)));
-  out.path_length = out.path_energy;
-  if (out.path_length.ok()) {
-    out.path_length.value = 0;
-    for (measured const& step : out.steps) out.path_length.value += step.value;
-    out.path_length = in_range(out.path_length.value);
-  }
+  square_factor const factor = variance_factor(m, by);
+  chain_figures const whole = chain_of(m, factor);
+  layer_variance out{.st1 = whole.st1,
+                     .st2 = whole.st2,
+                     .path_energy = whole.path_energy,
+                     .path_length = whole.path_length,
+                     .steps = {},
+                     .curvature = {},
+                     .by = by,
+                     .factor = factor.of(1)};
+  for (std::size_t l = 0; l < m.steps.size(); ++l) out.steps.push_back(step_of(m, l, factor));
+  for (std::size_t l = 0; l < m.turns.size(); ++l) out.curvature.push_back(curvature_of(m, l));
   return out;
 }
 
@@ -147,10 +181,11 @@ inline layer_variance variance_of(flow_moments const& m, normalization by) {
 /// @param  normalize  by what squares are divided
 /// @param  on         where to run; by default where the stack lives
 /// @return roots and squares under that normalisation; a site with a NaN or infinity gives status
-///         non_finite to what it takes part in; one site alone has no path: too_few_sites; doubles
-///         beyond 1e±145 or so, whose squares have no double: out_of_range
+///         non_finite to what it takes part in; one site alone has no path: too_few_sites; a figure
+///         that double does not have, such as a square of 1e160: out_of_range
 /// @throws std::invalid_argument if sites differ in width
-/// @note   O(S n d), one read; St2 by a running mean, without cancellation
+/// @note   O(S n d), one read; St2 from how far each row is off the mean so far, without
+///         cancellation; angles from both legs of a triangle, so that small ones keep their digits
 /// @see    arXiv 2510.06640, equations 3 and 4
 template <class T, class Memory, class On = default_backend_t<Memory>>
 layer_variance variance(layer_stack<T, Memory> const& stack,

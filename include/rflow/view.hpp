@@ -128,7 +128,7 @@ enum class status : std::uint8_t {
   zero_step,        ///< a layer equals the one before it (to rounding): the path has no direction
   zero_bandwidth,   ///< the median distance is 0, so an RBF kernel has no scale
   non_finite,       ///< the data hold a NaN or an infinity
-  out_of_range,     ///< doubles whose squares leave the range of double: scale the data
+  out_of_range,     ///< a figure that double does not have: scale the data
   diverged,         ///< an optimisation ended in numbers that are not finite
   not_requested,    ///< the option that would compute it is off
   dependent_tokens,  ///< neighbouring tokens resemble each other too far for so few of them
