@@ -2,7 +2,17 @@
 # rflow::cuda: a CUDA toolkit with cuBLAS. CMake before 3.26 does not know C++20 for nvcc.
 if(NOT TARGET rflow_cuda_toolkit)
   find_package(CUDAToolkit 12 QUIET)
-  if(CUDAToolkit_FOUND AND TARGET CUDA::cublas)
+  # The library may come without its header, and the cache remember what has gone since.
+  set(rflow_cublas_header FALSE)
+  foreach(rflow_dir IN LISTS CUDAToolkit_INCLUDE_DIRS CUDAToolkit_MATH_INCLUDE_DIR)
+    if(EXISTS "${rflow_dir}/cublas_v2.h")
+      set(rflow_cublas_header TRUE)
+    endif()
+  endforeach()
+  if(DEFINED CUDA_cublas_LIBRARY AND NOT EXISTS "${CUDA_cublas_LIBRARY}")
+    set(rflow_cublas_header FALSE)
+  endif()
+  if(CUDAToolkit_FOUND AND TARGET CUDA::cublas AND rflow_cublas_header)
     add_library(rflow_cuda_toolkit INTERFACE IMPORTED GLOBAL)
     target_link_libraries(rflow_cuda_toolkit INTERFACE CUDA::cublas)
     target_compile_options(rflow_cuda_toolkit INTERFACE

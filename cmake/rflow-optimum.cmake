@@ -3,7 +3,7 @@
 if(NOT TARGET rflow_lbfgspp)
   find_path(rflow_LBFGSPP_INCLUDE_DIR LBFGS.h)
   mark_as_advanced(rflow_LBFGSPP_INCLUDE_DIR)
-  if(rflow_LBFGSPP_INCLUDE_DIR)
+  if(EXISTS "${rflow_LBFGSPP_INCLUDE_DIR}/LBFGS.h")  # the cache remembers what has gone since
     add_library(rflow_lbfgspp INTERFACE IMPORTED GLOBAL)
     target_include_directories(rflow_lbfgspp SYSTEM INTERFACE ${rflow_LBFGSPP_INCLUDE_DIR})
   endif()

@@ -15,7 +15,7 @@ case $what in
   test) needs="$build $report doctest-dev=doctest/doctest.h liblbfgspp-dev=LBFGS.h" ;;
   bench) needs="$build $json libbenchmark-dev=benchmark/benchmark.h" ;;
   ci) needs="$build $report doctest-dev=doctest/doctest.h liblbfgspp-dev=LBFGS.h libbenchmark-dev=benchmark/benchmark.h
-             git=git pkgconf=pkg-config python3-venv=venv
+             git=git pkgconf=pkg-config python3-venv=venv debootstrap=debootstrap/functions
              doxygen=doxygen libjs-mathjax=javascript/mathjax/MathJax.js
              libopenmpi-dev=mpi-headers openmpi-bin=mpirun
              libthrust-dev=thrust/version.h libopenblas-dev=cblas.h libtbb-dev=tbb/tbb.h
@@ -33,8 +33,8 @@ there() {  # there PROBE
            if [ -e "$dir/$1" ]; then return 0; fi
          done
          return 1 ;;
-    mpi-headers) ls /usr/lib/*/openmpi/include/mpi.h /usr/include/mpi.h >/dev/null 2>&1 || command -v mpicc >/dev/null ;;
-    asan-runtime) [ -e "$(clang++ -print-file-name=libclang_rt.asan-x86_64.a 2>/dev/null)" ] ;;
+    mpi-headers) echo '#include <mpi.h>' | mpicc -E - >/dev/null 2>&1 ;;  # openmpi-bin brings mpicc alone
+    asan-runtime) [ -e "$(clang++ -print-file-name=libclang_rt.asan-$(uname -m).a 2>/dev/null)" ] ;;
     venv) python3 -c 'import ensurepip, venv' 2>/dev/null ;;
     g++) command -v "${CXX:-g++}" >/dev/null ;;
     *) command -v "$1" >/dev/null ;;
