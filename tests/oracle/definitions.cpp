@@ -391,7 +391,8 @@ alignment rbf_alignment(std::vector<site> const& sites, std::vector<number> cons
     for (std::size_t i = 0; i < x.size(); ++i) x[i] = std::ldexp(s.x[i], -e);
     // −1/(2σ²), σ² in the same units
     number const& b = sigma2[p];
-    twofold const factor = twofold(-0.5) / twofold(std::ldexp(b.mantissa, b.exponent - 2 * e));
+    double const square = std::ldexp(b.mantissa, std::clamp(b.exponent - 2 * e, -3000, 3000));
+    twofold const factor = twofold(-0.5) / twofold(std::clamp(square, 1e-290, 1e290));
     kernels.emplace_back(out.n);
     kernel_matrix& k = kernels.back();
     std::vector<double> squares(out.n), norms(out.n);

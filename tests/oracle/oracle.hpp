@@ -916,6 +916,14 @@ class comparison {
             ++chosen[l].n;
           }
         }
+        // Batches are cut by position; of a batch those tokens count that do elsewhere.
+        auto const size = static_cast<std::size_t>(options.cka_batch);
+        for (std::size_t first = begin, kept = bounds.back(); options.cka && first < end;
+             first += size) {
+          std::size_t const last = std::min(end, first + size), from = kept;
+          for (std::size_t i = first; i < last; ++i) kept += p.keep[i] != 0 && i - begin >= skip;
+          if (kept - from >= 4) sums.add(linear_alignment(part_of(chosen, from, kept)), 1);
+        }
         bounds.push_back(chosen[0].n);
       }
       rflow::monitor_report const got = it.report();
@@ -935,12 +943,6 @@ class comparison {
           st1[0].add(root(over(f.energy, static_cast<double>(s - 1))).value());
           st2[0].add(root(over(f.spread, static_cast<double>(s))).value());
         }
-        auto const size = static_cast<std::size_t>(options.cka_batch);
-        if (options.cka)
-          for (std::size_t a = 0; a < part[0].n; a += size) {
-            std::size_t const b = std::min(part[0].n, a + size);
-            if (b - a >= 4) sums.add(linear_alignment(part_of(part, a, b)), 1);
-          }
       }
       if (st1[0].count > 0 && !none) {
         log.require("sequences' St1", got.per_sequence.st1.count == st1[0].count, "",
