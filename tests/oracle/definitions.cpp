@@ -427,6 +427,48 @@ alignment rbf_alignment(std::vector<site> const& sites, std::vector<number> cons
   return out;
 }
 
+alignment polynomial_alignment(std::vector<site> const& sites, double by) {
+  alignment out = blank(sites);
+  std::vector<kernel_matrix> kernels;
+  std::vector<double> entries;
+  for (std::size_t p = 0; p < out.sites; ++p) {
+    centred const c(sites[p]);
+    kernels.push_back(linear_kernel(c));
+    kernel_matrix& k = kernels.back();
+    out.unit.push_back(0);
+    twofold const factor(std::ldexp(by, 2 * c.unit));
+    std::vector<double> squares(out.n), norms(out.n);
+    for (std::size_t i = 0; i < out.n; ++i) norms[i] = k.diagonal.hi[i] * factor.hi;
+    double error = 0;
+    // (1 + t)² − 1
+    auto const entry = [&](twofold xy) {
+      twofold const t = xy * factor;
+      return twofold(2) * t + t * t;
+    };
+    std::size_t at = 0;
+    for (std::size_t i = 0; i < out.n; ++i) {
+      k.diagonal.set(i, entry(k.diagonal.at(i)));
+      double const own = 2 * (1 + norms[i]) * norms[i] + 1;
+      error += own * own;
+      for (std::size_t j = i + 1; j < out.n; ++j, ++at) {
+        double const t = k.upper.hi[at] * factor.hi, value = (1 + t) * (1 + t);
+        k.upper.set(at, entry(k.upper.at(at)));
+        squares[i] += value * value;
+        squares[j] += value * value;
+        double const off = 2 * std::abs(1 + t) * std::sqrt(norms[i] * norms[j]) + value + 1;
+        error += 2 * off * off;
+      }
+    }
+    find_share(out, p, squares);
+    entries.push_back(std::sqrt(error));
+  }
+  align(out, kernels);
+  for (std::size_t p = 0; p < out.sites; ++p)
+    out.debiased_noise.push_back(1e-54 * entries[p] * entries[p]);
+  find_errors(out, entries);
+  return out;
+}
+
 number median_distance(site const& s, bool all_pairs) {
   std::size_t const m = std::min<std::size_t>(s.n, 512);
   int const e = exponent_of(largest(s.x.data(), s.x.size()));

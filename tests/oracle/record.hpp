@@ -98,7 +98,7 @@ class record {
 
   void print() const {
     std::printf("%-18s %-10s %-14s %9s %9s %8s %7s %8s  %s\n", "quantity", "type", "condition",
-                "cells", "largest", "allowed", "failed", "case", "without a value");
+                "cells", "largest", "allowed", "failed", "e.g.", "without a value");
     for (auto const& [key, r] : rows_) {
       std::string rest;
       for (auto const& [why, count] : r.without)
@@ -107,20 +107,22 @@ class record {
                   std::get<1>(key).c_str(), std::get<2>(key).c_str(),
                   static_cast<unsigned long long>(r.cells), r.worst, r.ceiling,
                   static_cast<unsigned long long>(r.failed),
-                  static_cast<unsigned long long>(r.worst_case), rest.c_str());
+                  static_cast<unsigned long long>(r.failed > 0 ? r.first_failed : r.worst_case),
+                  rest.c_str());
     }
   }
 
  private:
   struct row {
-    std::uint64_t cells = 0, failed = 0, worst_case = 0, shown = 0, shown_case = ~std::uint64_t{0};
+    std::uint64_t cells = 0, failed = 0, worst_case = 0, first_failed = 0, shown = 0,
+                  shown_case = ~std::uint64_t{0};
     double worst = 0, ceiling = 0;
     std::map<std::string, std::uint64_t> without;
   };
 
   void fail(row& r, char const* quantity, std::string const& where, std::string const& what) {
     ++failures;
-    ++r.failed;
+    if (r.failed++ == 0) r.first_failed = number;
     case_failed_ = true;
     if (!verbose && (r.shown >= 3 || r.shown_case == number)) return;
     ++r.shown;

@@ -55,9 +55,8 @@ int main(int argc, char** argv) {
                       width = r.happens(0.2) ? 1 : r.from(2, 6);
     auto const type = r.of({oracle::dtype::f32, oracle::dtype::f64, oracle::dtype::f64,
                             oracle::dtype::half, oracle::dtype::brain});
-    oracle::model const m = oracle::draw_model(
-        r, {type, n, std::vector<std::size_t>(sites, width), r.happens(0.5), true},
-        oracle::draw_cause(r, n));
+    oracle::recipe const by{type, n, std::vector<std::size_t>(sites, width), r.happens(0.5), true};
+    oracle::model const m = oracle::draw_model(r, by, oracle::draw_cause(r, n));
     std::printf("{\"case\": %llu, \"text\": \"%s\", \"n\": %zu, \"d\": %zu, \"sites\": %zu",
                 static_cast<unsigned long long>(k), m.text.c_str(), n, width, sites);
     std::vector<double> all;

@@ -193,7 +193,7 @@ def check(case):
             continue
         c = dot(steps[l], steps[l + 1])
         both = squares[l] * squares[l + 1]
-        held(case, "curvature", got, acos(c, (both - c * c).sqrt()))
+        held(case, "curvature", got, acos(c, max(Decimal(0), both - c * c).sqrt()))
     if s > 1:
         means = [[sum(x[i][j] for x in sites) / s for j in range(d)] for i in range(n)]
         spread = sum((v - m) ** 2 for x in sites for row, mean in zip(x, means) for v, m in zip(row, mean))
