@@ -126,11 +126,11 @@ cause draw_cause(chance_source& r, std::size_t n) {
 std::size_t draw_tokens(chance_source& r) {
   double const u = r.uniform();
   if (u < 0.17) return r.from(1, 5);
-  if (u < 0.62) return r.from(6, 24);
-  if (u < 0.80) return r.from(25, 64);
-  if (u < 0.87) return r.from(65, 160);
-  if (u < 0.89) return r.from(161, 511);
-  if (u < 0.94) return r.from(512, 515);
+  if (u < 0.61) return r.from(6, 24);
+  if (u < 0.785) return r.from(25, 64);
+  if (u < 0.855) return r.from(65, 160);
+  if (u < 0.875) return r.from(161, 511);
+  if (u < 0.93) return r.from(512, 515);
   if (u < 0.985) return r.from(516, 800);
   if (u < 0.997) return r.of<std::size_t>({1000, 1024, 1100, 1500, 2048});
   return r.of<std::size_t>({5000, 20000});

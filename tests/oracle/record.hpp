@@ -3,6 +3,7 @@
 
 // What was compared, how far it was off, and what failed.
 
+#include <algorithm>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
@@ -109,6 +110,34 @@ class record {
                   static_cast<unsigned long long>(r.failed),
                   static_cast<unsigned long long>(r.failed > 0 ? r.first_failed : r.worst_case),
                   rest.c_str());
+    }
+  }
+
+  /// Largest errors by quantity, over all conditions: for docs/numerics.md.
+  void print_markdown() const {
+    char const* const types[] = {"double", "float", "f16", "bf16"};
+    std::map<std::string, std::map<std::string, row>> by_quantity;
+    for (auto const& [key, r] : rows_) {
+      row& sum = by_quantity[std::get<0>(key)][std::get<1>(key)];
+      sum.cells += r.cells;
+      sum.failed += r.failed;
+      sum.worst = std::max(sum.worst, r.worst);
+      sum.ceiling = std::max(sum.ceiling, r.ceiling);
+    }
+    std::printf(
+        "| | allowed | float | f16 | bf16 | allowed, double | double | results |\n"
+        "|---|---|---|---|---|---|---|---|\n");
+    for (auto& [quantity, of] : by_quantity) {
+      std::uint64_t cells = 0;
+      double narrow = 0;
+      for (auto const* type : types) {
+        cells += of[type].cells;
+        if (std::string(type) != "double") narrow = std::max(narrow, of[type].ceiling);
+      }
+      if (narrow == 0 && of["double"].ceiling == 0) continue;  // something that holds or does not
+      std::printf("| %s | %.0e | %.0e | %.0e | %.0e | %.0e | %.0e | %llu |\n", quantity.c_str(),
+                  narrow, of["float"].worst, of["f16"].worst, of["bf16"].worst,
+                  of["double"].ceiling, of["double"].worst, static_cast<unsigned long long>(cells));
     }
   }
 

@@ -80,6 +80,13 @@ int main(int argc, char** argv) {
       print("medians", medians), print("sigma2", sigma2);
       print(oracle::rbf_alignment(m.sites, sigma2), "rbf");
     }
+    double total = 0, factor = r.decade(-1, 1) * static_cast<double>(n);
+    for (double const v : all) total += v * v;
+    factor /= total;
+    if (n >= 2 && total > 1e-290 && std::isfinite(total)) {
+      print("by", std::vector<double>{factor});
+      print(oracle::polynomial_alignment(m.sites, factor), "kernel");
+    }
     std::size_t const cut = r.below(n + 1);
     oracle::flow_result const f = oracle::flow_by_definition(m.sites, {0, cut, n});
     std::printf(", \"cut\": %zu", cut);
