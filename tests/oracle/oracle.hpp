@@ -976,6 +976,60 @@ class comparison {
 
   // ---- a monitor
 
+  /// Figures of each sequence by itself: their means.
+  template <class T>
+  void check_each_sequence(rflow::sequence_figures const& got, std::vector<site> const& sites,
+                           std::vector<std::size_t> const& bounds, bool in_units) {
+    std::size_t const s = sites.size();
+    struct mean {
+      double sum = 0, count = 0;
+      void add(double x) { sum += x, count += 1; }
+    };
+    mean st1, st2;
+    std::vector<mean> inter_token(s), rms(s), adjacent(s - 1), steps(s - 1);
+    for (std::size_t q = 0; q + 1 < bounds.size(); ++q) {
+      if (bounds[q] == bounds[q + 1]) continue;
+      std::vector<site> const part = part_of(sites, bounds[q], bounds[q + 1]);
+      flow_result const f = flow_by_definition(part, {0, part[0].n});
+      // Out of range, or nearly: what counts then is checked elsewhere.
+      for (number const& x : f.steps)
+        if (wide<T> && x.mantissa != 0 && std::abs(x.log2()) > 900) return;
+      for (std::size_t l = 0; l < s; ++l) {
+        if (wide<T> && f.zero_rows[l] < part[0].n &&
+            (f.least_row[l] < -900 || f.greatest_row[l] > 900))
+          return;
+        if (f.pairs[l] > 0) inter_token[l].add(f.inter_token[l]);
+        rms[l].add(f.squares[l].mantissa == 0
+                       ? 0
+                       : root(over(f.squares[l], static_cast<double>(part[0].n))).value());
+        if (l + 1 == s) continue;
+        if (f.adjacent_count[l] > 0) adjacent[l].add(f.adjacent[l]);
+        steps[l].add(f.steps[l].mantissa == 0 ? 0 : root(f.steps[l]).value());
+      }
+      if (s < 2) continue;
+      st1.add(f.energy.mantissa == 0 ? 0
+                                     : root(over(f.energy, static_cast<double>(s - 1))).value());
+      st2.add(f.spread.mantissa == 0 ? 0 : root(over(f.spread, static_cast<double>(s))).value());
+    }
+    auto const same = [&](char const* quantity, rflow::running_stat const& mine, mean const& want,
+                          bool relative, std::string const& where) {
+      log.require(quantity, mine.count == want.count, where, "another count");
+      if (want.count == 0 || mine.count != want.count) return;
+      double const value = want.sum / want.count;
+      log.check(quantity, mine.mean, value, relative && value > 0 ? value : 1, flow_ceiling<T>, ok,
+                where);
+    };
+    for (std::size_t l = 0; l < s; ++l) {
+      same("sequences' tokens", got.inter_token[l], inter_token[l], false, at(l));
+      same("sequences' norms", got.rms_norm[l], rms[l], true, at(l));
+      if (l + 1 < s) same("sequences' adjacent", got.adjacent[l], adjacent[l], false, at(l));
+      if (l + 1 < s && in_units) same("sequences' steps", got.steps[l], steps[l], true, at(l));
+    }
+    if (!in_units) return;
+    same("sequences' St1", got.st1, st1, true, "");
+    same("sequences' St2", got.st2, st2, true, "");
+  }
+
   template <class T>
   void monitor(chance_source& r) {
     if constexpr (has_monitor) {
@@ -1048,28 +1102,8 @@ class comparison {
       if (chosen[0].n == 0) return;
       check_flow<T>(got.pooled, chosen, flow_by_definition(chosen, bounds), options.normalize,
                     false);
-      // Each sequence by itself.
-      std::vector<rflow::running_stat> st1(1), st2(1);
-      bool far = false, none = false;
-      for (std::size_t q = 0; q + 1 < bounds.size(); ++q) {
-        if (bounds[q] == bounds[q + 1]) continue;
-        std::vector<site> const part = part_of(chosen, bounds[q], bounds[q + 1]);
-        if (options.normalize == rflow::normalization::none && s > 1) {
-          flow_result const f = flow_by_definition(part, {0, part[0].n});
-          for (number const& x : f.squares) far = far || std::abs(x.log2()) > 900;
-          none = none || far;
-          st1[0].add(root(over(f.energy, static_cast<double>(s - 1))).value());
-          st2[0].add(root(over(f.spread, static_cast<double>(s))).value());
-        }
-      }
-      if (st1[0].count > 0 && !none) {
-        log.require("sequences' St1", got.per_sequence.st1.count == st1[0].count, "",
-                    "another count");
-        log.check("sequences' St1", got.per_sequence.st1.mean, st1[0].mean, st1[0].mean,
-                  flow_ceiling<T>, ok, "mean");
-        log.check("sequences' St2", got.per_sequence.st2.mean, st2[0].mean, st2[0].mean,
-                  flow_ceiling<T>, ok, "mean");
-      }
+      check_each_sequence<T>(got.per_sequence, chosen, bounds,
+                             options.normalize == rflow::normalization::none);
       if (options.cka) check_batches<T>(sums, got.cka, "monitor CKA");
     } else {
       static_cast<void>(r);
