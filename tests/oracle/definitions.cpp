@@ -448,23 +448,20 @@ alignment polynomial_alignment(std::vector<site> const& sites, double by) {
     std::size_t at = 0;
     for (std::size_t i = 0; i < out.n; ++i) {
       k.diagonal.set(i, entry(k.diagonal.at(i)));
-      double const own = 2 * (1 + norms[i]) * norms[i] + 1;
-      error += own * own;
+      error += (1 + norms[i]) * (1 + norms[i]);  // tr K
       for (std::size_t j = i + 1; j < out.n; ++j, ++at) {
         double const t = k.upper.hi[at] * factor.hi, value = (1 + t) * (1 + t);
         k.upper.set(at, entry(k.upper.at(at)));
         squares[i] += value * value;
         squares[j] += value * value;
-        double const off = 2 * std::abs(1 + t) * std::sqrt(norms[i] * norms[j]) + value + 1;
-        error += 2 * off * off;
       }
     }
     find_share(out, p, squares);
-    entries.push_back(std::sqrt(error));
+    entries.push_back(error);
   }
   align(out, kernels);
   for (std::size_t p = 0; p < out.sites; ++p)
-    out.debiased_noise.push_back(1e-54 * entries[p] * entries[p]);
+    out.debiased_noise.push_back(1e-58 * entries[p] * entries[p]);
   find_errors(out, entries);
   return out;
 }

@@ -19,10 +19,11 @@
 // has tokens masked out that hold NaN, infinity or anything; layouts are row-major, column-major, padded,
 // reversed along either axis, interleaved and broadcast.
 //
-// A debiased or RBF CKA is well-conditioned where a Gram path in double could give it: 16 ε ‖E‖ / ‖U‖ is within
-// the ceiling, for both sites, with ε = 2^−53, E_ij what products of centred rows leave of an entry
-// (‖x_i‖ ‖x_j‖; for RBF k (1 + (‖x_i‖² + ‖x_j‖²)/2σ²) + 1), so that ‖E‖ is tr(HKH) for the linear kernel. Elsewhere it may
-// have a status. Where U is 0 to the 29th digit there is no value, and it must have one.
+// A CKA is well-conditioned where a Gram path in double could give it: where 16 ε ‖E‖ / ‖U‖ is within the ceiling
+// for both sites, with ε = 2^−53 and E_ij what products of centred rows leave of an entry. For the linear kernel
+// that is ‖x_i‖ ‖x_j‖, and ‖E‖ is tr(HKH); for RBF k (1 + (‖x_i‖² + ‖x_j‖²)/2σ²) + 1; for a kernel of
+// one's own ‖E‖ is tr K. Biased CKA: the same with HKH for U. Elsewhere it may have a status. Where U is 0 to
+// the 29th digit there is no value, and it must have one.
 
 #include <algorithm>
 #include <chrono>
