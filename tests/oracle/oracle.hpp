@@ -629,6 +629,8 @@ class comparison {
         allowed = bit(status::zero_bandwidth) | bit(status::constant_layer);
       else if (!(a.off_diagonal[p] > 0))
         allowed = bit(status::constant_layer);
+      else if (!(a.at(a.biased, p, p).hi > a.debiased_noise[p]))
+        allowed |= bit(status::constant_layer);  // equal tokens, whose RBF kernel is all ones
       else if (!(16 * a.share_error[p] <= ceiling))
         allowed |= bit(status::constant_layer) | ill;
       log.check("top token", table.top_token_share(row), most, 1, ceiling, allowed, at(p));

@@ -128,16 +128,17 @@ class record {
         "| | allowed | float | f16 | bf16 | allowed, double | double | results |\n"
         "|---|---|---|---|---|---|---|---|\n");
     for (auto& [quantity, of] : by_quantity) {
-      std::uint64_t cells = 0;
+      std::uint64_t results = 0;
       double narrow = 0;
-      for (auto const* type : types) {
-        cells += of[type].cells;
-        if (std::string(type) != "double") narrow = std::max(narrow, of[type].ceiling);
+      for (char const* const t : types) {
+        results += of[t].cells;
+        if (std::string(t) != "double") narrow = std::max(narrow, of[t].ceiling);
       }
       if (narrow == 0 && of["double"].ceiling == 0) continue;  // something that holds or does not
       std::printf("| %s | %.0e | %.0e | %.0e | %.0e | %.0e | %.0e | %llu |\n", quantity.c_str(),
                   narrow, of["float"].worst, of["f16"].worst, of["bf16"].worst,
-                  of["double"].ceiling, of["double"].worst, static_cast<unsigned long long>(cells));
+                  of["double"].ceiling, of["double"].worst,
+                  static_cast<unsigned long long>(results));
     }
   }
 
