@@ -128,14 +128,14 @@ inline scaled_matrix product_of(scaled_matrix const& a, scaled_matrix const& b) 
 }
 
 /// value · 2^exponent, if a double holds it.
-inline measured in_units(double value, int exponent) {
+inline measured scaled_back(double value, int exponent) {
   double const x = std::ldexp(value, exponent);
   return is_finite(x) ? measured(x) : measured(status::out_of_range);
 }
 
 /// Sets the mean row and ‖1 mᵀ‖²_F of N rows.
 inline void set_mean(scaled_matrix const& m, double tokens, update_moments& out) {
-  out.mean_square = in_units(tokens * m.value.squaredNorm(), 2 * m.exponent);
+  out.mean_square = scaled_back(tokens * m.value.squaredNorm(), 2 * m.exponent);
   out.mean.clear();
   for (std::ptrdiff_t j = 0; j < m.value.size(); ++j)
     out.mean.push_back(std::ldexp(m.value.data()[j], m.exponent));
@@ -270,12 +270,12 @@ inline update_moments expected_update(transformer_layer const& layer,
   detail::scaled_matrix const both =
       detail::sum_of(detail::sum_of(w, value), detail::product_of(value, w));
   auto const part = [&](double weight, detail::scaled_matrix const& x) {
-    return detail::in_units(weight * trace_of(x.value, sigma.value * x.value),
+    return detail::scaled_back(weight * trace_of(x.value, sigma.value * x.value),
                             2 * x.exponent + sigma.exponent);
   };
   measured const own = part(n - shares, w), mixed = part(shares, both);
   out.trace =
-      own.ok() && mixed.ok() ? detail::in_units(own + mixed, 0) : measured(status::out_of_range);
+      own.ok() && mixed.ok() ? detail::scaled_back(own + mixed, 0) : measured(status::out_of_range);
   return out;
 }
 
@@ -314,7 +314,7 @@ inline update_moments expected_update(mamba_layer const& layer, view<double> con
   mean.exponent += m.exponent();
   detail::set_mean(mean, n, out);
   out.trace =
-      detail::in_units(detail::trace_of(m.out.value, covariances * m.out.value), 2 * m.exponent());
+      detail::scaled_back(detail::trace_of(m.out.value, covariances * m.out.value), 2 * m.exponent());
   return out;
 }
 
@@ -397,11 +397,11 @@ inline measured contractive_trace_bound(mamba_layer const& layer, view<double> c
   Eigen::SelfAdjointEigenSolver<detail::theory_matrix> const spectrum(gram, Eigen::EigenvaluesOnly);
   double const factor = static_cast<double>(tokens) * spectrum.eigenvalues()(gram.rows() - 1);
   int const exponent = 2 * m.exponent();
-  measured const first = detail::in_units(
+  measured const first = detail::scaled_back(
                      factor * reached, exponent + 2 * (eta_scaled.exponent - m.impulse.exponent)),
-                 second = detail::in_units(factor * squares, exponent);
+                 second = detail::scaled_back(factor * squares, exponent);
   if (!first.ok() || !second.ok()) return status::out_of_range;
-  return detail::in_units(first + second, 0);
+  return detail::scaled_back(first + second, 0);
 }
 
 // ---- theorem 5 ----------------------------------------------------------------------------------
@@ -447,7 +447,7 @@ inline measured threshold(update_moments const& transformer, update_moments cons
   int const unit = tau == 0 ? root : constant == 0 ? linear : (std::max)(linear, root);
   double const a = std::ldexp(t / (8 * k), linear - unit),
                b = std::ldexp(std::sqrt(c / (4 * k)), root - unit);
-  return detail::in_units(a + std::hypot(a, b), unit);
+  return detail::scaled_back(a + std::hypot(a, b), unit);
 }
 
 // ---- chains of many layers ----------------------------------------------------------------------
@@ -484,7 +484,7 @@ inline measured propagation_bound(double first_step_square, std::span<double con
     exponent = std::clamp(exponent + 2 * more + carried, -limit, limit);
     sum += std::ldexp(product, exponent);
   }
-  return detail::in_units(sum, 0);
+  return detail::scaled_back(sum, 0);
 }
 
 /// The same with one factor ρ < 1 for every step: ‖Δ_0‖² (1 − ρ^{2L}) / (1 − ρ²), L the number of
@@ -500,7 +500,7 @@ inline measured propagation_bound(double first_step_square, double rho, std::ptr
   if (rho == 0) return first_step_square;
   // expm1 keeps digits where ρ is close to 1.
   double const log_square = 2 * std::log(rho);
-  return detail::in_units(
+  return detail::scaled_back(
       first_step_square *
           (std::expm1(static_cast<double>(blocks) * log_square) / std::expm1(log_square)),
       0);

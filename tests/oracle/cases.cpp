@@ -126,17 +126,19 @@ cause draw_cause(chance_source& r, std::size_t n) {
 std::size_t draw_tokens(chance_source& r) {
   double const u = r.uniform();
   if (u < 0.17) return r.from(1, 5);
-  if (u < 0.62) return r.from(6, 24);
-  if (u < 0.80) return r.from(25, 64);
-  if (u < 0.87) return r.from(65, 160);
-  if (u < 0.89) return r.from(161, 511);
-  if (u < 0.94) return r.from(512, 515);
+  if (u < 0.61) return r.from(6, 24);
+  if (u < 0.785) return r.from(25, 64);
+  if (u < 0.855) return r.from(65, 160);
+  if (u < 0.875) return r.from(161, 511);
+  if (u < 0.93) return r.from(512, 515);
   if (u < 0.985) return r.from(516, 800);
-  return r.of<std::size_t>({1000, 1024, 1100, 1500, 2048});
+  if (u < 0.997) return r.of<std::size_t>({1000, 1024, 1100, 1500, 2048});
+  return r.of<std::size_t>({5000, 20000});
 }
 
 std::size_t draw_width(chance_source& r, std::size_t n) {
   double const u = r.uniform();
+  if (n > 2048) return r.from(1, 4);
   if (n >= 512) {
     if (u < 0.15) return 1;
     if (u < 0.75) return r.from(2, 8);
@@ -146,7 +148,8 @@ std::size_t draw_width(chance_source& r, std::size_t n) {
   if (u < 0.50) return r.from(2, 8);
   if (u < 0.85 || n > 160) return r.from(9, 33);
   if (u < 0.98 || n > 40) return r.from(34, 100);
-  return n <= 12 ? r.from(101, 900) : r.from(101, 200);
+  if (n > 12) return r.from(101, 200);
+  return n <= 6 && u > 0.997 ? r.from(4000, 6000) : r.from(101, 900);
 }
 
 model draw_model(chance_source& r, recipe const& by, cause const& shared) {
@@ -178,7 +181,8 @@ model draw_model(chance_source& r, recipe const& by, cause const& shared) {
   }
   auto const& width = by.widths;
 
-  bool const extreme = by.extreme;
+  // So many tokens that U by tokens would take too long: nothing that features cannot tell.
+  bool const extreme = by.extreme && n <= 2048;
   if (extreme && r.happens(0.2)) {  // token norms differ
     double const spread = r.happens(0.7) ? 1 : 4;
     note("norms");
@@ -252,10 +256,11 @@ model draw_model(chance_source& r, recipe const& by, cause const& shared) {
       if (apart) size = r.decade(-most, most);
       for (double& v : x[l]) v *= size;
     }
-    if (by.type == dtype::f64 && r.happens(0.1)) {  // rows that are worlds apart
-      note("a row x 1e-170");
+    bool const wide = by.type == dtype::f64;
+    if ((wide || by.type == dtype::f32) && r.happens(0.1)) {  // rows that are worlds apart
+      note("a row far smaller");
       std::size_t const i = r.below(n), l = r.below(s);
-      for (std::size_t j = 0; j < width[l]; ++j) x[l][i * width[l] + j] *= 1e-170;
+      for (std::size_t j = 0; j < width[l]; ++j) x[l][i * width[l] + j] *= wide ? 1e-170 : 1e-28;
     }
   }
   for (std::size_t l = 0; l < s; ++l) {

@@ -37,7 +37,11 @@ class chance_source {
   /// 10^u.
   double decade(double a, double b) { return std::pow(10.0, between(a, b)); }
   /// Bell-shaped, deviation 1: four uniforms.
-  double bell() { return (uniform() + uniform() + uniform() + uniform() - 2) * 1.7320508075688772; }
+  double bell() {
+    double sum = -2;  // in this order with every compiler
+    for (int i = 0; i < 4; ++i) sum += uniform();
+    return sum * 1.7320508075688772;
+  }
 
  private:
   static std::uint64_t mixed(std::uint64_t z) {

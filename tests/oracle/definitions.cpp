@@ -391,7 +391,8 @@ alignment rbf_alignment(std::vector<site> const& sites, std::vector<number> cons
     for (std::size_t i = 0; i < x.size(); ++i) x[i] = std::ldexp(s.x[i], -e);
     // −1/(2σ²), σ² in the same units
     number const& b = sigma2[p];
-    twofold const factor = twofold(-0.5) / twofold(std::ldexp(b.mantissa, b.exponent - 2 * e));
+    double const square = std::ldexp(b.mantissa, std::clamp(b.exponent - 2 * e, -3000, 3000));
+    twofold const factor = twofold(-0.5) / twofold(std::clamp(square, 1e-290, 1e290));
     kernels.emplace_back(out.n);
     kernel_matrix& k = kernels.back();
     std::vector<double> squares(out.n), norms(out.n);
@@ -422,6 +423,45 @@ alignment rbf_alignment(std::vector<site> const& sites, std::vector<number> cons
   for (std::size_t p = 0; p < out.sites; ++p) {
     out.debiased_noise.push_back(1e-52 * static_cast<double>(out.n * out.n));
   }
+  find_errors(out, entries);
+  return out;
+}
+
+alignment polynomial_alignment(std::vector<site> const& sites, double by) {
+  alignment out = blank(sites);
+  std::vector<kernel_matrix> kernels;
+  std::vector<double> entries;
+  for (std::size_t p = 0; p < out.sites; ++p) {
+    centred const c(sites[p]);
+    kernels.push_back(linear_kernel(c));
+    kernel_matrix& k = kernels.back();
+    out.unit.push_back(0);
+    twofold const factor(std::ldexp(by, 2 * c.unit));
+    std::vector<double> squares(out.n), norms(out.n);
+    for (std::size_t i = 0; i < out.n; ++i) norms[i] = k.diagonal.hi[i] * factor.hi;
+    double error = 0;
+    // (1 + t)² − 1
+    auto const entry = [&](twofold xy) {
+      twofold const t = xy * factor;
+      return twofold(2) * t + t * t;
+    };
+    std::size_t at = 0;
+    for (std::size_t i = 0; i < out.n; ++i) {
+      k.diagonal.set(i, entry(k.diagonal.at(i)));
+      error += (1 + norms[i]) * (1 + norms[i]);  // tr K
+      for (std::size_t j = i + 1; j < out.n; ++j, ++at) {
+        double const t = k.upper.hi[at] * factor.hi, value = (1 + t) * (1 + t);
+        k.upper.set(at, entry(k.upper.at(at)));
+        squares[i] += value * value;
+        squares[j] += value * value;
+      }
+    }
+    find_share(out, p, squares);
+    entries.push_back(error);
+  }
+  align(out, kernels);
+  for (std::size_t p = 0; p < out.sites; ++p)
+    out.debiased_noise.push_back(1e-58 * entries[p] * entries[p]);
   find_errors(out, entries);
   return out;
 }

@@ -56,6 +56,8 @@ enum class form { cheapest, gram, feature };
 alignment linear_alignment(std::vector<site> const& sites, form by = form::cheapest);
 /// @param sigma2  squares of the bandwidths in units of the data, mantissa and exponent
 alignment rbf_alignment(std::vector<site> const& sites, std::vector<number> const& sigma2);
+/// k(x, y) = (1 + by ⟨x, y⟩)² on centred features: a kernel of one's own.
+alignment polynomial_alignment(std::vector<site> const& sites, double by);
 /// Median of squared distances: of all n² or of each pair once; over at most 512 tokens.
 number median_distance(site const& x, bool all_pairs);
 

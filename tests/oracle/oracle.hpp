@@ -4,24 +4,26 @@
 // The oracle: random activations through the library and through the definitions in 32 digits
 // (definitions.hpp), every answer with status ok within its ceiling, every status right.
 //
-//     rflow_oracle [--seed S] [--first K] [--cases N] [--case K] [--quantity Q] [--verbose]
+//     rflow_oracle [--seed S] [--first K] [--cases N] [--case K] [--quantity Q] [--markdown] [--verbose]
 //
 // Case K of seed S depends on (S, K) alone, so a run can be cut into parts and a failure run by itself.
 //
-// The mix. Topics: flow 27 %, linear CKA 38 %, RBF 12 %, minibatches 9 %, flow_monitor 6 %, probes
+// The mix. Topics: flow 27 %, linear CKA 38 %, RBF 12 % (a polynomial one in places), minibatches 9 %, flow_monitor 6 %, probes
 // 4 %, jackknife 4 %. Types: float 40 %, double 30 %, bf16 15 %, f16 15 %; CKA of two models also float with
-// bf16. Tokens: 1 to 5 in 17 % of cases, 6 to 64 in 63 %, 65 to 511 in 9 %, 512 and more in 11 %. Features:
-// 1 in 12 %, up to 900 where tokens are few, up to 48 where they are many. Of the data, a quarter each has massive
+// bf16. Tokens: 1 to 5 in 17 % of cases, 6 to 64 in 62 %, 65 to 511 in 9 %, 512 and more in 12.5 % (RBF: in
+// 3 %). Features:
+// 1 in 12 %, up to 6000 where tokens are few, up to 48 where they are many. Of the data, a quarter each has massive
 // tokens (one to three, 10 to 10^7 times) and an offset (1 to 10^13 in double, to 10^5 in float); a fifth each
 // is scaled (to 10^±300 in double, 10^±34 in float, where rows or sites may differ as much) and
 // degenerate (constant, all alike but one, rank one, copies, zero rows, unit vectors, …). One in five
 // has tokens masked out that hold NaN, infinity or anything; layouts are row-major, column-major, padded,
 // reversed along either axis, interleaved and broadcast.
 //
-// A debiased or RBF CKA is well-conditioned where a Gram path in double could give it: 16 ε ‖E‖ / ‖U‖ is within
-// the ceiling, for both sites, with ε = 2^−53, E_ij what products of centred rows leave of an entry
-// (‖x_i‖ ‖x_j‖; for RBF k (1 + (‖x_i‖² + ‖x_j‖²)/2σ²) + 1), so that ‖E‖ is tr(HKH) for the linear kernel. Elsewhere it may
-// have a status. Where U is 0 to the 29th digit there is no value, and it must have one.
+// A CKA is well-conditioned where a Gram path in double could give it: where 16 ε ‖E‖ / ‖U‖ is within the ceiling
+// for both sites, with ε = 2^−53 and E_ij what products of centred rows leave of an entry. For the linear kernel
+// that is ‖x_i‖ ‖x_j‖, and ‖E‖ is tr(HKH); for RBF k (1 + (‖x_i‖² + ‖x_j‖²)/2σ²) + 1; for a kernel of
+// one's own ‖E‖ is tr K. Biased CKA: the same with HKH for U. Elsewhere it may have a status. Where U is 0 to
+// the 29th digit there is no value, and it must have one.
 
 #include <algorithm>
 #include <chrono>
@@ -116,6 +118,38 @@ class placed {
     return out;
   }
   std::vector<std::ptrdiff_t> const& offsets() const { return offsets_; }
+  /// Spoils one value of a token that counts.
+  void spoil(chance_source& r, std::size_t site) {
+    auto const& v = views[site];
+    std::size_t row = 0;
+    for (std::size_t left =
+             1 + r.below(static_cast<std::size_t>(std::count(keep.begin(), keep.end(), 1)));
+         row < keep.size(); ++row)
+      if (keep[row] != 0 && --left == 0) break;
+    auto const feature = static_cast<std::ptrdiff_t>(r.below(static_cast<std::size_t>(v.cols)));
+    double const bad = r.happens(0.5) ? std::numeric_limits<double>::quiet_NaN()
+                                      : -std::numeric_limits<double>::infinity();
+    std::ptrdiff_t const at = &v(static_cast<std::ptrdiff_t>(row), feature) - buffers_[site].data();
+    buffers_[site][static_cast<std::size_t>(at)] = exactly<T>(bad);
+    text += ", site " + std::to_string(site) + " spoilt";
+  }
+  /// The same tokens as several stacks.
+  std::vector<rflow::layer_stack<T>> cut(chance_source& r) const {
+    std::vector<rflow::layer_stack<T>> out;
+    auto const all = static_cast<std::ptrdiff_t>(keep.size());
+    for (std::ptrdiff_t a = 0; a < all;) {
+      std::ptrdiff_t const b =
+          std::min(all, a + 1 + static_cast<std::ptrdiff_t>(r.below(keep.size())));
+      std::vector<rflow::view<T>> part;
+      for (auto const& v : views)
+        part.emplace_back(v.data + a * v.row_stride, b - a, v.cols, v.row_stride, v.col_stride);
+      out.emplace_back(part);
+      if (masked())
+        out.back() = out.back().tokens(std::vector<char>(keep.begin() + a, keep.begin() + b));
+      a = b;
+    }
+    return out;
+  }
 
  private:
   void place(chance_source& r, site const& s, std::size_t kind) {
@@ -171,11 +205,6 @@ class placed {
 
 // ---- the comparison -----------------------------------------------------------------------------
 
-/// What is expected of one site by one estimator.
-struct expectation {
-  statuses allowed = ok;
-};
-
 inline statuses site_statuses(alignment const& a, bool debiased, std::size_t p, double ceiling,
                               bool zero_bandwidth, bool by_fraction) {
   if (a.n < (debiased ? 4u : 2u)) return bit(status::too_few_rows);
@@ -193,7 +222,14 @@ inline statuses cell_statuses(statuses a, statuses b) {
   return both | ((a | b) & ~ok);
 }
 
-template <class On>
+/// A kernel of one's own.
+struct polynomial {
+  double by;
+  double operator()(double xy, double, double) const { return (1 + by * xy) * (1 + by * xy); }
+};
+
+/// @tparam any_pair  whether the backend takes two stacks of any type and kernels of any kind
+template <class On, bool any_pair = true>
 class comparison {
  public:
   record& log;
@@ -204,13 +240,15 @@ class comparison {
   void run(std::uint64_t seed, std::uint64_t k) {
     chance_source r(seed, k);
     double const u = r.uniform();
-    std::string const topic = u < 0.27   ? "flow"
-                              : u < 0.65 ? "linear"
-                              : u < 0.77 ? "rbf"
-                              : u < 0.86 ? "minibatch"
-                              : u < 0.92 ? "monitor"
-                              : u < 0.96 ? "probe"
-                                         : "jackknife";
+    std::string topic = u < 0.27   ? "flow"
+                        : u < 0.65 ? "linear"
+                        : u < 0.77 ? "rbf"
+                        : u < 0.86 ? "minibatch"
+                        : u < 0.92 ? "monitor"
+                        : u < 0.96 ? "probe"
+                                   : "jackknife";
+    if (topic == "monitor" && !has_monitor) topic = "minibatch";
+    if (topic == "probe" && !rflow::softmax_backend_for<On, rflow::host_memory>) topic = "flow";
     if (!only.empty() && only != topic) return;
     log.begin(k);
     ++log.topics[topic];
@@ -228,6 +266,7 @@ class comparison {
   }
 
  private:
+  static constexpr bool has_monitor = requires { typename On::template chain_stream<float>; };
   std::string topic_;
 
   template <class T>
@@ -320,7 +359,8 @@ class comparison {
 
   template <class T>
   void check_flow(rflow::flow_report const& got, std::vector<site> const& sites,
-                  flow_result const& want, rflow::normalization by, bool per_token) {
+                  flow_result const& want, rflow::normalization by, bool per_token,
+                  std::size_t spoilt = ~std::size_t{0}) {
     constexpr double ceiling = flow_ceiling<T>;
     range const span{wide<T>};
     std::size_t const s = sites.size(), n = sites[0].n, d = sites[0].d;
@@ -336,6 +376,27 @@ class comparison {
       all_zero = all_zero && want.zero_rows[l] == n;
     }
     statuses const off = bit(status::out_of_range);
+    if (spoilt < s) {  // one site has no value, and spoils what it takes part in alone
+      statuses const none = bit(status::non_finite);
+      for (std::size_t l = 0; l < s; ++l) {
+        bool const here = l == spoilt, next = here || l + 1 == spoilt;
+        if (here)
+          log.check("inter-token", got.inter_token[l], 0, 1, ceiling, none, at(l));
+        else if (want.pairs[l] > 0 && !rows_out[l])
+          log.check("inter-token", got.inter_token[l], want.inter_token[l], 1, ceiling, ok, at(l));
+        if (here) log.check("rms norm", got.rms_norm[l], 0, 1, ceiling, none, at(l));
+        if (l + 1 == s) continue;
+        if (next) {
+          log.check("adjacent", got.adjacent[l].mean, 0, 1, ceiling, none, at(l));
+          log.check("step", got.variance.steps[l], 0, 1, ceiling, none, at(l));
+        } else if (want.adjacent_count[l] > 0 && !rows_out[l] && !rows_out[l + 1]) {
+          log.check("adjacent", got.adjacent[l].mean, want.adjacent[l], 1, ceiling, ok, at(l));
+        }
+      }
+      log.check("St2", got.variance.st2, 0, 1, ceiling, none, "");
+      if (s > 1) log.check("St1", got.variance.st1, 0, 1, ceiling, none, "");
+      return;
+    }
     for (std::size_t l = 0; l < s; ++l) {
       std::string const where = at(l);
       statuses allowed = want.pairs[l] > 0 ? ok
@@ -479,7 +540,9 @@ class comparison {
     std::size_t const sites = r.happens(0.05) ? r.from(7, 33) : r.from(1, n >= 512 ? 3 : 6);
     model const m = draw<T>(r, n, sites, true, draw_cause(r, n));
     bool const whole = r.happens(0.9);
-    placed<T> const p(r, m, whole, whole);
+    placed<T> p(r, m, whole, whole);
+    std::size_t spoilt = ~std::size_t{0};
+    if ((whole || sites < 2) && r.happens(0.03)) p.spoil(r, spoilt = r.below(sites));
     log.story += p.text;
     flow_result const want = flow_by_definition(m.sites, p.bounds);
     if (whole || sites < 2) {
@@ -487,7 +550,7 @@ class comparison {
                                         .per_token = r.happens(0.5)};
       log.story += ", normalised by " + std::string(to_string(options.normalize));
       check_flow<T>(rflow::flow(p.stack(), options, on), m.sites, want, options.normalize,
-                    options.per_token);
+                    options.per_token, spoilt);
       return;
     }
     // The functions of one layer and of a pair.
@@ -515,10 +578,11 @@ class comparison {
     alignment a;
     std::vector<bool> zero_bandwidth;
     bool by_fraction = false;
+    std::size_t spoilt = ~std::size_t{0};  // a site with a NaN or an infinity
   };
 
   static expected_cka by_linear(std::vector<site> const& sites) {
-    return {linear_alignment(sites), std::vector<bool>(sites.size()), false};
+    return {linear_alignment(sites), std::vector<bool>(sites.size())};
   }
 
   void check_table(rflow::cka_table const& table, expected_cka const& want, bool debiased,
@@ -527,8 +591,9 @@ class comparison {
     std::size_t const cols = first_col == 0 ? rows : a.sites - first_col;
     std::vector<statuses> by_site;
     for (std::size_t p = 0; p < a.sites; ++p)
-      by_site.push_back(
-          site_statuses(a, debiased, p, ceiling, want.zero_bandwidth[p], want.by_fraction));
+      by_site.push_back(p == want.spoilt ? bit(status::non_finite)
+                                         : site_statuses(a, debiased, p, ceiling,
+                                                         want.zero_bandwidth[p], want.by_fraction));
     auto const& hsic = debiased ? a.debiased : a.biased;
     for (std::size_t i = 0; i < rows; ++i)
       for (std::size_t j = 0; j < cols; ++j) {
@@ -556,12 +621,16 @@ class comparison {
       double const* const share = a.share.data() + p * a.n;
       double const most = a.n > 0 ? *std::max_element(share, share + a.n) : missing();
       statuses allowed = ok;
-      if (a.n < 2)
+      if (p == want.spoilt)
+        allowed = bit(status::non_finite);
+      else if (a.n < 2)
         allowed = bit(status::too_few_rows);
       else if (want.zero_bandwidth[p])
         allowed = bit(status::zero_bandwidth) | bit(status::constant_layer);
       else if (!(a.off_diagonal[p] > 0))
         allowed = bit(status::constant_layer);
+      else if (!(a.at(a.biased, p, p).hi > a.debiased_noise[p]))
+        allowed |= bit(status::constant_layer);  // equal tokens, whose RBF kernel is all ones
       else if (!(16 * a.share_error[p] <= ceiling))
         allowed |= bit(status::constant_layer) | ill;
       log.check("top token", table.top_token_share(row), most, 1, ceiling, allowed, at(p));
@@ -576,6 +645,30 @@ class comparison {
 
   static double missing() { return std::numeric_limits<double>::quiet_NaN(); }
 
+  /// As one call, of several stacks, or in shares.
+  template <class T>
+  rflow::gram_moments gram_of(chance_source& r, On on, placed<T> const& p) {
+    double const u = r.uniform();
+    if constexpr (requires { on.share; }) {
+      if (u < 0.08) {
+        log.story += ", in several stacks";
+        return on.gram(rflow::linear{}, p.cut(r));
+      }
+      if (u < 0.16) {
+        log.story += ", in shares";
+        int const shares = r.of({2, 3, 5});
+        on.share = {0, shares};
+        rflow::gram_moments out = on.gram(rflow::linear{}, p.stack());
+        for (int k = 1; k < shares; ++k) {
+          on.share = {k, shares};
+          out.merge(on.gram(rflow::linear{}, p.stack()));
+        }
+        return out;
+      }
+    }
+    return on.gram(rflow::linear{}, p.stack());
+  }
+
   template <class T>
   void linear(chance_source& r) {
     On on = draw_backend(r);
@@ -584,19 +677,24 @@ class comparison {
     if constexpr (requires { on.significance; })
       scored = on.significance = n <= 64 && r.happens(0.1);
     cause const shared = draw_cause(r, n);
-    std::size_t const kind = r.below(10);
+    std::size_t kind = r.below(10);
+    if (!wide<T> && !std::same_as<T, float> && (kind < 8 || !any_pair)) kind = 0;
     if (kind < 5) {
-      model const m = draw<T>(r, n, r.from(1, n >= 512 ? 3 : 4), r.happens(0.3), shared);
-      placed<T> const p(r, m, true, false);
+      std::size_t const most = n >= 512 ? 3 : n <= 40 && r.happens(0.04) ? 24 : 4;
+      std::size_t const count = r.from(1, most);
+      model const m = draw<T>(r, n, count, r.happens(0.3), shared);
+      placed<T> p(r, m, true, false);
+      expected_cka want = by_linear(m.sites);
+      if (r.happens(0.03)) p.spoil(r, want.spoilt = r.below(m.sites.size()));
       log.story += p.text;
-      expected_cka const want = by_linear(m.sites);
-      rflow::gram_moments const moments = on.gram(rflow::linear{}, p.stack());
+      rflow::gram_moments const moments = gram_of(r, on, p);
       log.story += moments.path == rflow::gram_path::feature ? " (feature)" : " (gram)";
       rflow::cka_table const d(moments, rflow::debiased{}), b(moments, rflow::biased{});
       check_table(d, want, true, cka_ceiling<T>, m.sites.size(), 0, "CKA debiased");
       check_table(b, want, false, cka_ceiling<T>, m.sites.size(), 0, "CKA biased");
       check_top(d, want, cka_ceiling<T>, m.sites.size());
-      if (scored && n >= 4) check_scores(d, want, cka_ceiling<T>);
+      if (scored && n >= 4 && want.spoilt == expected_cka{}.spoilt)
+        check_scores(d, want, cka_ceiling<T>);
       return;
     }
     if (kind < 7) return of_two<T, T>(r, on, n, shared);
@@ -674,13 +772,30 @@ class comparison {
   void rbf(chance_source& r) {
     On const on = draw_backend(r);
     std::size_t n = draw_tokens(r);
-    if (n > 560) n = 512 + n % 48;
+    if (n > 160) n = r.happens(0.25) ? 512 + n % 48 : 20 + n % 80;  // a kernel value takes long
     std::size_t const s = n >= 512 ? r.from(1, 2) : r.from(1, 3);
-    model const m = draw<T>(r, n, s, r.happens(0.3), draw_cause(r, n));
+    bool const chain = r.happens(0.3);
+    model const m = draw<T>(r, n, s, chain, draw_cause(r, n));
     placed<T> const p(r, m, true, false);
     log.story += p.text;
-    rflow::rbf kernel;
     expected_cka want;
+    if (any_pair && !m.odd.scale && r.happens(0.15)) {
+      double total = 0;
+      for (double const v : m.sites[0].x) total += v * v;
+      polynomial const kernel{total > 0 ? r.decade(-1, 1) * static_cast<double>(n) / total : 1};
+      log.story += ", polynomial kernel";
+      want.a = polynomial_alignment(m.sites, kernel.by);
+      want.zero_bandwidth.resize(s);
+      if constexpr (any_pair) {
+        rflow::gram_moments const moments = on.gram(kernel, p.stack());
+        check_table(rflow::cka_table(moments, rflow::debiased{}), want, true, cka_ceiling<T>, s, 0,
+                    "kernel debiased");
+        check_table(rflow::cka_table(moments, rflow::biased{}), want, false, cka_ceiling<T>, s, 0,
+                    "kernel biased");
+      }
+      return;
+    }
+    rflow::rbf kernel;
     bool const given = r.happens(0.45);
     kernel.fraction = r.of({0.2, 0.5, 1.0, 1.0, 2.0, 10.0, 30.0});
     kernel.convention =
@@ -806,9 +921,15 @@ class comparison {
     On const on = draw_backend(r);
     std::size_t const n = std::min<std::size_t>(draw_tokens(r), 640);
     std::size_t const s = r.from(1, 3);
-    model const m = draw<T>(r, n, s, r.happens(0.3), draw_cause(r, n));
-    placed<T> const p(r, m, false, false);
+    bool const chain = r.happens(0.3);
+    model m = draw<T>(r, n, s, chain, draw_cause(r, n));
     bool const is_rbf = r.happens(0.3);
+    if (wide<T> && !is_rbf && r.happens(0.1)) {  // batches in other units
+      log.story += ", the second half far smaller";
+      for (site& x : m.sites)
+        for (std::size_t i = x.x.size() / 2; i < x.x.size(); ++i) x.x[i] *= 1e-90;
+    }
+    placed<T> const p(r, m, false, false);
     auto const weight =
         r.of({rflow::batch_weight::pairs, rflow::batch_weight::equal, rflow::batch_weight::rows});
     std::size_t const size = is_rbf ? r.from(3, 40) : n >= 512 ? r.from(30, 300) : r.from(3, 60);
@@ -858,9 +979,63 @@ class comparison {
 
   // ---- a monitor
 
+  /// Figures of each sequence by itself: their means.
+  template <class T>
+  void check_each_sequence(rflow::sequence_figures const& got, std::vector<site> const& sites,
+                           std::vector<std::size_t> const& bounds, bool in_units) {
+    std::size_t const s = sites.size();
+    struct mean {
+      double sum = 0, count = 0;
+      void add(double x) { sum += x, count += 1; }
+    };
+    mean st1, st2;
+    std::vector<mean> inter_token(s), rms(s), adjacent(s - 1), steps(s - 1);
+    for (std::size_t q = 0; q + 1 < bounds.size(); ++q) {
+      if (bounds[q] == bounds[q + 1]) continue;
+      std::vector<site> const part = part_of(sites, bounds[q], bounds[q + 1]);
+      flow_result const f = flow_by_definition(part, {0, part[0].n});
+      // Out of range, or nearly: what counts then is checked elsewhere.
+      for (number const& x : f.steps)
+        if (wide<T> && x.mantissa != 0 && std::abs(x.log2()) > 900) return;
+      for (std::size_t l = 0; l < s; ++l) {
+        if (wide<T> && f.zero_rows[l] < part[0].n &&
+            (f.least_row[l] < -900 || f.greatest_row[l] > 900))
+          return;
+        if (f.pairs[l] > 0) inter_token[l].add(f.inter_token[l]);
+        rms[l].add(f.squares[l].mantissa == 0
+                       ? 0
+                       : root(over(f.squares[l], static_cast<double>(part[0].n))).value());
+        if (l + 1 == s) continue;
+        if (f.adjacent_count[l] > 0) adjacent[l].add(f.adjacent[l]);
+        steps[l].add(f.steps[l].mantissa == 0 ? 0 : root(f.steps[l]).value());
+      }
+      if (s < 2) continue;
+      st1.add(f.energy.mantissa == 0 ? 0
+                                     : root(over(f.energy, static_cast<double>(s - 1))).value());
+      st2.add(f.spread.mantissa == 0 ? 0 : root(over(f.spread, static_cast<double>(s))).value());
+    }
+    auto const same = [&](char const* quantity, rflow::running_stat const& mine, mean const& want,
+                          bool relative, std::string const& where) {
+      log.require(quantity, mine.count == want.count, where, "another count");
+      if (want.count == 0 || mine.count != want.count) return;
+      double const value = want.sum / want.count;
+      log.check(quantity, mine.mean, value, relative && value > 0 ? value : 1, flow_ceiling<T>, ok,
+                where);
+    };
+    for (std::size_t l = 0; l < s; ++l) {
+      same("sequences' tokens", got.inter_token[l], inter_token[l], false, at(l));
+      same("sequences' norms", got.rms_norm[l], rms[l], true, at(l));
+      if (l + 1 < s) same("sequences' adjacent", got.adjacent[l], adjacent[l], false, at(l));
+      if (l + 1 < s && in_units) same("sequences' steps", got.steps[l], steps[l], true, at(l));
+    }
+    if (!in_units) return;
+    same("sequences' St1", got.st1, st1, true, "");
+    same("sequences' St2", got.st2, st2, true, "");
+  }
+
   template <class T>
   void monitor(chance_source& r) {
-    if constexpr (requires { typename On::template chain_stream<float>; }) {
+    if constexpr (has_monitor) {
       On const on = draw_backend(r);
       std::size_t const n = std::min<std::size_t>(draw_tokens(r), 640);
       std::size_t const s = r.from(1, 4);
@@ -916,40 +1091,22 @@ class comparison {
             ++chosen[l].n;
           }
         }
+        // Batches are cut by position; of a batch those tokens count that do elsewhere.
+        auto const size = static_cast<std::size_t>(options.cka_batch);
+        for (std::size_t first = begin, kept = bounds.back(); options.cka && first < end;
+             first += size) {
+          std::size_t const last = std::min(end, first + size), from = kept;
+          for (std::size_t i = first; i < last; ++i) kept += p.keep[i] != 0 && i - begin >= skip;
+          if (kept - from >= 4) sums.add(linear_alignment(part_of(chosen, from, kept)), 1);
+        }
         bounds.push_back(chosen[0].n);
       }
       rflow::monitor_report const got = it.report();
       if (chosen[0].n == 0) return;
       check_flow<T>(got.pooled, chosen, flow_by_definition(chosen, bounds), options.normalize,
                     false);
-      // Each sequence by itself.
-      std::vector<rflow::running_stat> st1(1), st2(1);
-      bool far = false, none = false;
-      for (std::size_t q = 0; q + 1 < bounds.size(); ++q) {
-        if (bounds[q] == bounds[q + 1]) continue;
-        std::vector<site> const part = part_of(chosen, bounds[q], bounds[q + 1]);
-        if (options.normalize == rflow::normalization::none && s > 1) {
-          flow_result const f = flow_by_definition(part, {0, part[0].n});
-          for (number const& x : f.squares) far = far || std::abs(x.log2()) > 900;
-          none = none || far;
-          st1[0].add(root(over(f.energy, static_cast<double>(s - 1))).value());
-          st2[0].add(root(over(f.spread, static_cast<double>(s))).value());
-        }
-        auto const size = static_cast<std::size_t>(options.cka_batch);
-        if (options.cka)
-          for (std::size_t a = 0; a < part[0].n; a += size) {
-            std::size_t const b = std::min(part[0].n, a + size);
-            if (b - a >= 4) sums.add(linear_alignment(part_of(part, a, b)), 1);
-          }
-      }
-      if (st1[0].count > 0 && !none) {
-        log.require("sequences' St1", got.per_sequence.st1.count == st1[0].count, "",
-                    "another count");
-        log.check("sequences' St1", got.per_sequence.st1.mean, st1[0].mean, st1[0].mean,
-                  flow_ceiling<T>, ok, "mean");
-        log.check("sequences' St2", got.per_sequence.st2.mean, st2[0].mean, st2[0].mean,
-                  flow_ceiling<T>, ok, "mean");
-      }
+      check_each_sequence<T>(got.per_sequence, chosen, bounds,
+                             options.normalize == rflow::normalization::none);
       if (options.cka) check_batches<T>(sums, got.cka, "monitor CKA");
     } else {
       static_cast<void>(r);
@@ -962,7 +1119,7 @@ class comparison {
   void probe(chance_source& r) {
     if constexpr (rflow::softmax_backend_for<On, rflow::host_memory>) {
       On const on = draw_backend(r);
-      std::size_t const n = r.from(6, 60), d = r.happens(0.2) ? 1 : r.from(2, 40),
+      std::size_t const n = r.from(8, 60), d = r.happens(0.2) ? 1 : r.from(2, 40),
                         classes = r.from(2, 5);
       recipe const by{dtype_of<T>, n, {d}, false, false};
       model m = draw_model(r, by, draw_cause(r, n));
@@ -1053,12 +1210,12 @@ class comparison {
 
 // ---- the program --------------------------------------------------------------------------------
 
-template <class On>
+template <class On, bool any_pair = true>
 int run(int argc, char** argv, char const* backend) {
   record log;
-  comparison<On> compare(log);
+  comparison<On, any_pair> compare(log);
   std::uint64_t first = 0, count = 10000, seed = 1;
-  bool single = false;
+  bool single = false, markdown = false;
   for (int i = 1; i < argc; ++i) {
     std::string const option = argv[i];
     auto const value = [&]() -> char const* {
@@ -1086,6 +1243,8 @@ int run(int argc, char** argv, char const* backend) {
       first = number(), count = 1, single = true;
     else if (option == "--quantity")
       compare.only = value();
+    else if (option == "--markdown")
+      markdown = true;
     else if (option == "--verbose")
       log.verbose = true;
     else {
@@ -1106,7 +1265,10 @@ int run(int argc, char** argv, char const* backend) {
   }
   double const seconds =
       std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
-  log.print();
+  if (markdown)
+    log.print_markdown();
+  else
+    log.print();
   auto const share = [&](std::uint64_t part) {
     return 100.0 * static_cast<double>(part) /
            static_cast<double>(std::max<std::uint64_t>(1, log.cases));

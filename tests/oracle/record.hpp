@@ -3,6 +3,7 @@
 
 // What was compared, how far it was off, and what failed.
 
+#include <algorithm>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
@@ -98,7 +99,7 @@ class record {
 
   void print() const {
     std::printf("%-18s %-10s %-14s %9s %9s %8s %7s %8s  %s\n", "quantity", "type", "condition",
-                "cells", "largest", "allowed", "failed", "case", "without a value");
+                "cells", "largest", "allowed", "failed", "e.g.", "without a value");
     for (auto const& [key, r] : rows_) {
       std::string rest;
       for (auto const& [why, count] : r.without)
@@ -107,20 +108,51 @@ class record {
                   std::get<1>(key).c_str(), std::get<2>(key).c_str(),
                   static_cast<unsigned long long>(r.cells), r.worst, r.ceiling,
                   static_cast<unsigned long long>(r.failed),
-                  static_cast<unsigned long long>(r.worst_case), rest.c_str());
+                  static_cast<unsigned long long>(r.failed > 0 ? r.first_failed : r.worst_case),
+                  rest.c_str());
+    }
+  }
+
+  /// Largest errors by quantity, over all conditions: for docs/numerics.md.
+  void print_markdown() const {
+    char const* const types[] = {"double", "float", "f16", "bf16"};
+    std::map<std::string, std::map<std::string, row>> by_quantity;
+    for (auto const& [key, r] : rows_) {
+      row& sum = by_quantity[std::get<0>(key)][std::get<1>(key)];
+      sum.cells += r.cells;
+      sum.failed += r.failed;
+      sum.worst = std::max(sum.worst, r.worst);
+      sum.ceiling = std::max(sum.ceiling, r.ceiling);
+    }
+    std::printf(
+        "| | allowed | float | f16 | bf16 | allowed, double | double | results |\n"
+        "|---|---|---|---|---|---|---|---|\n");
+    for (auto& [quantity, of] : by_quantity) {
+      std::uint64_t results = 0;
+      double narrow = 0;
+      for (char const* const t : types) {
+        results += of[t].cells;
+        if (std::string(t) != "double") narrow = std::max(narrow, of[t].ceiling);
+      }
+      if (narrow == 0 && of["double"].ceiling == 0) continue;  // something that holds or does not
+      std::printf("| %s | %.0e | %.0e | %.0e | %.0e | %.0e | %.0e | %llu |\n", quantity.c_str(),
+                  narrow, of["float"].worst, of["f16"].worst, of["bf16"].worst,
+                  of["double"].ceiling, of["double"].worst,
+                  static_cast<unsigned long long>(results));
     }
   }
 
  private:
   struct row {
-    std::uint64_t cells = 0, failed = 0, worst_case = 0, shown = 0, shown_case = ~std::uint64_t{0};
+    std::uint64_t cells = 0, failed = 0, worst_case = 0, first_failed = 0, shown = 0,
+                  shown_case = ~std::uint64_t{0};
     double worst = 0, ceiling = 0;
     std::map<std::string, std::uint64_t> without;
   };
 
   void fail(row& r, char const* quantity, std::string const& where, std::string const& what) {
     ++failures;
-    ++r.failed;
+    if (r.failed++ == 0) r.first_failed = number;
     case_failed_ = true;
     if (!verbose && (r.shown >= 3 || r.shown_case == number)) return;
     ++r.shown;
