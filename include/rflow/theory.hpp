@@ -271,7 +271,7 @@ inline update_moments expected_update(transformer_layer const& layer,
       detail::sum_of(detail::sum_of(w, value), detail::product_of(value, w));
   auto const part = [&](double weight, detail::scaled_matrix const& x) {
     return detail::scaled_back(weight * trace_of(x.value, sigma.value * x.value),
-                            2 * x.exponent + sigma.exponent);
+                               2 * x.exponent + sigma.exponent);
   };
   measured const own = part(n - shares, w), mixed = part(shares, both);
   out.trace =
@@ -313,8 +313,8 @@ inline update_moments expected_update(mamba_layer const& layer, view<double> con
   detail::scaled_matrix mean = detail::scaled(m.out.value.transpose() * m.t.diagonal());
   mean.exponent += m.exponent();
   detail::set_mean(mean, n, out);
-  out.trace =
-      detail::scaled_back(detail::trace_of(m.out.value, covariances * m.out.value), 2 * m.exponent());
+  out.trace = detail::scaled_back(detail::trace_of(m.out.value, covariances * m.out.value),
+                                  2 * m.exponent());
   return out;
 }
 
