@@ -1009,10 +1009,10 @@ class comparison {
         if (f.adjacent_count[l] > 0) adjacent[l].add(f.adjacent[l]);
         steps[l].add(f.steps[l].mantissa == 0 ? 0 : root(f.steps[l]).value());
       }
+      st2.add(f.spread.mantissa == 0 ? 0 : root(over(f.spread, static_cast<double>(s))).value());
       if (s < 2) continue;
       st1.add(f.energy.mantissa == 0 ? 0
                                      : root(over(f.energy, static_cast<double>(s - 1))).value());
-      st2.add(f.spread.mantissa == 0 ? 0 : root(over(f.spread, static_cast<double>(s))).value());
     }
     auto const same = [&](char const* quantity, rflow::running_stat const& mine, mean const& want,
                           bool relative, std::string const& where) {
