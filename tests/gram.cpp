@@ -147,7 +147,7 @@ void check(gram_moments const& m, std::vector<matrix> const& kernels, double tol
     }
     double trace = 0, all = 0;
     for (ptrdiff_t i = 0; i < n; ++i) trace += h[at(p)][at(i * (n + 1))];
-    CHECK(std::abs(m.centred_trace(p) - trace) <= tolerance * trace);
+    CHECK(std::abs(m.centred_trace(p) - trace) <= tolerance * (std::abs(trace) + norm));
     for (ptrdiff_t i = 0; i < n; ++i) {
       double squares = 0;
       for (ptrdiff_t j = 0; j < n; ++j)

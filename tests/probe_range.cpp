@@ -204,8 +204,9 @@ bool const far_reference = std::numeric_limits<real>::max_exponent > 4000;
 
 }  // namespace
 
+// Adam's first step is the sign of a gradient: where rounding decides it, a loss is off by some 1e-3.
 TEST_CASE("probe: features of any size give the loop's losses, in float") {
-  any_size<float>({1e-36, 1e-25, 1e-10, 1, 1e10, 1e17, 1e19, 1e20, 1e22, 1e25, 1e30, 1e35}, 1e-3);
+  any_size<float>({1e-36, 1e-25, 1e-10, 1, 1e10, 1e17, 1e19, 1e20, 1e22, 1e25, 1e30, 1e35}, 5e-3);
 }
 TEST_CASE("probe: features of any size give the loop's losses, in double") {
   any_size<double>({1e-100, 1, 1e100, 1e140}, 1e-9);

@@ -217,8 +217,8 @@ class cka_table {
 
   /// The share of ‖K̃‖² (the kernel matrix of centred features without its diagonal) that pairs with its
   /// most extreme token make up, in [0, 1] to rounding; top_token says which (an index among the tokens that
-  /// count). Near 1, one token decides the whole row of the table. On the feature path only tokens
-  /// with the largest norms are looked at; one that holds more than 8d/n is among them.
+  /// count). Near 1, one token decides the whole row of the table. On the feature path only the token
+  /// with the largest norm is looked at, and those that are ten times as far out as others.
   measured top_token_share(std::ptrdiff_t row) const { return at(top_share_, row); }
   /// That token; −1 if there is none.
   std::ptrdiff_t top_token(std::ptrdiff_t row) const {

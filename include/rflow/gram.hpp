@@ -626,8 +626,7 @@ prepared_site<C> prepare(team& threads, panel_source<C> const& source, integer t
              });
 
   // What the rounding of the means alone may leave is a constant site, not a signal.
-  double const rounding = (64 + static_cast<double>(tokens) / 128) *
-                          std::numeric_limits<double>::epsilon() * scaled(largest, scale);
+  double const rounding = rounding_of_means<C>(tokens) * scaled(largest, scale);
   double norm = 0;
   for (double const a : site.norms) site.trace += a, norm = (std::max)(norm, a);
   if (norm <= rounding * rounding * static_cast<double>(d)) {
@@ -730,7 +729,7 @@ struct rbf_kernel {
     C removed(integer i) const { return static_cast<C>(half(i)); }
     double diagonal(integer i) const { return 1 - 2 * static_cast<double>(removed(i)); }
 
-    bool far() const { return 2 * furthest > limit; }
+    bool outlying() const { return 2 * furthest > limit; }
     bool lost(double k, double ti, double tj) const {
       double const sum = ti + tj;
       return sum > limit &&
@@ -1141,7 +1140,7 @@ void finish_tile(Bound const& kernel, C const* token, C const* removed, integer 
   constexpr integer packets = R / W;
   std::vector<C> repaired;
   if constexpr (Bound::repairs)
-    if (kernel.far()) {
+    if (kernel.outlying()) {
       repaired.resize(R * N);
       if (!repairs_of<Product>(kernel, token, i0, j0, n, g, repaired.data())) repaired.clear();
     }
@@ -1670,7 +1669,7 @@ class feature_engine {
     }
     for (integer i = 0; i < tokens_; ++i)
       if (how_far.data()[i] > 0) far_.push_back(i);
-    integer const most = std::clamp<integer>(features() / 32, 4, 64);
+    integer const most = std::clamp<integer>(features() / 32, 16, 64);
     if (static_cast<integer>(far_.size()) > most) {
       std::nth_element(far_.begin(), far_.begin() + most, far_.end(), [&](integer i, integer j) {
         double const a = how_far.data()[i], b = how_far.data()[j];
@@ -1749,7 +1748,8 @@ class feature_engine {
 
   /// Adds the pairs of the tokens far out, and sums of squares of these and of the furthest of a site.
   void add_far(gram_moments& m) {
-    integer const count = m.sites, far = static_cast<integer>(far_.size()), rows = far + 1;
+    integer const count = m.sites, outlying = static_cast<integer>(far_.size()),
+                  rows = outlying + 1;
     integer widest = 0;
     for (auto const& site : sites_) widest = (std::max)(widest, site.source.cols);
     integer const ld = round_up(widest, 4 * W);
@@ -1760,18 +1760,18 @@ class feature_engine {
         site.fetch(token, tokens, k, (std::min)(chunk, site.source.cols - k), to + k, ld);
     };
 
-    aligned_array<C> outer(count * ld, C(0));               // of each site: its furthest token
-    aligned_array<double> outer_far(count * far * ld, 0.);  // and those far out
+    aligned_array<C> outer(count * ld, C(0));                    // of each site: its furthest token
+    aligned_array<double> outer_far(count * outlying * ld, 0.);  // and those far out
     auto const& furthest = furthest_;
     std::vector<double> leaning(sites_.size());
     threads_.run(count, [&](integer p) {
       for (integer i = 0; i < tokens_ && !sites_[static_cast<std::size_t>(p)].row_sums.empty(); ++i)
         leaning.data()[p] += lean(p, i);
       aligned_array<C> row(ld, C(0));
-      for (integer r = 0; r < far; ++r) {
+      for (integer r = 0; r < outlying; ++r) {
         fetch_rows(p, far_.data()[r], 1, row.data());
         for (integer k = 0; k < ld; ++k)
-          outer_far[(p * far + r) * ld + k] = static_cast<double>(row[k]);
+          outer_far[(p * outlying + r) * ld + k] = static_cast<double>(row[k]);
       }
       fetch_rows(p, furthest.data()[p], 1, outer.data() + p * ld);
     });
@@ -1800,14 +1800,15 @@ class feature_engine {
             std::fill(
                 x.data() + g * ld + round_up(sites_[static_cast<std::size_t>(p)].source.cols, W),
                 x.data() + g * ld + used, C(0));
-            for (integer k0 = 0; k0 < used && far > 0; ++k0)
+            for (integer k0 = 0; k0 < used && outlying > 0; ++k0)
               wide[k0] = static_cast<double>(row[k0]);
             for (integer r = 0; r < rows; ++r) {
-              integer const i = from + g, token = r < far ? far_.data()[r] : furthest.data()[p];
+              integer const i = from + g,
+                            token = r < outlying ? far_.data()[r] : furthest.data()[p];
               double const inner =
                   token == i ? 0
-                  : r < far
-                      ? inner_product(wide.data(), outer_far.data() + (p * far + r) * ld, used)
+                  : r < outlying
+                      ? inner_product(wide.data(), outer_far.data() + (p * outlying + r) * ld, used)
                       : static_cast<double>(inner_product(row, outer.data() + p * ld, used));
               double const centred = about_mean ? inner
                                                 : inner - (lean(p, i) + lean(p, token)) / n +
@@ -1818,13 +1819,13 @@ class feature_engine {
             }
           }
         }
-        for (integer g = 0; g < here && far > 0; ++g) {
+        for (integer g = 0; g < here && outlying > 0; ++g) {
           double const weight = is_far(from + g) ? 1 : 2;
           double const* const of = k.data() + g * count * rows;
           for (integer p = 0; p < count; ++p)
             for (integer q = 0; q <= p; ++q) {
               double sum = 0;
-              for (integer r = 0; r < far; ++r) sum += of[p * rows + r] * of[q * rows + r];
+              for (integer r = 0; r < outlying; ++r) sum += of[p * rows + r] * of[q * rows + r];
               products[p * count + q] += weight * sum;
             }
         }
@@ -1835,10 +1836,10 @@ class feature_engine {
       for (integer k = 0; k < count * count; ++k) m.products.data()[k] += part[k];
       for (integer p = 0; p < count; ++p)
         for (integer r = 0; r < rows; ++r) {
-          integer const token = r < far ? far_.data()[r] : furthest.data()[p];
+          integer const token = r < outlying ? far_.data()[r] : furthest.data()[p];
           integer const at = p * tokens_ + token, from = count * count + p * rows + r;
-          if (r < far || !is_far(token)) m.squares.data()[at] += part[from];
-          if (r < far) m.row_sums.data()[at] += part[from + count * rows];
+          if (r < outlying || !is_far(token)) m.squares.data()[at] += part[from];
+          if (r < outlying) m.row_sums.data()[at] += part[from + count * rows];
         }
     }
   }
@@ -2111,7 +2112,7 @@ third_moments find_third_moments(integer index, prepared_site<C> const& site, Bo
             kernel(P(pload<P>(g + r)), P(ploadu<P>(token.data() + i0 + r)), P(pset1<P>(token[j])),
                    P(padd(ploadu<P>(removed.data() + i0 + r), pset1<P>(removed[j])))));
       if constexpr (Bound::repairs)
-        for (integer i = (std::max)(i0, j + 1); i < (std::min)(i0 + R, n) && kernel.far(); ++i)
+        for (integer i = (std::max)(i0, j + 1); i < (std::min)(i0 + R, n) && kernel.outlying(); ++i)
           if (kernel.lost(static_cast<double>(g[i - i0]), kernel.number(i), kernel.number(j)))
             column[i - i0] = kernel.repair(i, j);
       for (integer i = (std::max)(i0, j + 1); i < (std::min)(i0 + R, n); ++i) {
@@ -2465,8 +2466,7 @@ class batch_engine {
       load(source, n);
     }
     subtract_centre(n);
-    double const rounding = (64 + static_cast<double>(n) / 128) *
-                            std::numeric_limits<double>::epsilon() * scaled(largest, scale_);
+    double const rounding = rounding_of_means<C>(n) * scaled(largest, scale_);
     double norm = *std::max_element(norms_.begin(), norms_.end());
     if (norm <= rounding * rounding * static_cast<double>(width_))
       return {0, 0, 0, status::constant_layer};

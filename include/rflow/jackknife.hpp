@@ -93,14 +93,14 @@ std::vector<double> find_dependence(layer_stack<T, Memory> const& stack, On cons
   };
   // Dependent tokens have a CKA above 0 however far apart they are, in inverse proportion to their
   // number: what half of them have with the other half.
-  std::vector<double> far(sites);
+  std::vector<double> outlying(sites);
   if (n / 2 >= debiased::minimum_tokens) {
     cka_table const halves =
         cka_matrix(part(0, n / 2), part(n / 2, n / 2 * 2), linear{}, debiased{}, on);
     for (std::size_t p = 0; p < sites; ++p) {
       auto const at = static_cast<std::ptrdiff_t>(p);
       if (halves.status(at, at) == status::ok)
-        far[p] = std::clamp<double>(halves(at, at), 0, 1) / 2;
+        outlying[p] = std::clamp<double>(halves(at, at), 0, 1) / 2;
     }
   }
   // Of independent tokens a_k has the standard deviation √2/n.
@@ -116,9 +116,9 @@ std::vector<double> find_dependence(layer_stack<T, Memory> const& stack, On cons
       if (!open[p]) continue;
       auto const at = static_cast<std::ptrdiff_t>(p);
       measured const a = later(at, at);
-      double const near = a.ok() ? (a - far[p]) / (1 - far[p]) : 0;
-      double const r = std::sqrt((std::max)(near, 0.0));
-      bool const lost = near < noise;
+      double const nearby = a.ok() ? (a - outlying[p]) / (1 - outlying[p]) : 0;
+      double const r = std::sqrt((std::max)(nearby, 0.0));
+      bool const lost = nearby < noise;
       // Between lags a straight line, whose ends count half each.
       if (lag > 1)
         out[p] += (last[p] + r) * static_cast<double>(lag) / 2 + r - last[p];

@@ -17,6 +17,14 @@ namespace rflow::detail {
 inline constexpr double narrow_accuracy = 1e-5;  ///< of float, f16 and bf16 data
 inline constexpr double wide_accuracy = 1e-10;   ///< if any data are double
 
+/// What rounding leaves of means of C, relative to the largest value. Those of doubles are corrected once.
+template <class C>
+double rounding_of_means(std::ptrdiff_t tokens) {
+  double const epsilon = std::numeric_limits<double>::epsilon();
+  double const once = (64 + static_cast<double>(tokens) / 128) * epsilon;
+  return std::numeric_limits<C>::epsilon() > epsilon ? once : once * epsilon * 64;
+}
+
 /// The lower median; 0 of nothing.
 inline double median_of(std::span<double const> values, std::vector<double>& scratch) {
   if (values.empty()) return 0;
@@ -46,8 +54,8 @@ inline double centre_limit(std::span<double const> norms, double trace, double l
   double const everywhere = std::numeric_limits<double>::infinity();
   if (norms.size() < 4 || !has_outlier(trace, largest, norms.size())) return everywhere;
   double const middle = median_of(norms, scratch);
-  double const far = (std::min)(64., static_cast<double>(norms.size()) / 2);
-  return largest > far * middle ? middle : everywhere;
+  double const outlying = (std::min)(64., static_cast<double>(norms.size()) / 2);
+  return largest > outlying * middle ? middle : everywhere;
 }
 
 /// Σ_{i≠j} a_i a_j, without losing what stands beside one huge a.

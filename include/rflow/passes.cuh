@@ -1676,8 +1676,7 @@ class gram_pass {
 
   /// What the rounding of the means alone may leave is a constant site, not a signal.
   bool constant(site_facts const& s, double norm) const {
-    double const rounding = (64 + static_cast<double>(tokens_) / 128) *
-                            std::numeric_limits<double>::epsilon() * s.largest * s.scale;
+    double const rounding = rounding_of_means<C>(tokens_) * s.largest * s.scale;
     return norm <= rounding * rounding * static_cast<double>(s.cols);
   }
 
@@ -1905,22 +1904,22 @@ struct make_rbf {
     kernel_facts k;
     k.rounding = static_cast<double>(std::numeric_limits<C>::epsilon()) / 4 *
                  std::sqrt(n * (n - 1) * (1 + cancels * cancels));
-    std::vector<double> far;
+    std::vector<double> outlying;
     for (double const a : norms) {
       k.number.push_back(a * half);
       double const c = std::exp(-a * half - typical) - std::exp(-2 * typical) / 2;
       k.removed.push_back(static_cast<double>(static_cast<C>(c)));
       k.diagonal.push_back(1 - 2 * k.removed.back());
-      if (2 * a * half > limit) far.push_back(std::sqrt(a * half));
+      if (2 * a * half > limit) outlying.push_back(std::sqrt(a * half));
     }
     // Two tokens far from the centre and at the same distance from it may be close to each other, and
     // then C has lost their entry.
-    std::sort(far.begin(), far.end());
+    std::sort(outlying.begin(), outlying.end());
     double lost = 0;
-    for (std::size_t i = 1; i < far.size(); ++i) lost += far[i] - far[i - 1] < 5;
+    for (std::size_t i = 1; i < outlying.size(); ++i) lost += outlying[i] - outlying[i - 1] < 5;
     if (lost > 0)
-      k.rounding = std::hypot(k.rounding, 16 * std::numeric_limits<C>::epsilon() * far.back() *
-                                              far.back() * std::sqrt(lost));
+      k.rounding = std::hypot(k.rounding, 16 * std::numeric_limits<C>::epsilon() * outlying.back() *
+                                              outlying.back() * std::sqrt(lost));
     return k;
   }
 };

@@ -280,7 +280,7 @@ class softmax_engine {
 
   /// What a strip of features was found to be.
   struct finding {
-    bool finite = true, varies = false, far = false;
+    bool finite = true, varies = false, outlying = false;
     double largest = 0;  // of those trained on
   };
   /// Whether a token is trained on by no problem, by some, or by all.
@@ -313,7 +313,7 @@ class softmax_engine {
     for (finding const& f : findings) {
       finite = finite && f.finite;
       varies_ = varies_ || f.varies;
-      far_ = far_ || f.far;
+      far_ = far_ || f.outlying;
       largest = (std::max)(largest, f.largest);
     }
     if (!finite) non_finite_ = find_non_finite(site_.source, tokens_);
@@ -390,21 +390,21 @@ class softmax_engine {
     // their digits would go. Features as they are given may stay where they are, as they do where the
     // mean is that of a few; others take the mean of what all problems train on, which none of them
     // is far from.
-    bool far[R] = {}, some = false;
+    bool outlying[R] = {}, some = false;
     double nearer[R] = {};
     if (!problem_.standardize)
       each_token(strip, power, [&](integer, double const* x) {
         for (integer i = 0; i < R; ++i) nearer[i] += std::abs(x[i] - all[i]) < std::abs(x[i]);
       });
     for (integer i = 0; i < cols; ++i) {
-      if (!problem_.standardize) far[i] = 4 * nearer[i] < static_cast<double>(tokens_);
+      if (!problem_.standardize) outlying[i] = 4 * nearer[i] < static_cast<double>(tokens_);
       for (integer p = 0; p < problems; ++p) {
         double const spread = std::sqrt(squares[size(p * R + i)]);
-        far[i] = far[i] || ((spread > 0 || !problem_.standardize) &&
-                            std::abs(all[i] - sums[size(p * R + i)]) > 8 * spread);
+        outlying[i] = outlying[i] || ((spread > 0 || !problem_.standardize) &&
+                                      std::abs(all[i] - sums[size(p * R + i)]) > 8 * spread);
       }
-      if (far[i]) all[i] = 0;
-      some = some || far[i];
+      if (outlying[i]) all[i] = 0;
+      some = some || outlying[i];
     }
     if (some && problem_.standardize) {
       double common[R] = {}, count = 0;
@@ -413,9 +413,9 @@ class softmax_engine {
         count += 1;
         for (integer i = 0; i < R; ++i) common[i] += x[i];
       });
-      found.far = count == 0;
+      found.outlying = count == 0;
       for (integer i = 0; i < R && count > 0; ++i)
-        if (far[i]) all[i] = common[i] / count;
+        if (outlying[i]) all[i] = common[i] / count;
     }
 
     for (integer i = 0; i < cols; ++i) {

@@ -574,9 +574,9 @@ inline double all_orders_tail(std::ptrdiff_t n, double rounding, double const* u
 /// @param  own  n: Σ_ij U_ij U_{i+k,j+k}, own[0] = ‖U‖². Its level far from 0 is taken off: dependent
 ///              tokens have one
 inline double shift_dependence(double const* own, std::ptrdiff_t n) {
-  std::vector<double> far(own + n / 4, own + n / 2 + 1);
-  auto const middle = far.begin() + static_cast<std::ptrdiff_t>(far.size() / 2);
-  std::nth_element(far.begin(), middle, far.end());
+  std::vector<double> outlying(own + n / 4, own + n / 2 + 1);
+  auto const middle = outlying.begin() + static_cast<std::ptrdiff_t>(outlying.size() / 2);
+  std::nth_element(outlying.begin(), middle, outlying.end());
   double const level = std::clamp(*middle / own[0], 0.0, 0.9);
   if (level > 0.5) return std::numeric_limits<double>::infinity();
   // Of independent tokens a_k has the standard deviation √2/n.

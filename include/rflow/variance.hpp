@@ -52,7 +52,7 @@ namespace detail {
 
 /// A value, if double has it with all its digits.
 inline measured in_range(double x) {
-  bool const has = is_finite(x) && (x == 0 || std::abs(x) >= std::numeric_limits<double>::min());
+  bool const has = is_finite(x) && (x == 0 || std::abs(x) >= (std::numeric_limits<double>::min)());
   return has ? measured(x) : measured(status::out_of_range);
 }
 inline measured in_range(square_sum x) {

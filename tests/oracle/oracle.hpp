@@ -621,9 +621,9 @@ class comparison {
       double const* const share = a.share.data() + p * a.n;
       double most = a.n > 0 ? *std::max_element(share, share + a.n) : missing();
       auto const found = table.top_token(row);
-      // The path over features looks at few tokens, which is enough for a share above 8 d/n.
+      // The path over features looks at the tokens furthest out: enough where one holds much.
       if (!features.empty() && found >= 0 && static_cast<std::size_t>(found) < a.n &&
-          most <= 8 * static_cast<double>(features[p].d) / static_cast<double>(a.n))
+          most <= 0.25 + 8 * static_cast<double>(features[p].d) / static_cast<double>(a.n))
         most = share[found];
       statuses allowed = ok;
       if (p == want.spoilt)
