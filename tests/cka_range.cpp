@@ -100,8 +100,9 @@ struct pair {
 
 TEST_CASE("a massive token spoils no path and no type") {
   for (float const far : {240.f, 3e3f, 1e4f, 1e6f, 1e7f})
-    for (auto const& [n, d] : {std::pair<Eigen::Index, Eigen::Index>{7, 20}, {16, 64}, {300, 32}})
+    for (auto const& shape : {std::pair<Eigen::Index, Eigen::Index>{7, 20}, {16, 64}, {300, 32}})
       for (bool const both : {true, false}) {
+        Eigen::Index const n = shape.first, d = shape.second;
         CAPTURE(far);
         CAPTURE(n);
         CAPTURE(both);
