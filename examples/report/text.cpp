@@ -105,6 +105,8 @@ std::string_view explain(rflow::status why) {
     case status::too_few_sites: return "there are fewer sites than it takes";
     case status::zero_rows: return "too few tokens have a representation other than zero";
     case status::constant_layer: return "all tokens have the same representation";
+    case status::ill_conditioned:
+      return "rounding leaves fewer digits than are promised, even with products in double";
     case status::zero_step: return "a layer equals the one before it, so the step has no direction";
     case status::zero_bandwidth: return "the median distance between tokens is 0";
     case status::non_finite: return "the data hold a NaN or an infinity";
