@@ -750,13 +750,16 @@ struct rbf_kernel {
   template <class C>
   bound<C> bind(integer p, prepared_site<C> const& site) const {
     double const s = sigma[static_cast<std::size_t>(p)] * site.some_scale();
-    constexpr double most = 1e30;  // a_i ≤ 4: the exponent stays finite
+    constexpr double most =
+        std::is_same_v<C, double> ? 1e300 : 1e36;  // a_i ≤ 4: exponents are finite
     bound<C> b{&site, (std::min)(1 / s / s, most)};
     double const n = static_cast<double>(site.norms.size());
     b.typical = median_of(site.norms) * b.rate / 2;
     b.furthest = *std::max_element(site.norms.begin(), site.norms.end()) * b.rate / 2;
     double const lost = (std::min)(2 * b.typical, b.limit);
     b.rounding = unit_roundoff<C> / 2 * std::sqrt(n * (n - 1) * (1 + lost * lost));
+    if (!(1 / s / s <= most) && sigma[static_cast<std::size_t>(p)] > 0)
+      b.rounding = n;  // C has no such σ
     return b;
   }
 };

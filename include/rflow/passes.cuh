@@ -1888,7 +1888,8 @@ struct make_linear {
 template <class C>
 struct make_rbf {
   static double rate(site_facts const& s, double sigma) {
-    constexpr double most = 1e30;  // a_i ≤ 4: the exponent stays finite
+    constexpr double most =
+        std::same_as<C, double> ? 1e300 : 1e36;  // a_i ≤ 4: exponents are finite
     double const width = sigma * (s.scale > 0 ? s.scale : 1);
     return static_cast<double>(static_cast<C>(std::min(1 / width / width, most)));
   }
@@ -1904,6 +1905,8 @@ struct make_rbf {
     kernel_facts k;
     k.rounding = static_cast<double>(std::numeric_limits<C>::epsilon()) / 4 *
                  std::sqrt(n * (n - 1) * (1 + cancels * cancels));
+    double const width = sigma * (s.scale > 0 ? s.scale : 1);
+    if (sigma > 0 && 1 / width / width > rate(s, sigma) * 1.01) k.rounding = n;  // C has no such σ
     std::vector<double> outlying;
     for (double const a : norms) {
       k.number.push_back(a * half);

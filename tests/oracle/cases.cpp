@@ -254,7 +254,9 @@ model draw_model(chance_source& r, recipe const& by, cause const& shared) {
     note(text_of(apart ? "scale %.0e and others" : "scale %.0e", size));
     for (std::size_t l = 0; l < s; ++l) {
       if (apart) size = r.decade(-most, most);
-      for (double& v : x[l]) v *= size;
+      double peak = 1;
+      for (double const v : x[l]) peak = std::max(peak, std::abs(v));
+      for (double& v : x[l]) v *= std::min(size, 1e307 / peak);
     }
     bool const wide = by.type == dtype::f64;
     if ((wide || by.type == dtype::f32) && r.happens(0.1)) {  // rows that are worlds apart
