@@ -237,8 +237,13 @@ TEST_CASE_TEMPLATE("a part of the flow moments is as good as all of them", On, R
 
 template <class On, class T>
 void flow_is_exact(unsigned cases) {
-  constexpr bool wide = std::same_as<T, double>, half = std::same_as<T, rflow::f16>;
-  double const decades = wide ? 290 : half ? 1.5 : 30, most_offset = wide ? 1e13 : half ? 10 : 1e4;
+  constexpr bool wide = std::same_as<T, double>, midway = std::same_as<T, rflow::f16>;
+  double const decades = wide     ? 290
+                         : midway ? 1.5
+                                  : 30,
+               most_offset = wide     ? 1e13
+                             : midway ? 10
+                                      : 1e4;
   for (unsigned seed = 1; seed <= cases; ++seed) {
     CAPTURE(seed);
     std::mt19937 bits(seed);

@@ -723,10 +723,10 @@ struct rbf_kernel {
     double number(integer i) const { return site->norms.data()[i] * rate / 2; }
     C token(integer i) const { return static_cast<C>(number(i)); }
     /// Half of the kernel of two typical tokens apart; 0 − that for one that is far from all.
-    double half(integer i) const {
+    double common_part(integer i) const {
       return std::exp(-number(i) - typical) - std::exp(-2 * typical) / 2;
     }
-    C removed(integer i) const { return static_cast<C>(half(i)); }
+    C removed(integer i) const { return static_cast<C>(common_part(i)); }
     double diagonal(integer i) const { return 1 - 2 * static_cast<double>(removed(i)); }
 
     bool outlying() const { return 2 * furthest > limit; }

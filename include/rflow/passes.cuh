@@ -1898,8 +1898,8 @@ struct make_rbf {
   }
   kernel_facts operator()(site_facts const& s, std::span<double const> norms,
                           std::span<double const>, double sigma) const {
-    double const half = rate(s, sigma) / 2, n = static_cast<double>(norms.size());
-    double const typical = median_of(norms) * half;
+    double const slope = rate(s, sigma) / 2, n = static_cast<double>(norms.size());
+    double const typical = median_of(norms) * slope;
     double const limit = std::same_as<C, double> ? 4096 : 4;
     double const cancels = std::min(2 * typical, limit);
     kernel_facts k;
@@ -1909,11 +1909,11 @@ struct make_rbf {
     if (sigma > 0 && 1 / width / width > rate(s, sigma) * 1.01) k.rounding = n;  // C has no such σ
     std::vector<double> outlying;
     for (double const a : norms) {
-      k.number.push_back(a * half);
-      double const c = std::exp(-a * half - typical) - std::exp(-2 * typical) / 2;
+      k.number.push_back(a * slope);
+      double const c = std::exp(-a * slope - typical) - std::exp(-2 * typical) / 2;
       k.removed.push_back(static_cast<double>(static_cast<C>(c)));
       k.diagonal.push_back(1 - 2 * k.removed.back());
-      if (2 * a * half > limit) outlying.push_back(std::sqrt(a * half));
+      if (2 * a * slope > limit) outlying.push_back(std::sqrt(a * slope));
     }
     // Two tokens far from the centre and at the same distance from it may be close to each other, and
     // then C has lost their entry.
