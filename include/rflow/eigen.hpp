@@ -292,10 +292,10 @@ in_units<F> in_own_units(std::ptrdiff_t n, F const& f) {
 /// x − p in such units, also where the difference itself has no double.
 template <class X, class P>
 in_units<row_difference<X, P>> step_in_own_units(std::ptrdiff_t n, X const& x, P const& p) {
-  row_difference<X, P> const whole{x, p}, half{x, p, 0.5};
+  row_difference<X, P> const whole{x, p}, by_half{x, p, 0.5};
   double const most = largest_of(n, whole);
   if (is_finite(most)) return in_units_of(most, n, whole);
-  auto out = in_own_units(n, half);
+  auto out = in_own_units(n, by_half);
   out.exponent += 1;
   return out;
 }

@@ -31,9 +31,9 @@ struct square_sum {
   /// v · 4^e with exponent 0 if that is well within the range of double.
   static square_sum of(double v, int e) {
     if (!(v > 0) || !detail::is_finite(v)) return v;
-    int const half = std::ilogb(v) / 2;
-    if (std::abs(half + e) < 450) return std::ldexp(v, 2 * e);
-    return {std::ldexp(v, -2 * half), e + half};
+    int const part = std::ilogb(v) / 2;
+    if (std::abs(part + e) < 450) return std::ldexp(v, 2 * e);
+    return {std::ldexp(v, -2 * part), e + part};
   }
   /// a · b, at least 0, of any finite factors.
   static square_sum product(double a, double b) {

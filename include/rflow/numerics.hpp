@@ -102,10 +102,10 @@ struct u_centring {
       return norms[i] - 2 * (row(i) + norms[i]) / n + leaning / n / n;
     };
     for (std::size_t i = 0; i < norms.size(); ++i) trace += about_mean(i);
-    double const half = 1 / (2 * (n - 1) * (n - 2));
+    double const share = 1 / (2 * (n - 1) * (n - 2));
     for (std::size_t i = 0; i < norms.size(); ++i) {
-      shift[i] = row(i) / (n - 2) - total * half;
-      removed[i] = trace * half - about_mean(i) / (n - 2);
+      shift[i] = row(i) / (n - 2) - total * share;
+      removed[i] = trace * share - about_mean(i) / (n - 2);
       sum += shift[i];
       squares += shift[i] * shift[i];
     }

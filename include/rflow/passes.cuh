@@ -429,9 +429,9 @@ struct walk_chain {
     if (is_finite(most)) return in_units_of(most, move);
     move.part = 0.5;
     most = largest_of(width, g, move);
-    in_units<step> half = in_units_of(most, move);
-    half.exponent += 1;
-    return half;
+    in_units<step> halved = in_units_of(most, move);
+    halved.exponent += 1;
+    return halved;
   }
 
   /// Everything about a token in double, each row and step in units of its own, and each site kept
