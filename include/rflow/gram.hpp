@@ -801,14 +801,16 @@ struct function_kernel {
 
   template <class C>
   bound<C> bind(integer, prepared_site<C> const& site) const {
-    double trace = 0, values = 0;
+    double trace = 0;
+    std::vector<double> values;
     for (double const a : site.norms) trace += a;
     double const unit = std::ldexp(1., site.exponent());
     double const typical = trace / static_cast<double>(site.norms.size()) * unit;
     double const centre = static_cast<double>(f(0., typical, typical));
     bound<C> b{f, &site.norms, unit, is_finite(centre) ? centre : 0};
-    for (double const a : site.norms) values += std::abs(b.value(a, a, a) + b.centre);
-    b.rounding = unit_roundoff<C> * values;
+    for (double const a : site.norms) values.push_back(std::abs(b.value(a, a, a) + b.centre));
+    b.rounding =
+        unit_roundoff<C> * std::sqrt(sum_of_pairs(values));  // |k(x, y)|² ≤ k(x, x) k(y, y)
     return b;
   }
 };
