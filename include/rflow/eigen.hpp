@@ -1559,7 +1559,7 @@ gram_moments host_gram_in(char const* where, Kernel const& kernel, gram_options 
 ///
 /// Products are in float unless a stack is double. Where the sums then show that rounding would
 /// be seen in a CKA, everything is done again in double; and by kernel matrices, if that is not enough
-/// and the path is free. A share cannot see all of the sums: it is in double for few tokens, else in float.
+/// and the path is free. A share cannot see all of the sums, so its products stay as they are.
 template <class Product, class Kernel, class... Models>
 gram_moments host_gram(char const* where, Kernel const& kernel, gram_options const& options,
                        Models const&... models) {
@@ -1579,13 +1579,7 @@ gram_moments host_gram(char const* where, Kernel const& kernel, gram_options con
   if constexpr (wide) {
     m = accurate(in_double(options));
   } else {
-    auto const is_short = [](auto const& parts) {
-      return !parts.empty() && parts.front().size() <= 256;
-    };
-    bool const few = (is_short(parts_of(models)) && ...);
-    m = accurate(share.of > 1 && few
-                     ? in_double(options)
-                     : host_gram_in<float, Product>(where, kernel, options, models...));
+    m = accurate(host_gram_in<float, Product>(where, kernel, options, models...));
     if (share.of == 1 && !m.resolved()) m = accurate(in_double(options));
   }
   if (share.of == 1 && m.path == gram_path::feature && options.path == gram_path::automatic &&

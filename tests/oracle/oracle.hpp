@@ -233,6 +233,7 @@ template <class On, bool any_pair = true>
 class comparison {
  public:
   record& log;
+  bool in_shares = false;
   std::string only;  // one topic, or all
 
   explicit comparison(record& r) : log(r) {}
@@ -599,7 +600,7 @@ class comparison {
       for (std::size_t j = 0; j < cols; ++j) {
         std::size_t const q = first_col + j;
         auto const x = static_cast<std::ptrdiff_t>(i), y = static_cast<std::ptrdiff_t>(j);
-        statuses const allowed = cell_statuses(by_site[i], by_site[q]);
+        statuses const allowed = cell_statuses(by_site[i], by_site[q]) | (in_shares ? ill : 0);
         double const value = (allowed & ok) == 0 ? missing() : i == q ? 1 : a.cka(hsic, i, q);
         log.check(quantity, table(x, y), value, 1, ceiling, allowed, at(i, j));
         double const chance = (allowed & ok) == 0 ? missing() : debiased ? 0 : a.chance(i, q);
@@ -654,6 +655,7 @@ class comparison {
   template <class T>
   rflow::gram_moments gram_of(chance_source& r, On on, placed<T> const& p) {
     double const u = r.uniform();
+    in_shares = false;
     if constexpr (requires { on.share; }) {
       if (u < 0.08) {
         log.story += ", in several stacks";
@@ -661,6 +663,7 @@ class comparison {
       }
       if (u < 0.16) {
         log.story += ", in shares";
+        in_shares = true;  // products stay in float, whatever the sums show
         int const shares = r.of({2, 3, 5});
         on.share = {0, shares};
         rflow::gram_moments out = on.gram(rflow::linear{}, p.stack());
