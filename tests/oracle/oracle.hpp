@@ -795,14 +795,14 @@ class comparison {
       log.story += ", polynomial kernel";
       want.a = polynomial_alignment(m.sites, kernel.by);
       // Sums are formed before they are U-centred: those of a kernel that nobody can shift lose the rest.
-      for (std::size_t p = 0; p < m.sites.size(); ++p) {
-        double const sum = 2 * 0x1p-53 * want.a.off_diagonal[p] * want.a.off_diagonal[p];
+      for (std::size_t l = 0; l < m.sites.size(); ++l) {
+        double const sum = 2 * 0x1p-53 * want.a.off_diagonal[l] * want.a.off_diagonal[l];
         auto const worse = [&](double error, twofold const& self) {
           return self.hi > 0 ? std::max(error, sum / self.hi) : error;
         };
-        want.a.gram_error[p] = worse(want.a.gram_error[p], want.a.at(want.a.debiased, p, p));
-        want.a.biased_gram_error[p] =
-            worse(want.a.biased_gram_error[p], want.a.at(want.a.biased, p, p));
+        want.a.gram_error[l] = worse(want.a.gram_error[l], want.a.at(want.a.debiased, l, l));
+        want.a.biased_gram_error[l] =
+            worse(want.a.biased_gram_error[l], want.a.at(want.a.biased, l, l));
       }
       want.zero_bandwidth.resize(s);
       if constexpr (any_pair) {
