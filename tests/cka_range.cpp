@@ -286,8 +286,6 @@ TEST_CASE("massive tokens in minibatches, at once and while they arrive") {
 }
 
 TEST_CASE("digits that not even double has are no value") {
-  // Two tokens far out in directions of their own, one in the other's: what is left of the others is
-  // below what their rounding leaves.
   MatrixXd x(12, 6), y(12, 6);
   std::mt19937 g(11);
   std::normal_distribution<double> normal;
