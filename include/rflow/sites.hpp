@@ -32,6 +32,9 @@ struct site_pattern {
 struct site_set {
   std::vector<tensor> chain;         ///< embed, then the raw output of each block
   std::optional<tensor> final_norm;  ///< not part of the chain
+  /// Where each sequence begins among the tokens, then n; empty if there is but one. A batch axis
+  /// becomes this.
+  std::vector<std::ptrdiff_t> sequences;
 
   /// What all are stored as.
   dtype type() const { return chain.front().type; }
@@ -141,7 +144,7 @@ site_set find_sites(File& file, site_pattern const& pattern = {}) {
     ++expected;
   }
 
-  site_set out;
+  site_set out{};
   out.chain.push_back(file[pattern.embed]);
   for (auto const& [number, name] : blocks) out.chain.push_back(file[name]);
   if (has_final_norm) out.final_norm = file[pattern.final_norm];
