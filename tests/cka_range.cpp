@@ -295,3 +295,72 @@ TEST_CASE("digits that not even double has are no value") {
   CHECK(!found.ok());
   CHECK((found.why == status::ill_conditioned || found.why == status::constant_layer));
 }
+
+TEST_CASE("the feature path counts what floats lose of two tokens far out") {
+  // In one site they are orthogonal: next to nothing is left of products as large as their norms.
+  pair data(45, 45, 2, 1);
+  data.x /= 30;
+  data.y /= 30;
+  data.x.row(0) << -30000, 11176;
+  data.x.row(42) << -23424, -28400;
+  data.y.row(0) << -30000, 15000;
+  data.y.row(42) << -15000, -30000;
+  double const expected =
+      debiased_cka(linear_kernel(data.x.cast<double>()), linear_kernel(data.y.cast<double>()));
+  for (gram_path const path : {gram_path::feature, gram_path::gram, gram_path::automatic})
+    CHECK(rflow::cka(data.x, data.y, linear{}, debiased{}, rflow::on_cpu{.path = path}).value ==
+          Approx(expected).epsilon(1e-5));
+}
+
+TEST_CASE("a bandwidth far below all distances leaves tokens alike only to themselves") {
+  for (double const scale : {1e-70, 1., 1e150, 5e218}) {
+    MatrixXd x = scale * MatrixXd::Random(9, 4);
+    x.row(3) = x.row(5);  // these two are alike
+    rflow::on_cpu const on;
+    double const sigma = 1e-155 * scale;
+    auto const m = on.gram(rbf{.sigma = {sigma}}, layer_stack<double>({rflow::as_view(x)}));
+    CHECK(m.h_product(0, 0) > 0);
+    wide k = wide::Identity(9, 9);
+    k(3, 5) = k(5, 3) = 1;
+    wide const h = wide::Identity(9, 9) - wide::Constant(9, 9, 1.0L / 9);
+    CAPTURE(scale);
+    CHECK(m.h_product(0, 0) ==
+          Approx(static_cast<double>((h * k * h).squaredNorm())).epsilon(1e-12));
+    CHECK(m.u_product(0, 0) == Approx(static_cast<double>(debiased_hsic(k, k))).epsilon(1e-12));
+    CHECK(rflow::cka_matrix(m, debiased{})(0, 0).ok());
+    CHECK(rflow::cka_matrix(m, biased{})(0, 0).ok());
+  }
+}
+
+TEST_CASE("what U-centring removes is not what digits go to, whatever the kernel") {
+  MatrixXd const x = MatrixXd::Random(40, 7),
+                 y = MatrixXd::Random(40, 12) + MatrixXd::Random(40, 1).replicate(1, 12);
+  double const expected = debiased_cka(linear_kernel(x), linear_kernel(y));
+  for (double const constant : {0., 1e3, 1e5}) {
+    auto const kernel = [constant](double xy, double xx, double yy) {
+      return xy + constant * (1 + xx + yy);
+    };
+    CAPTURE(constant);
+    CHECK(rflow::cka(x, y, kernel).value == Approx(expected).epsilon(1e-10));
+  }
+  // Four tokens as far from each other as they can be: all kernel values are nearly the same.
+  MatrixXd z = MatrixXd::Identity(4, 4);
+  z(0, 0) += 1e-3, z(1, 2) += 2e-3, z(3, 0) -= 1e-3;
+  MatrixXd const w = MatrixXd::Random(4, 3);
+  double const near = debiased_cka(rbf_kernel(z, 3), rbf_kernel(w, 1));
+  rflow::measured const got = rflow::cka(z, w, rbf{.sigma = {3, 1}});
+  REQUIRE(got.ok());
+  CHECK(got.value == Approx(near).epsilon(1e-10));
+}
+
+TEST_CASE("a batch of equal tokens takes nothing from the others") {
+  Eigen::MatrixXf all = Eigen::MatrixXf::Constant(12, 1, -2.38654582e-11f);
+  all(6, 0) = all(8, 0) = -0.000225821917f;
+  rflow::cka_accumulator<rbf> sum(rbf{.sigma = {1}});
+  for (Eigen::Index b : {0, 6}) {
+    Eigen::MatrixXf const batch = all.middleRows(b, 6);
+    sum.add(layer_stack<float>({rflow::as_view(batch)}));
+  }
+  REQUIRE(sum(0, 0).ok());
+  CHECK(sum(0, 0).value == 1);
+}

@@ -669,8 +669,9 @@ prepared_site<C> prepare(team& threads, panel_source<C> const& source, integer t
 //     double rounding, floor     what rounding makes of ‖G‖_F, and of ‖U‖²_F beyond that
 //     int exponent               G · 2^exponent is in units of the data
 //     static constexpr bool row_sums   false if they vanish
+//     double rounding_of(Σ k²)         that of ‖G‖_F once the entries are known, where it depends on them
 //     static constexpr bool repairs    whether it has, for entries that inner products lose,
-//     bool far(), bool lost(k, ti, tj), C repair(i, j)
+//     bool outlying(), bool lost(k, ti, tj), double repair(i, j)
 
 template <class C>
 inline constexpr double unit_roundoff = static_cast<double>(std::numeric_limits<C>::epsilon()) / 2;
@@ -715,7 +716,7 @@ struct rbf_kernel {
     static constexpr bool row_sums = true, repairs = true;
     static constexpr int exponent = 0;
     prepared_site<C> const* site;
-    double rate, typical = 0, rounding = 0, floor = 0, furthest = 0;
+    double sigma, rate, typical = 0, rounding = 0, floor = 0, furthest = 0;
 
     /// The exponent is a difference of sums: what they may be, times the kernel's value.
     static constexpr double limit = std::is_same_v<C, double> ? 4096 : 4;
@@ -735,9 +736,14 @@ struct rbf_kernel {
       return sum > limit &&
              k * rate - sum + 64 * unit_roundoff<C> * sum > std::log(limit) - std::log(sum);
     }
-    C repair(integer i, integer j) const {
-      return static_cast<C>(std::exp(-site->distance(i, j) * rate / 2) -
-                            (static_cast<double>(removed(i)) + static_cast<double>(removed(j))));
+    double repair(integer i, integer j) const {
+      return std::exp(-site->distance(i, j) / sigma / sigma / 2);
+    }
+    /// With the entries known: ‖K‖² without the diagonal. The exponent's rounding is relative to them.
+    double rounding_of(double square_sum) const {
+      double const n = static_cast<double>(site->norms.size());
+      double const lost = (std::min)(2 * typical, limit);
+      return unit_roundoff<C> / 2 * std::sqrt(n * (n - 1) + lost * lost * square_sum);
     }
     template <class P>
     P operator()(P const& k, P const& ti, P const& tj, P const& removed) const {
@@ -750,16 +756,15 @@ struct rbf_kernel {
   template <class C>
   bound<C> bind(integer p, prepared_site<C> const& site) const {
     double const s = sigma[static_cast<std::size_t>(p)] * site.some_scale();
-    constexpr double most =
-        std::is_same_v<C, double> ? 1e300 : 1e36;  // a_i ≤ 4: exponents are finite
-    bound<C> b{&site, (std::min)(1 / s / s, most)};
+    // a_i ≤ 4: exponents are finite. With a σ for which this is too little they are below that of 0
+    // all the same, but for pairs that are repaired.
+    constexpr double most = std::is_same_v<C, double> ? 1e300 : 1e36;
+    bound<C> b{&site, s > 0 ? s : 1, (std::min)(1 / s / s, most)};
     double const n = static_cast<double>(site.norms.size());
     b.typical = median_of(site.norms) * b.rate / 2;
     b.furthest = *std::max_element(site.norms.begin(), site.norms.end()) * b.rate / 2;
     double const lost = (std::min)(2 * b.typical, b.limit);
     b.rounding = unit_roundoff<C> / 2 * std::sqrt(n * (n - 1) * (1 + lost * lost));
-    if (!(1 / s / s <= most) && sigma[static_cast<std::size_t>(p)] > 0)
-      b.rounding = n;  // C has no such σ
     return b;
   }
 };
@@ -779,22 +784,23 @@ struct function_kernel {
     double factor, centre, rounding = 0, floor = 0;
 
     double value(double k, double a, double b) const {
-      return static_cast<double>(f(k * factor, a * factor, b * factor)) - centre;
+      return static_cast<double>(f(k * factor, a * factor, b * factor));
     }
     C token(integer i) const { return static_cast<C>(norms->data()[i]); }
     C removed(integer) const { return static_cast<C>(centre / 2); }
     double diagonal(integer i) const {
       double const a = norms->data()[i];
-      return value(a, a, a);
+      return value(a, a, a) - 2 * static_cast<double>(removed(0));
     }
     template <class P>
-    P operator()(P const& k, P const& ti, P const& tj, P const&) const {
+    P operator()(P const& k, P const& ti, P const& tj, P const& removed) const {
       using namespace Eigen::internal;
-      C x[3][lanes_v<C>];
-      pstoreu(x[0], k), pstoreu(x[1], ti), pstoreu(x[2], tj);
+      C x[4][lanes_v<C>];
+      pstoreu(x[0], k), pstoreu(x[1], ti), pstoreu(x[2], tj), pstoreu(x[3], removed);
       for (integer w = 0; w < lanes_v<C>; ++w)
         x[0][w] = static_cast<C>(value(static_cast<double>(x[0][w]), static_cast<double>(x[1][w]),
-                                       static_cast<double>(x[2][w])));
+                                       static_cast<double>(x[2][w])) -
+                                 static_cast<double>(x[3][w]));
       return ploadu<P>(x[0]);
     }
   };
@@ -808,7 +814,7 @@ struct function_kernel {
     double const typical = trace / static_cast<double>(site.norms.size()) * unit;
     double const centre = static_cast<double>(f(0., typical, typical));
     bound<C> b{f, &site.norms, unit, is_finite(centre) ? centre : 0};
-    for (double const a : site.norms) values.push_back(std::abs(b.value(a, a, a) + b.centre));
+    for (double const a : site.norms) values.push_back(std::abs(b.value(a, a, a)));
     b.rounding =
         unit_roundoff<C> * std::sqrt(sum_of_pairs(values));  // |k(x, y)|² ≤ k(x, x) k(y, y)
     return b;
@@ -1117,8 +1123,8 @@ struct block_sums {
 /// The entries of a tile whose inner products have lost them, NaN elsewhere: pairs of tokens that are close
 /// to each other and far from the centre. Returns whether there are any.
 template <class Product, class C, class Bound>
-bool repairs_of(Bound const& kernel, C const* token, integer i0, integer j0, integer n, C const* g,
-                C* entries) {
+bool repairs_of(Bound const& kernel, C const* token, C const* removed, integer i0, integer j0,
+                integer n, C const* g, C* entries) {
   constexpr integer R = Product::template rows<C>, N = Product::template cols<C>;
   bool any = false;
   for (integer j = j0; j < (std::min)(j0 + N, n); ++j)
@@ -1129,7 +1135,8 @@ bool repairs_of(Bound const& kernel, C const* token, integer i0, integer j0, int
         continue;
       if (!any) std::fill_n(entries, R * N, std::numeric_limits<C>::quiet_NaN());
       any = true;
-      entries[at] = kernel.repair(i, j);
+      entries[at] = static_cast<C>(kernel.repair(i, j) - (static_cast<double>(removed[i]) +
+                                                          static_cast<double>(removed[j])));
     }
   return any;
 }
@@ -1147,7 +1154,8 @@ void finish_tile(Bound const& kernel, C const* token, C const* removed, integer 
   if constexpr (Bound::repairs)
     if (kernel.outlying()) {
       repaired.resize(R * N);
-      if (!repairs_of<Product>(kernel, token, i0, j0, n, g, repaired.data())) repaired.clear();
+      if (!repairs_of<Product>(kernel, token, removed, i0, j0, n, g, repaired.data()))
+        repaired.clear();
     }
   for (integer j = 0; j < N; ++j) {
     P const tj = pset1<P>(token[j0 + j]), of_col = pset1<P>(removed[j0 + j]);
@@ -1295,8 +1303,9 @@ void deliver(std::vector<prepared_site<C>> const& sites, std::vector<int> const&
       if (!m.squares.empty()) m.squares.data()[i] *= unit * unit;
     }
     m.square_sum.data()[p] *= unit * unit;
-    m.entry_rounding.data()[p] *= std::abs(unit);
-    m.sum_rounding.data()[p] *= unit * unit;
+    m.entry_rounding.data()[p] *=
+        site.scale > 0 ? std::abs(unit) : 0;  // equal tokens: nothing is lost
+    m.sum_rounding.data()[p] *= site.scale > 0 ? unit * unit : 0;
   }
 }
 
@@ -1333,8 +1342,9 @@ class gram_engine {
 
   gram_sizes const& sizes() const { return sizes_; }
 
+  /// @param  shifts  S × n: what is subtracted from the entries of each token besides; or nothing
   template <class Kernel>
-  gram_moments operator()(Kernel const& kernel) {
+  gram_moments operator()(Kernel const& kernel, std::vector<double> const& shifts = {}) {
     using bound = decltype(kernel.template bind<C>(0, sites_[0]));
     std::vector<bound> kernels;
     std::vector<per_token> token;
@@ -1349,8 +1359,16 @@ class gram_engine {
       token.push_back({aligned_array<C>(room, C(0)), aligned_array<C>(room, C(0))});
       for (integer i = 0; i < tokens_; ++i) {
         token.back().number[i] = k.token(i);
-        token.back().removed[i] = k.removed(i);
-        m.diagonal.data()[p * tokens_ + i] = k.diagonal(i);
+        C const removed = k.removed(i);
+        double diagonal = k.diagonal(i);
+        token.back().removed[i] = removed;
+        if (!shifts.empty()) {
+          C const more =
+              static_cast<C>(static_cast<double>(removed) + shifts.data()[p * tokens_ + i]);
+          token.back().removed[i] = more;
+          diagonal -= 2 * (static_cast<double>(more) - static_cast<double>(removed));
+        }
+        m.diagonal.data()[p * tokens_ + i] = diagonal;
       }
     }
     allocate<bound::row_sums>();
@@ -1369,6 +1387,10 @@ class gram_engine {
     for (integer p = 0; p < site_count_; ++p)
       for (integer i = 0; i < tokens_; ++i)
         m.square_sum.data()[p] += m.squares.data()[p * tokens_ + i];
+    if constexpr (requires(bound const& k) { k.rounding_of(0.); })
+      for (integer p = 0; p < site_count_ && share_.of == 1; ++p)
+        m.entry_rounding.data()[p] =
+            kernels[static_cast<std::size_t>(p)].rounding_of(m.square_sum.data()[p]);
     std::vector<int> exponents;
     for (auto const& k : kernels) exponents.push_back(k.exponent);
     deliver(sites_, exponents, m);
@@ -1637,7 +1659,7 @@ class feature_engine {
       }
       m.square_sum.data()[p] = m.products.data()[p * m.sites + p] + (first ? about_the_mean(p) : 0);
       double const growth = 1 + std::sqrt(static_cast<double>(tokens_) / (1 << 18));
-      m.entry_rounding.data()[p] = 0;
+      m.entry_rounding.data()[p] = unit_roundoff<C> / 2 * std::sqrt(sum_of_pairs(a));
       m.sum_rounding.data()[p] = 4 * unit_roundoff<C> * growth * diagonals(p, p) +
                                  u_centring::floor_of(site.trace, a.size());
       exponents.push_back(site.exponent());
@@ -2119,7 +2141,9 @@ third_moments find_third_moments(integer index, prepared_site<C> const& site, Bo
       if constexpr (Bound::repairs)
         for (integer i = (std::max)(i0, j + 1); i < (std::min)(i0 + R, n) && kernel.outlying(); ++i)
           if (kernel.lost(static_cast<double>(g[i - i0]), kernel.number(i), kernel.number(j)))
-            column[i - i0] = kernel.repair(i, j);
+            column[i - i0] =
+                static_cast<C>(kernel.repair(i, j) -
+                               (static_cast<double>(removed[i]) + static_cast<double>(removed[j])));
       for (integer i = (std::max)(i0, j + 1); i < (std::min)(i0 + R, n); ++i) {
         u[i * n + j] = column[i - i0];
         shift.data()[i] += static_cast<double>(column[i - i0]);
@@ -2536,6 +2560,43 @@ panel_source<C> source_of(joined_rows<T> const& site) {
   return {&site, load, site.parts.front().x.cols};
 }
 
+// ---- entries about their own means --------------------------------------------------------------
+
+/// Moments of a kernel whose entries hold constants that U-centring removes. Where these are so large that
+/// sums of squares in double lose what they stand for, the entries are formed once more without them.
+/// @tparam Engine  a gram_engine
+template <class C, class Engine, class Kernel>
+gram_moments about_row_means(Engine& engine, Kernel const& kernel, work_share share) {
+  gram_moments m = engine(kernel);
+  if constexpr (std::is_same_v<C, double> && !std::is_same_v<Kernel, linear_kernel>) {
+    // With fewer than 4 tokens there is only biased CKA, which has the diagonal, too.
+    double const n = static_cast<double>(m.tokens);
+    bool const whole = m.tokens < 4;
+    auto const row = [&](integer at) {
+      return m.row_sums.data()[at] + (whole ? m.diagonal.data()[at] : 0);
+    };
+    bool lost = false;
+    for (integer p = 0; p < m.sites && m.tokens >= 2 && share.of == 1; ++p) {
+      double sum = m.product(p, p);
+      for (integer i = p * m.tokens; i < (p + 1) * m.tokens && whole; ++i)
+        sum += m.diagonal.data()[i] * m.diagonal.data()[i];
+      double const self = whole ? m.h_product(p, p) : m.u_product(p, p);
+      lost = lost || (m.why.data()[p] == status::ok && sum > 1e4 * self);
+    }
+    if (!lost) return m;
+    double const rows = whole ? n : n - 2, all = whole ? n * n : (n - 1) * (n - 2);
+    std::vector<double> shifts(m.row_sums.size());
+    for (integer p = 0; p < m.sites; ++p) {
+      double total = 0;
+      for (integer i = p * m.tokens; i < (p + 1) * m.tokens; ++i) total += row(i);
+      for (integer i = p * m.tokens; i < (p + 1) * m.tokens && is_finite(total); ++i)
+        shifts.data()[i] = row(i) / rows - total / (2 * all);
+    }
+    m = engine(kernel, shifts);
+  }
+  return m;
+}
+
 // ---- what backends call -------------------------------------------------------------------------
 
 template <class C>
@@ -2590,8 +2651,10 @@ gram_moments gram(std::vector<panel_source<C>> const& sources, integer tokens, K
   if (features)
     m = feature_engine<Product, C>(threads, sites, tokens, options.memory_bound, options.share)();
   else
-    m = gram_engine<Product, C>(threads, sites, tokens, options.memory_bound,
-                                options.share)(kernel);
+    m = [&] {
+      gram_engine<Product, C> engine(threads, sites, tokens, options.memory_bound, options.share);
+      return about_row_means<C>(engine, kernel, options.share);
+    }();
   return with_third_moments<Product>(threads, sites, kernel, options, std::move(m));
 }
 
@@ -2614,8 +2677,10 @@ gram_moments gram_rbf(std::vector<panel_source<C>> const& sources, integer token
       k.sigma.data()[p] = kernel.fraction * std::sqrt(median) / site.some_scale();
     });
   }
-  gram_moments m =
-      gram_engine<Product, C>(threads, sites, tokens, options.memory_bound, options.share)(k);
+  gram_moments m = [&] {
+    gram_engine<Product, C> engine(threads, sites, tokens, options.memory_bound, options.share);
+    return about_row_means<C>(engine, k, options.share);
+  }();
   m = with_third_moments<Product>(threads, sites, k, options, std::move(m));
   for (std::size_t p = 0; p < sites.size(); ++p)
     if (!(k.sigma[p] > 0) && m.why[p] == status::ok) m.why[p] = status::zero_bandwidth;

@@ -769,7 +769,8 @@ class comparison {
     for (std::size_t p = 0; p < a.sites; ++p)
       for (std::size_t q = 0; q < a.sites; ++q) {
         statuses const allowed = cell_statuses(site_statuses(a, true, p, ceiling, false, false),
-                                               site_statuses(a, true, q, ceiling, false, false));
+                                               site_statuses(a, true, q, ceiling, false, false)) |
+                                 (in_shares ? ill : 0);
         double const value = (allowed & ok) == 0 ? missing() : a.cka(a.debiased, p, q) / deviation;
         log.check("score",
                   table.score(static_cast<std::ptrdiff_t>(p), static_cast<std::ptrdiff_t>(q)),
@@ -794,16 +795,6 @@ class comparison {
       polynomial const kernel{total > 0 ? r.decade(-1, 1) * static_cast<double>(n) / total : 1};
       log.story += ", polynomial kernel";
       want.a = polynomial_alignment(m.sites, kernel.by);
-      // Sums are formed before they are U-centred: those of a kernel that nobody can shift lose the rest.
-      for (std::size_t l = 0; l < m.sites.size(); ++l) {
-        double const sum = 2 * 0x1p-53 * want.a.off_diagonal[l] * want.a.off_diagonal[l];
-        auto const worse = [&](double error, twofold const& self) {
-          return self.hi > 0 ? std::max(error, sum / self.hi) : error;
-        };
-        want.a.gram_error[l] = worse(want.a.gram_error[l], want.a.at(want.a.debiased, l, l));
-        want.a.biased_gram_error[l] =
-            worse(want.a.biased_gram_error[l], want.a.at(want.a.biased, l, l));
-      }
       want.zero_bandwidth.resize(s);
       if constexpr (any_pair) {
         rflow::gram_moments const moments = on.gram(kernel, p.stack());
