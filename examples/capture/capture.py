@@ -21,7 +21,7 @@ from collections.abc import Mapping
 
 from capture_errors import CaptureError, is_out_of_memory, note, one_line
 from capture_file import PartialFile
-from capture_model import Rounding, Rows, Taps, revision_of, sha256_of_file, side_of
+from capture_model import Rounding, Rows, Taps, module_at, revision_of, sha256_of_file, side_of, takes
 from capture_prompts import encode, labels_of, plan, read_prompts, read_text, texts_of
 
 FORMAT_VERSION = "1"
@@ -348,6 +348,7 @@ def parse_arguments(argv):
     option(parser, "--no-special-tokens", action="store_true",
            help="do not let the tokenizer add BOS, [CLS], [SEP] and the like")
     option(parser, "--side", choices=["encoder", "decoder"], help="of a model that has both")
+    option(parser, "--part", metavar="PATH", help="run this module of the model alone, e.g. text_model")
     option(parser, "--dtype", choices=["bf16", "f16", "f32"], default="bf16", help="stored type (default bf16)")
     option(parser, "--compute", choices=["f32", "bf16", "f16"], default="f32", help="type the model runs in (default f32)")
     option(parser, "--device", default="cpu", help="torch device (default cpu)")
@@ -501,8 +502,12 @@ def run_into(file, options, prompts, raw):
 
     labels, class_names = labels_of(prompts, encoded, whole)
     model, revision = load_model(options, torch, transformers, place, arguments, name)
+    if options.part:
+        model = module_at(model, options.part, "--part")
     check_lengths(prompts, encoded, model)
     runner, stack = side_of(model, options.side)
+    # Some tokenizers make inputs that their model does not take.
+    encoded.features = {key: rows for key, rows in encoded.features.items() if key.endswith("input_ids") or takes(runner, key)}
     taps = Taps(runner, stack, options.blocks, options.final_norm, options.embedding)
     rounding = Rounding(options.dtype)
 
@@ -540,7 +545,7 @@ def run_into(file, options, prompts, raw):
     versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
     file.resume({**metadata, "versions": versions, "batch": str(options.batch), "dtype": options.dtype,
                  "compute": options.compute, "device": options.device, "max_tokens": str(options.max_tokens),
-                 "special_tokens": str(special), "side": str(options.side), "blocks": str(options.blocks),
+                 "special_tokens": str(special), "side": str(options.side), "part": str(options.part), "blocks": str(options.blocks),
                  "final_norm": str(options.final_norm), "embedding": str(options.embedding),
                  "labels": token_hash(small.get("labels", ()))}, options.restart)
     with quiet(model, runner, stack):

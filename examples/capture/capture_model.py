@@ -6,13 +6,14 @@ else in every family: some drop the embedding, some put the final norm in place 
 """
 
 import hashlib
+import inspect
 import os
 
-from capture_errors import CaptureError, is_out_of_memory, one_line, warn
+from capture_errors import CaptureError, is_out_of_memory, note, one_line, warn
 
 # What families call their list of blocks: layers (Llama, GPT-NeoX, Mamba, ViT, Whisper), layer (BERT, DINOv2),
-# h (GPT-2, Falcon), block (T5), blocks (MPT).
-NAMES_OF_BLOCKS = ("layers", "layer", "h", "block", "blocks")
+# h (GPT-2, Falcon), block (T5), blocks (MPT), albert_layer_groups.
+NAMES_OF_BLOCKS = ("layers", "layer", "h", "block", "blocks", "albert_layer_groups")
 
 
 def submodule(model, path):
@@ -65,8 +66,15 @@ def blocks_of(stack, path):
     if len(found) == 1:
         return list(found[0][1])
     if found:
-        raise CaptureError(f"{type(stack).__name__} has several lists of blocks: say --blocks {' or --blocks '.join(n for n, _ in found)}")
+        raise CaptureError(f"{type(stack).__name__} has several lists of blocks, {', '.join(name for name, _ in found)}: "
+                           "say which with --blocks, or run one part of the model alone with --part")
     raise CaptureError(f"{type(stack).__name__} has no list of blocks known here: give --blocks PATH; it has {children(stack)}")
+
+
+def takes(runner, name):
+    """Whether forward has a parameter of that name. Many models swallow any other without a word."""
+    parameters = inspect.signature(runner.forward).parameters.values()
+    return any(p.name == name for p in parameters) or all(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters)
 
 
 class Rows:
@@ -142,6 +150,9 @@ class Taps:
         """
         import torch
         first = self.sites is None
+        for name in inputs:
+            if first and not takes(self.runner, name):
+                note(f"{type(self.runner).__name__} has no input called {name}")
         taken, handles, last = {}, [], [None, None]  # last: the site before and its rows, in the first run
         width = []
 
@@ -150,7 +161,9 @@ class Taps:
 
         def keep(site, value):
             if site in taken:
-                raise CaptureError(f"{site} ran twice in one pass: its module is shared or is not a block")
+                raise CaptureError(f"{site} ran twice in one pass")
+            if site != "final_norm" and "final_norm" in taken:
+                raise CaptureError(f"{site} ran after the final norm: say with --final-norm which one it is, or 'none'")
             kept = rows.take(value, site)
             width.append(kept.shape[1])
             if width[-1] != width[0]:
@@ -169,25 +182,23 @@ class Taps:
                 return arguments[0]
             return named.get("hidden_states", next((x for x in named.values() if torch.is_tensor(x) and x.dim() == 3), None))
 
-        def enters(site):
-            def hook(module, arguments, named):
-                value = argument(arguments, named)
-                if site == "block.1" and self.embedding is None:
-                    keep("embed", value)
-                else:
-                    follows(site, value)
-            return hook
+        # Blocks are numbered as they run: families that share their weights run one module again and again.
+        number = [0]
 
-        def leaves(site):
-            def hook(module, arguments, output):
-                keep(site, output)
-            return hook
+        def block_enters(module, arguments, named):
+            value = argument(arguments, named)
+            number[0] += 1
+            if number[0] == 1 and self.embedding is None:
+                keep("embed", value)
+            else:
+                follows(f"block.{number[0]}", value)
 
-        ending = f"block.{len(self.blocks)}"
+        def block_leaves(module, arguments, output):
+            keep(f"block.{number[0]}", output)
 
         def looks_like_the_norm(module, arguments, named, output):
             # Called for every norm outside the blocks; the final one takes in all that the last block left.
-            if self.norm is not None or ending not in taken:
+            if self.norm is not None or number[0] < len(self.blocks):
                 return
             value = argument(arguments, named)
             if torch.is_tensor(value) and torch.is_tensor(output) and value.dim() == 3 and value.shape == output.shape and \
@@ -196,13 +207,14 @@ class Taps:
                 keep("final_norm", output)
 
         if self.embedding is not None:
-            handles.append(self.embedding.register_forward_hook(leaves("embed")))
-        for number, block in enumerate(self.blocks, 1):
-            handles.append(block.register_forward_pre_hook(enters(f"block.{number}"), with_kwargs=True))
-            handles.append(block.register_forward_hook(leaves(f"block.{number}")))
+            handles.append(self.embedding.register_forward_hook(lambda module, arguments, output: keep("embed", output)))
+        for block in self.blocks:
+            handles.append(block.register_forward_pre_hook(block_enters, with_kwargs=True))
+            handles.append(block.register_forward_hook(block_leaves))
         if self.norm is not None:
-            handles.append(self.norm.register_forward_pre_hook(enters("final_norm"), with_kwargs=True))
-            handles.append(self.norm.register_forward_hook(leaves("final_norm")))
+            handles.append(self.norm.register_forward_pre_hook(
+                lambda module, arguments, named: follows("final_norm", argument(arguments, named)), with_kwargs=True))
+            handles.append(self.norm.register_forward_hook(lambda module, arguments, output: keep("final_norm", output)))
         elif first and self.search:
             inside = {id(module) for block in self.blocks for module in block.modules()}
             for module in self.stack.modules():
@@ -221,11 +233,13 @@ class Taps:
             for handle in handles:
                 handle.remove()
 
-        sites = ["embed"] + [f"block.{i}" for i in range(1, len(self.blocks) + 1)]
+        sites = ["embed"] + [f"block.{i}" for i in range(1, max(len(self.blocks), number[0]) + 1)]
         sites += ["final_norm"] if self.norm is not None else []
-        missing = [site for site in sites if site not in taken]
+        missing = [site for site in self.sites or sites if site not in taken]
         if missing:
             raise CaptureError(f"{missing[0]} never ran ({len(missing)} of {len(sites)} sites missing)")
+        if self.sites is not None and sites != self.sites:
+            raise CaptureError(f"{len(sites)} sites, and {len(self.sites)} in the batch before")
         if first:
             returned = getattr(output, "last_hidden_state", None)
             if torch.is_tensor(returned) and returned.dim() == 3 and returned.shape[:2] == (rows.batch, rows.tokens) and \
