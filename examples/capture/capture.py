@@ -13,6 +13,7 @@ torch model and its inputs.
 import argparse
 import hashlib
 import json
+import logging
 import os
 import struct
 import sys
@@ -381,6 +382,7 @@ def import_torch(options):
     except ImportError as error:
         raise CaptureError(f"{one_line(error)}; install what examples/capture/requirements.txt lists")
     transformers.logging.set_verbosity_error()
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it tells every try at the network
     transformers.logging.disable_progress_bar()
     try:
         torch.empty(1, device=options.device)
@@ -407,9 +409,13 @@ def place_of(options):
 
 
 def load_tokenizer(options, transformers, place, arguments, name):
+    where = options.tokenizer or place
+    known = ("tokenizer", "vocab", "merges", "spiece", "sentencepiece", "source")
+    if (options.tokenizer or not options.gguf) and os.path.isdir(where) and not any(file.startswith(known) for file in os.listdir(where)):
+        # For some families the loader makes an empty one then.
+        raise CaptureError(f"no tokenizer in {where}" + ("" if options.tokenizer else ": say with --tokenizer where it is"))
     try:
-        return transformers.AutoTokenizer.from_pretrained(options.tokenizer or place,
-                                                          **({} if options.tokenizer else arguments))
+        return transformers.AutoTokenizer.from_pretrained(where, **({} if options.tokenizer else arguments))
     except Exception as error:  # the loaders raise nearly every built-in type
         raise CaptureError(f"cannot load the tokenizer of {name}: {one_line(error)}")
 

@@ -375,7 +375,7 @@ class CommandLine(unittest.TestCase):
         subprocess.run([report, path, "--shards", "--no-plots", "--force", "-o", at("report")], check=True, stdout=subprocess.DEVNULL)
         with open(os.path.join(at("report"), "metrics.json"), encoding="utf-8") as file:
             model = json.load(file)["models"][0]
-        self.assertEqual((model["tokens"], model["hidden"], model["blocks"]), (tokens, 32, 3))
+        self.assertEqual((model["tokens"]["stored"], model["hidden"], model["blocks"]), (tokens, 32, 3))
         self.assertEqual(model["shards"]["sequences"], len(PROMPTS))
 
     def test_batch_does_not_change_the_order(self):
@@ -443,6 +443,8 @@ class CommandLine(unittest.TestCase):
         model = ("--model", self.model)
         text = written("good.txt", "the sea\n")
         many = written("many.txt", "sea " * 70)
+        bare = at("bare")
+        make(transformers.GPTNeoXConfig(**SMALL)).save_pretrained(bare)
         for said, status, *arguments in (
                 ("No such file", 1, *model, "--prompts", at("none.jsonl")),
                 ("line 2 is not JSON", 1, *model, "--prompts", written("bad.jsonl", "\"a\"\n{\"text\": \n\"b\"\n")),
@@ -464,6 +466,8 @@ class CommandLine(unittest.TestCase):
                 ("cannot load .*nobody/nothing", 1, "--model", "nobody/nothing", "--text", text),
                 ("cannot use device cuda:77", 1, *model, "--text", text, "--device", "cuda:77"),
                 ("cannot use device gpu", 1, *model, "--text", text, "--device", "gpu"),
+                ("no tokenizer in .*: say with --tokenizer", 1, "--model", bare, "--text", text),
+                ("no tokenizer in ", 1, "--model", bare, "--tokenizer", bare, "--text", text),
                 ("no module wrong", 1, *model, "--text", text, "--blocks", "wrong"),
                 ("no module wrong", 1, *model, "--text", text, "--final-norm", "wrong"),
                 ("70 tokens, and the model takes 64: use --max-tokens 64", 1, *model, "--text", many),
@@ -477,6 +481,7 @@ class CommandLine(unittest.TestCase):
         self.refused("no such directory", *model, "--text", text, "--output", at("no/such/x"))
         # The cure that a message names works.
         self.run_it(*model, "--text", many, "--max-tokens", 64, "--output", at("cut.safetensors"))
+        self.run_it("--model", bare, "--tokenizer", self.model, "--text", text, "--output", at("bare.safetensors"))
         roberta = save("roberta", transformers.RobertaConfig(**SMALL, pad_token_id=1, max_position_embeddings=34))
         self.refused("takes 32: use --max-tokens 32", "--model", roberta, "--text", many, "--output", at("x"))
         self.run_it("--model", roberta, "--text", many, "--max-tokens", 32, "--output", at("cut.safetensors"))
