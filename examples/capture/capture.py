@@ -544,9 +544,10 @@ def run_into(file, options, prompts, raw):
     }
     if class_names:
         metadata["label_names"] = json.dumps(class_names, ensure_ascii=False)
-    batches = plan(encoded.lengths(), options.batch)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     side_mask = "decoder_attention_mask" if options.side == "decoder" else "attention_mask"
+    masked = takes(runner, side_mask)
+    batches = plan(encoded.lengths(), options.batch, padding=masked)
 
     versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
     file.resume({**metadata, "versions": versions, "batch": str(options.batch), "dtype": options.dtype,
@@ -560,10 +561,11 @@ def run_into(file, options, prompts, raw):
             if 0 < number < file.done:
                 continue
             inputs = {key: value.to(options.device) for key, value in batch_of(encoded, indices, pad, torch).items()}
-            rows = Rows(len(indices), inputs[side_mask], runner)
+            mask = inputs[side_mask] if masked else inputs.pop(side_mask)
+            rows = Rows(len(indices), mask, runner)
             found = taps.run(inputs, rows, rounding)
             if rows.counts != [len(encoded.ids[i]) for i in indices]:
-                raise CaptureError(f"the model makes {rows.tokens} rows of {inputs[side_mask].shape[1]} tokens")
+                raise CaptureError(f"the model makes {rows.tokens} rows of {mask.shape[1]} tokens")
             if number == 0:
                 hidden = found["embed"].shape[1]
                 known = facts(model, taps.sites, tokens, hidden, options.dtype, options.compute, len(prompts), options.side, "")

@@ -236,17 +236,21 @@ def texts_of(ids, tokenizer):
     return b"".join(pieces), offsets
 
 
-def plan(lengths, batch, window=64):
+def plan(lengths, batch, window=64, padding=True):
     """Which sequences run together: [[index]], `batch` at most in each.
 
     Within a window of so many batches, sequences run by length, so that little is padded; windows keep
     the reading and writing local. The largest batch of all comes first: memory that does not suffice is noticed
-    before anything is done.
+    before anything is done. Without padding, only sequences of equal length run together.
     """
     out = []
     for begin in range(0, len(lengths), window * batch):
         order = sorted(range(begin, min(begin + window * batch, len(lengths))), key=lambda i: (-lengths[i], i))
-        out += [order[i:i + batch] for i in range(0, len(order), batch)]
+        for i in order:
+            new = not out or out[-1][0] < begin or len(out[-1]) == batch
+            if new or not padding and lengths[out[-1][0]] != lengths[i]:
+                out.append([])
+            out[-1].append(i)
     if out:
         largest = max(range(len(out)), key=lambda k: (lengths[out[k][0]] * len(out[k]), -k))
         out.insert(0, out.pop(largest))

@@ -379,9 +379,17 @@ class CommandLine(unittest.TestCase):
         self.assertEqual(model["shards"]["sequences"], len(PROMPTS))
 
     def test_batch_does_not_change_the_order(self):
+        self.order(self.model)
+
+    def test_a_model_without_mask(self):
+        # FNet mixes all tokens of a sequence, padding too: only prompts of equal length may run together.
+        self.order(save("fnet", transformers.FNetConfig(hidden_size=32, num_hidden_layers=3, intermediate_size=64,
+                                                        vocab_size=len(WORDS), max_position_embeddings=64)))
+
+    def order(self, model):
         reference = None
         for batch in (1, 3, 64):
-            self.run_it("--model", self.model, "--prompts", self.prompts, "--batch", batch, "--dtype", "f32",
+            self.run_it("--model", model, "--prompts", self.prompts, "--batch", batch, "--dtype", "f32",
                         "--output", at("order.safetensors"))
             found = load_file(at("order.safetensors"))
             reference = reference or found
@@ -622,6 +630,10 @@ class Planning(unittest.TestCase):
             lengths = [draw.randint(1, 50) for _ in range(draw.randint(1, 300))]
             batch, window = draw.randint(1, 20), draw.randint(1, 5)
             batches = plan(lengths, batch, window)
+            self.assertEqual(sorted(sum(plan(lengths, batch, window, padding=False), [])), list(range(len(lengths))), seed)
+            for one in plan(lengths, batch, window, padding=False):
+                self.assertEqual(len({lengths[i] for i in one}), 1, seed)
+                self.assertLessEqual(len(one), batch)
             self.assertEqual(sorted(sum(batches, [])), list(range(len(lengths))), seed)
             cost = [max(lengths[i] for i in one) * len(one) for one in batches]
             self.assertEqual(cost[0], max(cost), seed)
