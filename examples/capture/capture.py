@@ -20,7 +20,7 @@ import sys
 from array import array
 from collections.abc import Mapping
 
-from capture_errors import CaptureError, is_out_of_memory, note, one_line
+from capture_errors import CaptureError, TooLarge, is_out_of_memory, note, one_line
 from capture_file import PartialFile
 from capture_model import Rounding, Rows, Taps, module_at, revision_of, sha256_of_file, side_of, takes
 from capture_prompts import encode, labels_of, plan, read_prompts, read_text, texts_of
@@ -81,11 +81,11 @@ def capture(model, inputs, *, side=None, blocks=None, final_norm=None, embedding
             given = tensors_of(given)
             count = next(iter(given.values())).shape[0]
             if labels is not None:
-                given["labels of tokens"] = labels_per_token(labels, given, of_decoder)
+                given[LABELS] = checked_labels(labels, count)
             for begin in range(0, count, batch or count):
                 part = {name: value[begin:begin + (batch or count)] for name, value in given.items()}
                 part = padded_right(part)
-                mark = part.pop("labels of tokens", None)
+                mark = part.pop(LABELS, None)
                 part = {name: value.to(device) for name, value in part.items()}
                 if side == "encoder":
                     part = {name: value for name, value in part.items() if not name.startswith("decoder_")}
@@ -94,9 +94,13 @@ def capture(model, inputs, *, side=None, blocks=None, final_norm=None, embedding
                     found.setdefault(site, []).append(kept)
                 counts += rows.counts
                 leading = leading or leading_tokens(model, part, rows)
-                for value, kept in ((part.get(of_decoder + "input_ids"), ids), (mark, marks)):
-                    if value is not None and value.shape[1] == rows.tokens:
-                        kept.append(rows.take(value.cpu()[..., None], "the tokens")[:, 0])
+                named = part.get(of_decoder + "input_ids")
+                if named is not None and named.shape[1] == rows.tokens:
+                    ids.append(rows.take(named.cpu()[..., None], "token_ids")[:, 0])
+                if mark is not None and mark.dim() == 1:
+                    marks.append(mark.cpu().repeat_interleave(torch.tensor(rows.counts)))
+                elif mark is not None:
+                    marks.append(rows.take(mark.cpu()[..., None], "labels")[:, 0])
     if not found:
         raise CaptureError("no inputs")
     out = {site: torch.cat(parts) for site, parts in found.items()}
@@ -115,6 +119,8 @@ def tensors_of(given):
     """A mapping's tensors: arrays are taken for tensors, None is left out."""
     import torch
     out = {}
+    if not isinstance(given, Mapping):
+        raise CaptureError(f"inputs are a {type(given).__name__}: a mapping of tensors by name, or several, expected")
     for name, value in given.items():
         if value is None:
             continue
@@ -133,19 +139,16 @@ def tensors_of(given):
     return out
 
 
-def labels_per_token(labels, given, of_decoder):
+LABELS = "labels of tokens"  # travels with the inputs, so that it is cut and moved like them; no argument is called so
+
+
+def checked_labels(labels, count):
     import torch
     labels = torch.as_tensor(labels)
-    ids = given.get(of_decoder + "input_ids", given.get(of_decoder + "attention_mask"))
-    count = next(iter(given.values())).shape[0]
     if labels.is_floating_point() or labels.dim() not in (1, 2) or labels.shape[0] != count:
         raise CaptureError(f"labels are {tuple(labels.shape)} {str(labels.dtype)[6:]}: integers, "
                            f"one for each of {count} sequences or for each of their tokens, expected")
-    if labels.dim() == 2:
-        return labels
-    if ids is None:
-        raise CaptureError("labels need input_ids or attention_mask, which say how many tokens there are")
-    return labels[:, None].expand(ids.shape[:2])
+    return labels
 
 
 def padded_right(part):
@@ -159,8 +162,8 @@ def padded_right(part):
         shift = (mask != 0).int().argmax(1)
         order = (torch.arange(mask.shape[1], device=mask.device)[None, :] + shift[:, None]) % mask.shape[1]
         moved = [name for name, value in part.items()
-                 if value.shape[:2] == mask.shape and (name.startswith("decoder_") == bool(side) or name == "labels of tokens")]
-        if moved == [side + "attention_mask"]:
+                 if value.shape[:2] == mask.shape and (name.startswith("decoder_") == bool(side) or name == LABELS)]
+        if [name for name in moved if name != LABELS] == [side + "attention_mask"]:
             raise CaptureError(f"{side}attention_mask begins with zeros, and nothing else has its shape {tuple(mask.shape)}: "
                                "pad on the right")
         for name in moved:
@@ -411,7 +414,8 @@ def place_of(options):
 def load_tokenizer(options, transformers, place, arguments, name):
     where = options.tokenizer or place
     known = ("tokenizer", "vocab", "merges", "spiece", "sentencepiece", "source")
-    if (options.tokenizer or not options.gguf) and os.path.isdir(where) and not any(file.startswith(known) for file in os.listdir(where)):
+    if (options.tokenizer or not options.gguf) and os.path.isdir(where) and \
+            not any(file.startswith(known) for file in os.listdir(where)):
         # For some families the loader makes an empty one then.
         raise CaptureError(f"no tokenizer in {where}" + ("" if options.tokenizer else ": say with --tokenizer where it is"))
     try:
@@ -471,18 +475,21 @@ def run(options):
     try:
         run_into(file, options, prompts, raw)
     except BaseException as error:
-        # Another try at the same command helps where it was stopped from outside; else its beginning is of no use.
-        outside = isinstance(error, (KeyboardInterrupt, OSError)) or is_out_of_memory(error)
-        if outside:
-            try:
-                file.mark(file.done, now=True)
-            except CaptureError:
-                pass
+        if isinstance(error, TooLarge):
+            file.close(keep=False)
+        if isinstance(error, CaptureError):
+            raise
+        try:
+            file.mark(file.done, now=True)  # stopped from outside: another try may go on from here
+        except CaptureError:
+            pass
         if isinstance(error, KeyboardInterrupt):
             raise CaptureError("interrupted" + file.cure())
         if is_out_of_memory(error):
-            smaller = "a smaller --batch" if options.batch > 1 else "a smaller --max-tokens"
+            smaller = "a smaller --batch" if options.batch > 1 and len(prompts) > 1 else "fewer tokens, --max-tokens"
             raise CaptureError("out of memory" + (file.cure() or f": use {smaller}"))
+        if isinstance(error, OSError):
+            raise CaptureError(f"{error.filename or options.output}: {error.strerror}" + file.cure())
         raise
     finally:
         file.close()
@@ -494,7 +501,12 @@ def run_into(file, options, prompts, raw):
     tokenizer = load_tokenizer(options, transformers, place, arguments, name)
     start = None
     if options.side == "decoder":
-        config = transformers.AutoConfig.from_pretrained(place, **arguments)
+        try:
+            config = transformers.AutoConfig.from_pretrained(place, **arguments)
+        except Exception as error:
+            raise CaptureError(f"cannot load model {name}: {one_line(error)}")
+        if not getattr(config, "is_encoder_decoder", False):
+            raise CaptureError(f"{name} has no two sides: leave --side out")
         start = getattr(config, "decoder_start_token_id", None)
         start = config.bos_token_id if start is None else start
         if start is None:
@@ -513,7 +525,8 @@ def run_into(file, options, prompts, raw):
     check_lengths(prompts, encoded, model)
     runner, stack = side_of(model, options.side)
     # Some tokenizers make inputs that their model does not take.
-    encoded.features = {key: rows for key, rows in encoded.features.items() if key.endswith("input_ids") or takes(runner, key)}
+    encoded.features = {key: rows for key, rows in encoded.features.items()
+                        if key.endswith("input_ids") or takes(runner, key)}
     taps = Taps(runner, stack, options.blocks, options.final_norm, options.embedding)
     rounding = Rounding(options.dtype)
 

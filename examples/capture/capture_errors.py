@@ -8,6 +8,10 @@ class CaptureError(Exception):
     """Something the caller can mend; its text is one line."""
 
 
+class TooLarge(CaptureError):
+    """A value beyond the stored type: what is written so far is of no use, for the cure is another type."""
+
+
 def note(text):
     print(f"capture.py: note: {text}", file=sys.stderr)
 

@@ -72,9 +72,13 @@ class PartialFile:
             try:
                 fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
-                self.file.close()
-                self.file = None
-                raise CaptureError(f"another capture is writing {path}")
+                raise self._busy()
+            try:
+                mine = os.path.samestat(os.fstat(self.file.fileno()), os.stat(self.partial))
+            except OSError:
+                mine = False
+            if not mine:  # the other one has just given it its name
+                raise self._busy()
 
     def resume(self, run, restart=False):
         """Look for an earlier attempt at the same run; its finished batches are in `done` after begin().
@@ -86,6 +90,7 @@ class PartialFile:
         self.run = run
         if restart:
             self._remove(self.journal)
+            self.keep = False
             return
         try:
             with open(self.journal, encoding="utf-8") as file:
@@ -98,9 +103,9 @@ class PartialFile:
             return
         for key in [*run, *before]:
             if before.get(key) != run.get(key):
-                raise CaptureError(f"{self.partial} was begun with another {key} ({before.get(key)}, now {run.get(key)}): "
+                raise CaptureError(f"{self.partial} was begun with another {key} ({str(before.get(key))[:40]}, now {str(run.get(key))[:40]}): "
                                    "give the same arguments to go on, or --restart to begin again")
-        self.done = max(done, 0)
+        self.done = self.marked = max(done, 0)
 
     def begin(self, tensors, metadata):
         """Lay out the file, or check that the earlier attempt laid out the same one.
@@ -115,7 +120,7 @@ class PartialFile:
                 if same:
                     return
                 note(f"{self.partial} is not what its journal says: beginning again")
-            self.done, self.keep = 0, False
+            self.done, self.marked, self.keep = 0, 0, False
             self._remove(self.journal)
             self.file.seek(0)
             self.file.truncate(0)
@@ -138,7 +143,6 @@ class PartialFile:
             self.file.seek(first + row * width)
             self.file.write(memoryview(data).cast("B"))
         except OSError as error:
-            self.keep = self.marked > 0 or self.done > 0
             raise CaptureError(f"cannot write {self.path}: {error.strerror}" + self.cure())
 
     def mark(self, batches, now=False):
@@ -160,15 +164,17 @@ class PartialFile:
 
     def cure(self):
         """The end of a message: how to go on from here; empty if nothing is there yet."""
-        return f" ({self.done} batches are done: the same command goes on from there)" if self.keep and self.done else ""
+        return f" ({self.marked} batches are done: the same command goes on from there)" if self.keep and self.marked else ""
 
     def finish(self):
         """Give the file its name."""
         try:
             self.file.flush()
             os.fsync(self.file.fileno())
-            self.file.close()
+            if fcntl is None:  # where an open file cannot be renamed
+                self.file.close()
             os.replace(self.partial, self.path)
+            self.file.close()
         except OSError as error:
             raise CaptureError(f"cannot write {self.path}: {error.strerror}")
         self.file = None
@@ -188,6 +194,11 @@ class PartialFile:
         if not self.keep:
             self._remove(self.partial)
             self._remove(self.journal)
+
+    def _busy(self):
+        self.file.close()
+        self.file = None
+        return CaptureError(f"another capture is writing {self.path}")
 
     @staticmethod
     def _remove(path):

@@ -9,7 +9,7 @@ import hashlib
 import inspect
 import os
 
-from capture_errors import CaptureError, is_out_of_memory, note, one_line, warn
+from capture_errors import CaptureError, TooLarge, is_out_of_memory, note, one_line, warn
 
 # What families call their list of blocks: layers (Llama, GPT-NeoX, Mamba, ViT, Whisper), layer (BERT, DINOv2),
 # h (GPT-2, Falcon), block (T5), blocks (MPT), albert_layer_groups.
@@ -266,8 +266,8 @@ class Rounding:
         if not bool(torch.isfinite(rounded).all()):
             bad = ~torch.isfinite(rows)
             if not bool(bad.any()):
-                raise CaptureError(f"{site} reaches {float(rows.abs().max()):.6g}, too large for {self.dtype}: "
-                                   "use --dtype bf16 or f32")
+                raise TooLarge(f"{site} reaches {float(rows.abs().max()):.6g}, too large for {self.dtype}: "
+                               "use --dtype bf16 or f32")
             if not self.told:
                 token, feature = (int(i) for i in bad.nonzero()[0])
                 warn(f"{site} has a NaN or an infinity at token {token} of its batch, feature {feature}")

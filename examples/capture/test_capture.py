@@ -199,9 +199,10 @@ class Module(unittest.TestCase):
             model = make(config)
             torch.manual_seed(4)
             pixels = torch.randn(3, 3, config.image_size, config.image_size)
-            found = capture(model, {"pixel_values": pixels}, batch=2, output=at("images.safetensors"))
+            found = capture(model, {"pixel_values": pixels}, batch=2, labels=[7, 8, 9], output=at("images.safetensors"))
             self.assertEqual(found["sequences"].tolist(), [0, tokens, 2 * tokens, 3 * tokens])
             self.assertNotIn("token_ids", found)
+            self.assertEqual(found["labels"].tolist(), [7] * tokens + [8] * tokens + [9] * tokens)
             self.assertEqual(metadata(at("images.safetensors"))["leading_tokens"], leading)
             with torch.inference_mode():
                 self.assertTrue(torch.equal(found["final_norm"][2 * tokens:], model(pixels[2:]).last_hidden_state[0]))
@@ -266,6 +267,8 @@ class Module(unittest.TestCase):
         inputs = padded([[4, 5, 6], [7], [8, 9]], "left")
         whole = capture(model, inputs, labels=[5, 6, 7])
         self.assertEqual(whole["labels"].tolist(), [5, 5, 5, 6, 7, 7])
+        with self.assertRaisesRegex(CaptureError, "labels has 2 tokens"):
+            capture(model, inputs, labels=torch.zeros(3, 2, dtype=torch.long))
         per_token = capture(model, inputs, labels=torch.tensor([[1, 2, 3], [0, 0, 4], [0, 5, 6]]), batch=2)
         self.assertEqual(per_token["labels"].tolist(), [1, 2, 3, 4, 5, 6])
         parts = capture(model, [padded([[4, 5, 6], [7]], "right"), padded([[8, 9]], "right")])
@@ -293,7 +296,7 @@ class Module(unittest.TestCase):
         ids = torch.tensor([[4, 5], [6, 7]])
         for inputs, more, said in (
                 ({"input_ids": ids, "attention_mask": torch.tensor([[1, 1], [0, 0]])}, {}, "sequence 1 has no token"),
-                ({"input_ids": [[4, 5], [6]]}, {}, "return_tensors"), ({}, {}, "nothing"),
+                (ids, {}, "a mapping of tensors"), ({"input_ids": [[4, 5], [6]]}, {}, "return_tensors"), ({}, {}, "nothing"),
                 ({"input_ids": ids, "attention_mask": torch.ones(1, 2)}, {}, "common batch axis"),
                 ({"input_ids": ids, "attention_mask": torch.ones(2, 2, 2)}, {}, "expected"),
                 ({"input_ids": ids}, {"blocks": "embed_in"}, "not a list"), ({"input_ids": ids}, {"blocks": "none"}, "no module"),
@@ -443,6 +446,7 @@ class CommandLine(unittest.TestCase):
         err = self.run_it("--model", model, "--prompts", path, "--side", "encoder", "--output", at("side.safetensors"))
         self.assertEqual(load_file(at("side.safetensors"))["sequences"].tolist(), [0, 4, 10])
         self.assertIn("is used with --side decoder only", err)
+        self.refused("no two sides", "--model", self.model, "--prompts", path, "--side", "decoder", "--output", at("x"))
         self.refused("line 1: --side decoder needs a \"target\"", "--model", model, "--prompts", self.prompts,
                      "--side", "decoder", "--output", at("x"))
         self.refused("say --side encoder or --side decoder", "--model", model, "--prompts", self.prompts, "--output", at("x"))
@@ -596,6 +600,21 @@ class Interrupted(unittest.TestCase):
         status, out, err = command(*self.arguments, "--output", at("torn"))
         self.assertIn("beginning again", err)
         self.same("torn")
+
+    def test_a_cure_by_other_arguments_can_be_followed(self):
+        end = self.stopped("from capture_errors import TooLarge; raise TooLarge('use another type')", 3,
+                           *self.arguments, "--dtype", "f16", "--output", at("cured"))
+        self.assertEqual((end.returncode, end.stderr), (1, "capture.py: error: use another type\n"))
+        self.assertEqual(command(*self.arguments, "--output", at("cured"))[::2], (0, ""))
+        self.same("cured")
+
+    def test_a_mistake_leaves_an_earlier_attempt(self):
+        arguments = [*self.arguments, "--output", at("left")]
+        self.stopped("os.kill(os.getpid(), signal.SIGKILL)", 3, *arguments)
+        self.assertEqual(command(*arguments, "--blocks", "wrong")[0], 1)
+        self.assertEqual(command(*arguments, "--tokenizer", at("nowhere/at/all"))[0], 1)
+        self.assertEqual(command(*arguments)[2], "capture.py: note: going on after batch 3 of 6\n")
+        self.same("left")
 
     def test_two_at_once(self):
         holder = capture_file.PartialFile(at("held"))
