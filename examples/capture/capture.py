@@ -58,7 +58,7 @@ def capture(model, inputs, *, side=None, blocks=None, final_norm=None, embedding
     dtype       "bf16", "f16" or "f32": round to that; default: as the model computes
     batch       run so many sequences at a time; default: all of a mapping at once
     output      path of a safetensors file to write as well; it appears complete or not at all
-    labels      (sequences) or (sequences, tokens) integers, one for every sequence or input token; of one mapping
+    labels      integers of the sequences, or (sequences, tokens), padding included; for one mapping of inputs
     tokenizer   its text of every token is written with input_ids
     metadata    {str: str} to add to the file's
 
@@ -100,6 +100,8 @@ def capture(model, inputs, *, side=None, blocks=None, final_norm=None, embedding
                 if mark is not None and mark.dim() == 1:
                     marks.append(mark.cpu().repeat_interleave(torch.tensor(rows.counts)))
                 elif mark is not None:
+                    if mark.shape[1] != rows.tokens:
+                        raise CaptureError(f"labels are for {mark.shape[1]} tokens, and the model makes {rows.tokens}")
                     marks.append(rows.take(mark.cpu()[..., None], "labels")[:, 0])
     if not found:
         raise CaptureError("no inputs")

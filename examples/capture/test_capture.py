@@ -267,7 +267,7 @@ class Module(unittest.TestCase):
         inputs = padded([[4, 5, 6], [7], [8, 9]], "left")
         whole = capture(model, inputs, labels=[5, 6, 7])
         self.assertEqual(whole["labels"].tolist(), [5, 5, 5, 6, 7, 7])
-        with self.assertRaisesRegex(CaptureError, "labels has 2 tokens"):
+        with self.assertRaisesRegex(CaptureError, "labels are for 2 tokens, and the model makes 3"):
             capture(model, inputs, labels=torch.zeros(3, 2, dtype=torch.long))
         per_token = capture(model, inputs, labels=torch.tensor([[1, 2, 3], [0, 0, 4], [0, 5, 6]]), batch=2)
         self.assertEqual(per_token["labels"].tolist(), [1, 2, 3, 4, 5, 6])
