@@ -1211,19 +1211,23 @@ void finish_tile(Bound const& kernel, C const* token, C const* removed, integer 
 template <class C>
 class row_products {
   static constexpr integer W = lanes_v<C>, R = 4, N = packed_product::many_registers ? 4 : 2;
-  static constexpr integer flush = 8192;  // terms before partial sums go over to double
+  // Terms before partial sums go over to double, 512 a lane of floats: beside one large term, equal
+  // small ones are all rounded the same way.
+  static constexpr integer longest = 512 * static_cast<integer>(lanes_v<float>);
 
  public:
-  explicit row_products(integer rows)
+  /// @param most  terms before partial sums go over to double, a multiple of W
+  explicit row_products(integer rows, integer most = longest)
       : rows_(rows),
+        flush_((std::min)(most, longest)),
         chunk_(std::clamp<integer>(8192 / rows / 64 * 64, 64, 1024)),
         partial_(ceil_div(rows, R) * ceil_div(rows, N) * R * N * W) {}
 
   /// out[p · rows + q] = Σ x_p x_q for q ≤ p over `count` columns, a multiple of W.
   void operator()(C const* x, integer ld, integer count, double* out) {
     std::fill_n(out, rows_ * rows_, 0.);
-    for (integer c = 0; c < count; c += flush) {
-      integer const part = (std::min)(flush, count - c);
+    for (integer c = 0; c < count; c += flush_) {
+      integer const part = (std::min)(flush_, count - c);
       for (integer k = 0; k < part; k += chunk_)
         each_block([&](integer p, integer q, C* sums) {
           multiply(x + c + k, ld, p, q, (std::min)(chunk_, part - k), k > 0, sums);
@@ -1271,7 +1275,7 @@ class row_products {
       for (integer s = 0; s < N; ++s) pstore(sums + (r * N + s) * W, sum[r][s]);
   }
 
-  integer rows_, chunk_;
+  integer rows_, flush_, chunk_;
   aligned_array<C> partial_;
 };
 
@@ -1536,11 +1540,14 @@ class gram_engine {
   /// Adds the tile's products of all pairs and its sums per token to the moments.
   template <bool RowSums>
   void reduce(tile const& t, gram_moments& m) {
-    integer const slice = round_up(ceil_div(t.area, sizes_.slices), R * N);
+    integer const part = ceil_div(t.area, sizes_.slices), slice = round_up(part, R * N);
+    // As short as with the smallest micro tiles, however large the product's are.
+    constexpr integer tile_area = packed_product::rows<C> * packed_product::cols<C>;
+    integer const most = round_up(part, tile_area);
     integer const slices = ceil_div(t.area, slice), pairs = site_count_ * site_count_;
     threads_.run(slices + site_count_, [&](integer i) {
       if (i < slices) {
-        row_products<C> multiply(site_count_);
+        row_products<C> multiply(site_count_, most);
         multiply(buffer_.data() + i * slice, stride_, (std::min)(slice, t.area - i * slice),
                  slice_products_.data() + i * pairs);
       } else {

@@ -9,7 +9,10 @@
 #define RFLOW_TIGHT_BOUND 3200 << 10
 #include "../backends.hpp"
 
+#include <cmath>
+#include <random>
 #include <thread>
+#include <vector>
 
 namespace {
 
@@ -39,6 +42,34 @@ TEST_CASE("more tokens than one product takes: on_cpu's table, and the same bits
           CHECK(more.squares == one.squares);
         }
       }
+  }
+}
+
+TEST_CASE("equal terms beside a large one: no long sums in float, however large the tiles") {
+  // Two tokens far out and first: their pair is the first term, and what it leaves by U-centring in
+  // all others is nearly equal.
+  std::mt19937 random(5);
+  std::normal_distribution<float> normal;
+  for (std::ptrdiff_t const tokens : {70, 93, 120, 600}) {
+    CAPTURE(tokens);
+    std::ptrdiff_t const widths[] = {4, 29};
+    std::vector<float> narrow[2];
+    std::vector<double> wide[2];
+    std::vector<rflow::view<float>> sites;
+    std::vector<rflow::view<double>> same;
+    for (std::size_t l = 0; l < 2; ++l) {
+      for (std::ptrdiff_t i = 0; i < tokens * widths[l]; ++i)
+        narrow[l].push_back(normal(random) * (i < 2 * widths[l] ? 1e4f : 1.f));
+      wide[l].assign(narrow[l].begin(), narrow[l].end());
+      sites.emplace_back(narrow[l].data(), tokens, widths[l]);
+      same.emplace_back(wide[l].data(), tokens, widths[l]);
+    }
+    rflow::gram_path const path = rflow::gram_path::gram;
+    auto const found = rflow::cka_matrix(rflow::layer_stack<float>(sites), rflow::linear{},
+                                         rflow::debiased{}, rflow::on_blas{.path = path});
+    auto const right = rflow::cka_matrix(rflow::layer_stack<double>(same), rflow::linear{},
+                                         rflow::debiased{}, rflow::on_cpu{.path = path});
+    CHECK(std::abs(found(0, 1).value - right(0, 1).value) < 2e-6);
   }
 }
 

@@ -180,16 +180,20 @@ using rflow::bf16, rflow::f16, rflow::flow_moments, rflow::flow_sink, rflow::gra
   template flow_moments On::flow(layer_stack<double> const&, flow_sink const&) const; \
   template flow_moments On::flow(layer_stack<f16> const&, flow_sink const&) const;    \
   template flow_moments On::flow(layer_stack<bf16> const&, flow_sink const&) const;
-#define GRAM(On, Kernel)                                                           \
-  template gram_moments On::gram(Kernel const&, layer_stack<float> const&) const;  \
-  template gram_moments On::gram(Kernel const&, layer_stack<double> const&) const; \
-  template gram_moments On::gram(Kernel const&, layer_stack<f16> const&) const;    \
-  template gram_moments On::gram(Kernel const&, layer_stack<bf16> const&) const;   \
-  template gram_moments On::gram(Kernel const&, layer_stack<double> const&,        \
-                                 layer_stack<double> const&) const;                \
-  template gram_moments On::gram(Kernel const&, layer_stack<float> const&,         \
-                                 layer_stack<float> const&) const;                 \
-  template gram_moments On::gram(Kernel const&, layer_stack<float> const&,         \
+#define GRAM(On, Kernel)                                                                          \
+  template gram_moments On::gram(Kernel const&, layer_stack<float> const&) const;                 \
+  template gram_moments On::gram(Kernel const&, layer_stack<double> const&) const;                \
+  template gram_moments On::gram(Kernel const&, layer_stack<f16> const&) const;                   \
+  template gram_moments On::gram(Kernel const&, layer_stack<bf16> const&) const;                  \
+  template gram_moments On::gram(Kernel const&, layer_stack<double> const&,                       \
+                                 layer_stack<double> const&) const;                               \
+  template gram_moments On::gram(Kernel const&, layer_stack<float> const&,                        \
+                                 layer_stack<float> const&) const;                                \
+  template gram_moments On::gram(Kernel const&, layer_stack<f16> const&, layer_stack<f16> const&) \
+      const;                                                                                      \
+  template gram_moments On::gram(Kernel const&, layer_stack<bf16> const&,                         \
+                                 layer_stack<bf16> const&) const;                                 \
+  template gram_moments On::gram(Kernel const&, layer_stack<float> const&,                        \
                                  layer_stack<bf16> const&) const;
 FLOW(staged)
 FLOW(resident)
