@@ -15,6 +15,11 @@
 #include <Eigen/Core>
 #include <Eigen/Eigenvalues>  // λ_max(Σ), ‖W_o‖
 
+// Before anything that an older Eigen does not have.
+static_assert(EIGEN_VERSION_AT_LEAST(3, 4, 0),
+              "rflow: Eigen 3.4 or newer is needed: put its directory first among the include "
+              "directories, or set Eigen3_DIR for CMake");
+
 #include <algorithm>
 #include <cmath>
 #include <concepts>
