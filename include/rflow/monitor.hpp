@@ -215,7 +215,8 @@ inline monitor_report report_of(monitor_moments const& m, normalization by = nor
 /// push(), end_sequence() and discard_sequence() throw nothing, so that they can be called from a C
 /// callback, and allocate nothing once reserve() has made room. What they refuse changes nothing; the
 /// first refusal is kept, and report() throws it. One thread at a time may use a monitor; several
-/// monitors (one a thread, one a sequence of a batch) merge.
+/// monitors (one a thread, one a sequence of a batch) merge. They move, threads and an open sequence
+/// included; one that was moved from can be assigned to or destroyed, nothing else.
 ///
 /// A child of fork() has none of the monitor's threads: make a new monitor there, or one with
 /// on_cpu{.threads = 1} before. To use, or to destroy, one with threads in the child does not return.
