@@ -450,34 +450,34 @@ concept owning_activations = !std::is_lvalue_reference_v<X> && activations<X> &&
 /// The type of x's view; for what is no activations that of what it holds, so that the error about it
 /// is the only one.
 template <class X>
-struct view_of {
+struct viewed {
   using type = view<std::conditional_t<scalar<held_t<X>>, held_t<X>, float>>;
 };
 template <activations X>
-struct view_of<X> {
+struct viewed<X> {
   using type = decltype(adapt<X>::as_view(std::declval<X const&>()));
 };
 template <class X>
-using view_of_t = typename view_of<std::remove_cvref_t<X>>::type;
+using viewed_t = typename viewed<std::remove_cvref_t<X>>::type;
 
 }  // namespace detail
 
 /// The view of x.
 template <activations X>
-constexpr detail::view_of_t<X> as_view(X const& x) {
+constexpr detail::viewed_t<X> as_view(X const& x) {
   return adapt<X>::as_view(x);
 }
 
 /// What is no activations: does not compile, and the message says what to write.
 template <class X>
-requires(!activations<X>) detail::view_of_t<X> as_view(X const&) {
+requires(!activations<X>) detail::viewed_t<X> as_view(X const&) {
   static_cast<void>(sizeof(detail::refuse_argument<X>));
   return {};
 }
 
 /// The view of an object that dies at the end of the statement: does not compile, and says so.
 template <detail::owning_activations X>
-constexpr detail::view_of_t<X> as_view(X&& x) {
+constexpr detail::viewed_t<X> as_view(X&& x) {
   static_cast<void>(sizeof(detail::refuse_temporary<X>));
   return adapt<std::remove_cvref_t<X>>::as_view(x);
 }
@@ -493,7 +493,7 @@ struct view_traits<view<T, Memory>> {
 };
 
 template <class X>
-using traits_of = view_traits<view_of_t<X>>;
+using traits_of = view_traits<viewed_t<X>>;
 
 template <class X>
 struct memory_space {
@@ -572,7 +572,7 @@ namespace detail {
 template <class Range, class T, class Memory>
 concept sites_of = requires(Range const& r) {
   std::begin(r);
-  requires std::same_as<view_of_t<element_of<Range>>, view<T, Memory>> ||
+  requires std::same_as<viewed_t<element_of<Range>>, view<T, Memory>> ||
       !activations<element_of<Range>>;
 };
 

@@ -1,7 +1,7 @@
 // expect: rflow::layer_stack(pointer, rflow::stack_shape{sites, tokens, hidden}) for one array
 // expect: rflow: a metric of many layers takes a stack of them, not one layer
 // expect: rflow: the extents of an array of layers have names
-// first: rflow:
+// first: static
 // errors: 9
 // SPDX-License-Identifier: Apache-2.0
 // Every metric of many layers, each with something else that is no stack: one error a kind.
