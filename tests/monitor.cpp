@@ -653,3 +653,53 @@ TEST_CASE("monitors of different kind do not merge") {
   CHECK_THROWS_AS(rflow::flow_monitor<float>(3, -1), std::invalid_argument);
   CHECK_THROWS_AS(rflow::flow_monitor<float>(3, 8, {.skip_first = -1}), std::invalid_argument);
 }
+
+TEST_CASE("a monitor moves with its threads and what is under way") {
+  static_assert(std::is_nothrow_move_constructible_v<rflow::flow_monitor<float>>);
+  static_assert(std::is_nothrow_move_assignable_v<rflow::flow_monitor<float>>);
+  std::mt19937 bits(7);
+  sample<float> const s(bits, 3, 40, 21);
+  rflow::on_cpu const on{.threads = 3};
+  rflow::monitor_options const options{.cka = true, .cka_batch = 16};
+  rflow::flow_monitor<float> still(3, 21, options, on), first(3, 21, options, on);
+  for (std::ptrdiff_t l = 0; l < 3; ++l) REQUIRE(still.push(l, 0, s.rows(l, 0, 40)));
+  REQUIRE(still.end_sequence());
+  for (std::ptrdiff_t l = 0; l < 3; ++l) REQUIRE(first.push(l, 0, s.rows(l, 0, 25)));
+  rflow::flow_monitor<float> second(std::move(first));
+  for (std::ptrdiff_t l = 0; l < 3; ++l) REQUIRE(second.push(l, 25, s.rows(l, 25, 15)));
+  first = std::move(second);  // what was moved from can be assigned to
+  REQUIRE(first.end_sequence());
+  for (std::ptrdiff_t l = 0; l < 3; ++l)
+    CHECK(first.report().pooled.inter_token[static_cast<std::size_t>(l)].value ==
+          Approx(still.report().pooled.inter_token[static_cast<std::size_t>(l)].value));
+  CHECK(first.report().pooled.variance.st2.value ==
+        Approx(still.report().pooled.variance.st2.value));
+  CHECK(first.report().cka(0, 2).value == Approx(still.report().cka(0, 2).value));
+}
+
+TEST_CASE("one monitor for each live sequence, merged when it ends") {
+  std::mt19937 bits(8);
+  sample<float> const s(bits, 3, 30, 9);
+  rflow::on_cpu const on{.threads = 1};
+  std::vector<rflow::flow_monitor<float, rflow::on_cpu>> live;  // moves as it grows
+  rflow::flow_monitor<float, rflow::on_cpu> total(3, 9, {}, on), in_turn(3, 9, {}, on);
+  for (int q = 0; q < 3; ++q) live.emplace_back(3, 9, rflow::monitor_options{}, on);
+  for (std::ptrdiff_t step = 0; step < 10; ++step)  // a token of each sequence in turn
+    for (std::ptrdiff_t q = 0; q < 3; ++q)
+      for (std::ptrdiff_t l = 0; l < 3; ++l)
+        REQUIRE(live[static_cast<std::size_t>(q)].push(l, step, s.rows(l, 10 * q + step, 1)));
+  for (; !live.empty(); live.pop_back()) {
+    REQUIRE(live.back().end_sequence());
+    total.merge(live.back());
+  }
+  for (std::ptrdiff_t q = 0; q < 3; ++q) {
+    for (std::ptrdiff_t l = 0; l < 3; ++l) REQUIRE(in_turn.push(l, 0, s.rows(l, 10 * q, 10)));
+    REQUIRE(in_turn.end_sequence());
+  }
+  CHECK(total.report().sequences == 3);
+  for (std::size_t l = 0; l < 3; ++l)
+    CHECK(total.report().pooled.inter_token[l].value ==
+          Approx(in_turn.report().pooled.inter_token[l].value));
+  CHECK(total.report().pooled.variance.st1.value ==
+        Approx(in_turn.report().pooled.variance.st1.value));
+}

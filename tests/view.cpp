@@ -195,7 +195,8 @@ TEST_CASE("a container of another size is refused with both sizes") {
   // A product that wraps around to 6 must not pass.
   std::ptrdiff_t const big = std::numeric_limits<std::ptrdiff_t>::max() / 2 + 4;
   CHECK_THROWS_AS(view(values, big, 2), std::invalid_argument);
-  CHECK_NOTHROW(view(std::vector<float>{}, 0, 7));
+  std::vector<float> const none;
+  CHECK_NOTHROW(view(none, 0, 7));
 }
 
 TEST_CASE("a foreign container takes one specialisation") {
@@ -467,4 +468,20 @@ TEST_CASE("every status has its own name") {
 TEST_CASE("a format error names file, byte and rule") {
   rflow::format_error const e("model.npy", 12, "header is cut off");
   CHECK(std::string(e.what()) == "model.npy: byte 12: header is cut off");
+}
+
+TEST_CASE("16-bit floats of other types are looked at where they are") {
+  std::vector<std::uint16_t> const halves{0x3c00, 0xc000, 0x7bff}, brains{0x3f80, 0xc000, 0x7f7f};
+  view const h(rflow::as_f16(halves.data()), 1, halves.size());
+  view const b(rflow::as_bf16(brains.data()), 1, brains.size());
+  static_assert(std::same_as<decltype(h), view<rflow::f16> const>);
+  static_assert(std::same_as<decltype(b), view<rflow::bf16> const>);
+  CHECK(static_cast<void const*>(h.data) == halves.data());
+  CHECK(static_cast<void const*>(b.data) == brains.data());
+  CHECK(static_cast<float>(h(0, 0)) == 1);
+  CHECK(static_cast<float>(h(0, 1)) == -2);
+  CHECK(static_cast<float>(h(0, 2)) == 65504);
+  CHECK(static_cast<float>(b(0, 0)) == 1);
+  CHECK(static_cast<float>(b(0, 1)) == -2);
+  CHECK(static_cast<float>(b(0, 2)) == 0x1.fep127f);
 }

@@ -341,6 +341,9 @@ template <class T, class Memory, class Kernel = linear, estimator Estimator = de
           class On = default_backend_t<Memory>>
 cka_table cka_matrix(layer_stack<T, Memory> const& stack, Kernel const& kernel = {},
                      Estimator by = {}, On const& on = {}) {
+  static_assert(!activations<Kernel> && !activations<detail::held_t<Kernel>>,
+                "rflow: the other model is to be a stack as well. Wrap it: rflow::layer_stack(v), "
+                "where v is the range of layers");
   static_assert(backend_for<On, Memory>, "rflow: this backend cannot read where the stack lives");
   return cka_table(on.gram(kernel, stack), by);
 }
@@ -375,9 +378,9 @@ cka_table cka_matrix(layer_stack<T, Memory> const& a, layer_stack<U, MemoryOfB> 
   return cka_table(on.gram(kernel, a, b), by, a.sites());
 }
 
-template <detail::loose_layers Layers, class... More>
-cka_table cka_matrix(Layers const&, More const&...) {
-  detail::refuse_loose<Layers>();
+template <detail::no_stack X, class... More>
+cka_table cka_matrix(X const&, More const&...) {
+  static_cast<void>(sizeof(detail::refuse_stackless<X>));
   return {};
 }
 
@@ -398,7 +401,7 @@ cka_table cka_matrix(Layers const&, More const&...) {
 /// @note   n²(p + q) multiply-adds or, when cheaper, n(p + q)²/2; scratch within the backend's memory
 ///         bound; products in fp32 (fp64 if either is double), sums in fp64
 /// @see    Kornblith, Norouzi, Lee, Hinton, ICML 2019, section 3; Song et al., JMLR 2012, equation 5
-template <activations X, activations Y, class Kernel = linear, estimator Estimator = debiased,
+template <class X, class Y, class Kernel = linear, estimator Estimator = debiased,
           class On = default_backend_t<memory_of<X>>>
 measured cka(X const& x, Y const& y, Kernel const& kernel = {}, Estimator by = {},
              On const& on = {}) {
@@ -412,8 +415,7 @@ measured cka(X const& x, Y const& y, Kernel const& kernel = {}, Estimator by = {
   if (a.rows != b.rows)
     detail::reject(where,
                    "x has " + std::to_string(a.rows) + " tokens, y has " + std::to_string(b.rows));
-  gram_moments const m = on.gram(kernel, layer_stack<scalar_of<X>, memory_of<X>>{a},
-                                 layer_stack<scalar_of<Y>, memory_of<Y>>{b});
+  gram_moments const m = on.gram(kernel, layer_stack{a}, layer_stack{b});
   for (std::size_t p = 0; p < 2; ++p)
     if (m.non_finite[p].found())
       detail::throw_non_finite(where, p == 0 ? "x" : "y", m.non_finite[p]);
@@ -483,6 +485,11 @@ class cka_accumulator {
       ++sums_.left_out;
     else
       add(on.gram(kernel_, batch));
+  }
+
+  template <detail::no_stack X>
+  void add(X const&) {
+    static_cast<void>(sizeof(detail::refuse_stackless<X>));
   }
 
   /// Adds the moments of one batch.

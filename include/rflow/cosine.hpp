@@ -68,12 +68,12 @@ inline adjacent_cosines cosines_of_pair(flow_moments const& m, std::ptrdiff_t pa
 /// @throws std::invalid_argument if x is empty; std::domain_error on NaN or infinity
 /// @note   O(n d), not O(n² d); norms in fp32 (fp64 for double), sums over tokens in fp64
 /// @see    arXiv 2510.06640, equation 2
-template <activations X, class On = default_backend_t<memory_of<X>>>
+template <class X, class On = default_backend_t<memory_of<X>>>
 measured inter_token_cosine(X const& x, On const& on = {}) {
   detail::require_readable<On, X>();
-  detail::require_shape("rflow::inter_token_cosine", as_view(x));
-  flow_moments const m = on.flow(layer_stack<scalar_of<X>, memory_of<X>>{as_view(x)},
-                                 flow_sink{.part = flow_part::inter_token});
+  auto const v = as_view(x);
+  detail::require_shape("rflow::inter_token_cosine", v);
+  flow_moments const m = on.flow(layer_stack{v}, flow_sink{.part = flow_part::inter_token});
   if (m.non_finite[0].found())
     detail::throw_non_finite("rflow::inter_token_cosine", "x", m.non_finite[0]);
   return detail::mean_pair_cosine(m, 0);
@@ -92,23 +92,23 @@ measured inter_token_cosine(X const& x, On const& on = {}) {
 ///         infinity
 /// @note   O(n d), one read
 /// @see    arXiv 2510.06640, section 3.2
-template <activations X, activations Y, class On = default_backend_t<memory_of<X>>>
+template <class X, class Y, class On = default_backend_t<memory_of<X>>>
 adjacent_cosines adjacent_cosine(X const& x, Y const& y, On const& on = {}) {
   detail::require_readable<On, X, Y>();
   detail::require_same_memory<X, Y>();
-  static_assert(std::same_as<scalar_of<X>, scalar_of<Y>>,
-                "rflow: adjacent layers of one model have one element type");
   constexpr char const* where = "rflow::adjacent_cosine";
-  auto const a = as_view(x), b = as_view(y);
+  auto const a = as_view(x);
+  auto const b = as_view(y);
+  static_assert(std::same_as<decltype(a), decltype(b)>,
+                "rflow: adjacent layers of one model have one element type");
   detail::require_shape(where, a);
   detail::require_shape(where, b);
   if (a.rows != b.rows || a.cols != b.cols)
     detail::reject(where, "x is " + std::to_string(a.rows) + " x " + std::to_string(a.cols) +
                               ", y is " + std::to_string(b.rows) + " x " + std::to_string(b.cols));
   std::vector<double> per_token(static_cast<std::size_t>(a.rows));
-  flow_moments const m =
-      on.flow(layer_stack<scalar_of<X>, memory_of<X>>{a, b},
-              flow_sink{.cosine = per_token.data(), .part = flow_part::adjacent});
+  flow_moments const m = on.flow(
+      layer_stack{a, b}, flow_sink{.cosine = per_token.data(), .part = flow_part::adjacent});
   for (std::size_t l = 0; l < 2; ++l)
     if (m.non_finite[l].found())
       detail::throw_non_finite(where, l == 0 ? "x" : "y", m.non_finite[l]);

@@ -28,6 +28,11 @@
 
 #include <Eigen/Core>
 
+// Before anything that an older Eigen does not have.
+static_assert(EIGEN_VERSION_AT_LEAST(3, 4, 0),
+              "rflow: Eigen 3.4 or newer is needed: put its directory first among the include "
+              "directories, or set Eigen3_DIR for CMake");
+
 #include <rflow/gram.hpp>
 #include <rflow/moments.hpp>
 #include <rflow/softmax.hpp>
@@ -57,6 +62,19 @@ struct from_eigen<Eigen::bfloat16> {
 template <class X>
 concept eigen_object = std::is_base_of_v<Eigen::EigenBase<X>, X>;
 
+/// Maps, blocks and the like are gone at the end of a statement, what they look at is not. A Ref to
+/// const may have a copy of its own.
+template <class X>
+struct eigen_lifetime {
+  static constexpr bool borrowed = true;
+};
+template <class X>
+requires std::is_base_of_v<Eigen::PlainObjectBase<X>, X>
+struct eigen_lifetime<X> {
+};
+template <class X, int Options, class Stride>
+struct eigen_lifetime<Eigen::Ref<X const, Options, Stride>> {};
+
 template <class X>
 inline constexpr bool eigen_has_storage = (Eigen::internal::traits<X>::Flags &
                                            Eigen::DirectAccessBit) != 0;
@@ -65,7 +83,7 @@ inline constexpr bool eigen_has_storage = (Eigen::internal::traits<X>::Flags &
 
 /// Matrices, maps, refs and blocks of either storage order; rows are tokens.
 template <detail::eigen_object X>
-struct adapt<X> {
+struct adapt<X> : detail::eigen_lifetime<X> {
   static_assert(detail::eigen_has_storage<X>,
                 "rflow: this Eigen expression has no storage to look at. Evaluate it first: "
                 "Eigen::MatrixXf x = expression;");

@@ -95,9 +95,9 @@ flow_report flow(layer_stack<T, Memory> const& stack, flow_options const& option
   return out;
 }
 
-template <detail::loose_layers Layers, class... More>
-flow_report flow(Layers const&, More const&...) {
-  detail::refuse_loose<Layers>();
+template <detail::no_stack X, class... More>
+flow_report flow(X const&, More const&...) {
+  static_cast<void>(sizeof(detail::refuse_stackless<X>));
   return {};
 }
 

@@ -234,4 +234,10 @@ cka_intervals cka_jackknife(layer_stack<T, Memory> const& a, layer_stack<U, Memo
       });
 }
 
+template <detail::no_stack X, class... More>
+cka_intervals cka_jackknife(X const&, More const&...) {
+  static_cast<void>(sizeof(detail::refuse_stackless<X>));
+  return {};
+}
+
 }  // namespace rflow

@@ -215,7 +215,8 @@ inline monitor_report report_of(monitor_moments const& m, normalization by = nor
 /// push(), end_sequence() and discard_sequence() throw nothing, so that they can be called from a C
 /// callback, and allocate nothing once reserve() has made room. What they refuse changes nothing; the
 /// first refusal is kept, and report() throws it. One thread at a time may use a monitor; several
-/// monitors (one a thread, one a sequence of a batch) merge.
+/// monitors (one a thread, one a sequence of a batch) merge. They move, threads and an open sequence
+/// included; one that was moved from can be assigned to or destroyed, nothing else.
 ///
 /// A child of fork() has none of the monitor's threads: make a new monitor there, or one with
 /// on_cpu{.threads = 1} before. To use, or to destroy, one with threads in the child does not return.
@@ -271,13 +272,13 @@ class flow_monitor {
   ///                      Empty keeps all
   /// @return false if refused: see error()
   /// @note   O(n d): the rows are read once, what is kept of their tokens is read and written once
-  template <activations X>
+  template <class X>
   bool push(std::ptrdiff_t site, std::ptrdiff_t first_token, X const& rows,
             std::span<std::uint8_t const> keep = {}) noexcept {
-    static_assert(std::same_as<scalar_of<X>, T> && std::same_as<memory_of<X>, host_memory>,
+    auto const x = as_view(rows);
+    static_assert(std::same_as<decltype(x), view<T> const>,
                   "rflow: this monitor takes rows in host memory of the element type it was made "
                   "for: flow_monitor<rflow::bf16> for bf16");
-    view<T> const x = as_view(rows);
     if (!accepts(site, first_token, x, keep)) return false;
     std::ptrdiff_t const end = first_token + x.rows;
     try {
@@ -299,6 +300,15 @@ class flow_monitor {
         [&](std::ptrdiff_t i) { return counts(first_token + i, i, keep); }, open_cka_);
     next_[static_cast<std::size_t>(site)] = end;
     return true;
+  }
+
+  /// Rows by pointer and count: does not compile, and says what to write.
+  template <class Value, class... Counts>
+  requires(sizeof...(Counts) > 0 && (std::is_convertible_v<Counts, extent> &&
+                                     ...)) bool push(std::ptrdiff_t, std::ptrdiff_t, Value const*,
+                                                     Counts...) noexcept {
+    static_cast<void>(sizeof(detail::refuse_argument<Value const*>));
+    return false;
   }
 
   /// Ends the open sequence: its tokens pair with none that come later, and token numbers start at 0

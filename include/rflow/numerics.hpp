@@ -4,6 +4,11 @@
 // What every backend decides alike about the numbers of a kernel matrix: where features are centred, how
 // a linear kernel is U-centred, and what the rounding of its entries may be. Plain C++ on the host.
 
+static_assert(
+    __cplusplus >= 202002L,
+    "rflow: C++20 is needed: compile with -std=c++20, or in CMake link rflow::rflow, which "
+    "asks for it");
+
 #include <algorithm>
 #include <cmath>
 #include <cstddef>

@@ -695,7 +695,7 @@ inline std::string layer_probes::table() const {
 /// @note   4·n·d·classes·seeds operations an epoch. Beyond x: 3·d + n values per class and seed.
 ///         Products and weights in fp32 (fp64 for double), sums over tokens in fp64
 /// @see    Alain, Bengio, "Understanding intermediate layers using linear classifier probes", 2016
-template <activations X, class Labels, class On = default_backend_t<memory_of<X>>>
+template <class X, class Labels, class On = default_backend_t<memory_of<X>>>
 probe_result probe(X const& x, Labels const& labels, probe_options const& options = {},
                    On const& on = {}) {
   static_assert(softmax_backend_for<On, memory_of<X>>,
@@ -703,7 +703,7 @@ probe_result probe(X const& x, Labels const& labels, probe_options const& option
   constexpr char const* where = "rflow::probe";
   auto const v = as_view(x);
   detail::require_shape(where, v);
-  layer_stack<scalar_of<X>, memory_of<X>> const stack{v};
+  layer_stack const stack{v};
   detail::probe_plan const plan(where, stack, labels, options);
   plan.check_given(v.cols);
   probe_result out;
@@ -755,6 +755,12 @@ layer_probes probe_layers(layer_stack<T, Memory> const& stack, Labels const& lab
   else
     out.drop = out.best < 0 ? out.accuracy(0).mean.why : last.why;
   return out;
+}
+
+template <detail::no_stack X, class... More>
+layer_probes probe_layers(X const&, More const&...) {
+  static_cast<void>(sizeof(detail::refuse_stackless<X>));
+  return {};
 }
 
 }  // namespace rflow

@@ -270,15 +270,21 @@ std::vector<probe_optimum> probe_optima(layer_stack<T, Memory> const& stack, Lab
   return out;
 }
 
+template <detail::no_stack X, class... More>
+std::vector<probe_optimum> probe_optima(X const&, More const&...) {
+  static_cast<void>(sizeof(detail::refuse_stackless<X>));
+  return {};
+}
+
 /// The same for one set of activations and what probe() returned.
-template <activations X, class Labels, class On = default_backend_t<memory_of<X>>>
+template <class X, class Labels, class On = default_backend_t<memory_of<X>>>
 probe_optimum optimum_of(X const& x, Labels const& labels, probe_options const& options,
                          probe_result const& found, optimum_options const& by = {},
                          On const& on = {}) {
+  auto const v = as_view(x);
   layer_probes one;
   one.layers.push_back(found);
-  return std::move(probe_optima(layer_stack<scalar_of<X>, memory_of<X>>{as_view(x)}, labels,
-                                options, one, by, on)[0]);
+  return std::move(probe_optima(layer_stack{v}, labels, options, one, by, on)[0]);
 }
 
 }  // namespace rflow

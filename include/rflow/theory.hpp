@@ -15,8 +15,14 @@
 #include <Eigen/Core>
 #include <Eigen/Eigenvalues>  // λ_max(Σ), ‖W_o‖
 
+// Before anything that an older Eigen does not have.
+static_assert(EIGEN_VERSION_AT_LEAST(3, 4, 0),
+              "rflow: Eigen 3.4 or newer is needed: put its directory first among the include "
+              "directories, or set Eigen3_DIR for CMake");
+
 #include <algorithm>
 #include <cmath>
+#include <concepts>
 #include <cstddef>
 #include <limits>
 #include <span>
@@ -68,79 +74,10 @@ struct update_moments {
 
 namespace detail {
 
-using theory_matrix = Eigen::MatrixXd;
-
-/// A named parameter, checked and as a matrix.
-inline theory_matrix parameter(char const* where, char const* name, view<double> const& x,
-                               std::ptrdiff_t rows, std::ptrdiff_t cols) {
-  std::string const extent = std::to_string(x.rows) + " x " + std::to_string(x.cols);
-  if (x.rows <= 0 || x.cols <= 0 || x.data == nullptr)
-    reject(where, std::string(name) + " is empty: " + extent);
-  if (x.rows != rows || x.cols != cols)
-    reject(where, std::string(name) + " is " + extent + ", expected " + std::to_string(rows) +
-                      " x " + std::to_string(cols));
-  theory_matrix out(rows, cols);
-  for (std::ptrdiff_t j = 0; j < cols; ++j)
-    for (std::ptrdiff_t i = 0; i < rows; ++i) out(i, j) = x(i, j);
-  if (!out.allFinite())
-    throw std::domain_error(std::string(where) + ": " + name + " holds a NaN or an infinity");
-  return out;
-}
-
-/// The same for a vector, in a row or in a column; zeros for an empty view.
-inline Eigen::VectorXd parameter_vector(char const* where, char const* name, view<double> const& x,
-                                        std::ptrdiff_t size) {
-  if (x.data == nullptr && x.rows == 0) return Eigen::VectorXd::Zero(size);
-  if (x.rows == 1) return parameter(where, name, x, 1, size).transpose();
-  return parameter(where, name, x, size, 1);
-}
-
-/// value · 2^exponent.
-struct scaled_matrix {
-  theory_matrix value;  ///< entries below 2, one of them at least 1; or all 0
-  int exponent;
-};
-
-/// The same matrix by a power of two, so that no product of matrices leaves the range of double.
-inline scaled_matrix scaled(theory_matrix x) {
-  double const largest = x.size() > 0 ? x.cwiseAbs().maxCoeff() : 0;
-  int const exponent = largest > 0 ? std::ilogb(largest) : 0;
-  x = x.unaryExpr([&](double v) { return std::ldexp(v, -exponent); });
-  return {std::move(x), exponent};
-}
-
-/// The sum of matrices of any sizes.
-inline scaled_matrix sum_of(scaled_matrix const& a, scaled_matrix const& b) {
-  if (a.value.isZero(0)) return b;
-  if (b.value.isZero(0)) return a;
-  int const exponent = (std::max)(a.exponent, b.exponent);
-  auto const moved = [&](scaled_matrix const& x) {
-    return x.value.unaryExpr([&](double v) { return std::ldexp(v, x.exponent - exponent); });
-  };
-  scaled_matrix out = scaled(moved(a) + moved(b));
-  out.exponent += exponent;
-  return out;
-}
-inline scaled_matrix product_of(scaled_matrix const& a, scaled_matrix const& b) {
-  scaled_matrix out = scaled(a.value * b.value);
-  out.exponent += a.exponent + b.exponent;
-  return out;
-}
-
 /// value · 2^exponent, if a double holds it.
 inline measured scaled_back(double value, int exponent) {
   double const x = std::ldexp(value, exponent);
   return is_finite(x) ? measured(x) : measured(status::out_of_range);
-}
-
-/// Sets the mean row and ‖1 mᵀ‖²_F of N rows.
-inline void set_mean(scaled_matrix const& m, double tokens, update_moments& out) {
-  out.mean_square = scaled_back(tokens * m.value.squaredNorm(), 2 * m.exponent);
-  out.mean.clear();
-  for (std::ptrdiff_t j = 0; j < m.value.size(); ++j)
-    out.mean.push_back(std::ldexp(m.value.data()[j], m.exponent));
-  for (double const x : out.mean)
-    if (!is_finite(x)) return out.mean.clear();
 }
 
 inline void require_tokens(char const* where, std::ptrdiff_t tokens) {
@@ -151,75 +88,149 @@ inline void require_square(char const* where, double x) {
   if (!(x >= 0) || !is_finite(x)) reject(where, "the first step's square is " + std::to_string(x));
 }
 
-struct covariance_matrix {
-  scaled_matrix scaled;
-  double largest;  ///< eigenvalue of the scaled one
-};
+/// The algebra of all that follows. A template, so that who includes this header and calls none of it
+/// does not wait for Eigen's solvers to be compiled.
+/// @tparam Real  double
+template <class Real>
+struct theory_algebra {
+  using matrix = Eigen::Matrix<Real, Eigen::Dynamic, Eigen::Dynamic>;
+  using vector = Eigen::Matrix<Real, Eigen::Dynamic, 1>;
 
-/// Σ, symmetric and positive semidefinite to rounding.
-inline covariance_matrix covariance_parameter(char const* where, view<double> const& x,
-                                              std::ptrdiff_t d) {
-  scaled_matrix const scaled_value = scaled(parameter(where, "covariance", x, d, d));
-  theory_matrix const& value = scaled_value.value;
-  double const size = value.cwiseAbs().maxCoeff(), rounding = 1e-10 * size;
-  if ((value - value.transpose()).cwiseAbs().maxCoeff() > rounding)
-    reject(where,
-           "the " + std::to_string(d) + " x " + std::to_string(d) + " covariance is not symmetric");
-  Eigen::SelfAdjointEigenSolver<theory_matrix> const spectrum(value, Eigen::EigenvaluesOnly);
-  double const least = spectrum.eigenvalues()(0), largest = spectrum.eigenvalues()(d - 1);
-  if (least < -rounding * static_cast<double>(d))
-    reject(where, "the " + std::to_string(d) + " x " + std::to_string(d) +
-                      " covariance is not positive semidefinite: it has the eigenvalue " +
-                      std::to_string(std::ldexp(least, scaled_value.exponent)));
-  return {scaled_value, largest};
-}
+  /// A named parameter, checked and as a matrix.
+  static matrix parameter(char const* where, char const* name, view<double> const& x,
+                          std::ptrdiff_t rows, std::ptrdiff_t cols) {
+    std::string const extent = std::to_string(x.rows) + " x " + std::to_string(x.cols);
+    if (x.rows <= 0 || x.cols <= 0 || x.data == nullptr)
+      reject(where, std::string(name) + " is empty: " + extent);
+    if (x.rows != rows || x.cols != cols)
+      reject(where, std::string(name) + " is " + extent + ", expected " + std::to_string(rows) +
+                        " x " + std::to_string(cols));
+    matrix out(rows, cols);
+    for (std::ptrdiff_t j = 0; j < cols; ++j)
+      for (std::ptrdiff_t i = 0; i < rows; ++i) out(i, j) = x(i, j);
+    if (!out.allFinite())
+      throw std::domain_error(std::string(where) + ": " + name + " holds a NaN or an infinity");
+    return out;
+  }
 
-/// tr(Aᵀ B).
-inline double trace_of(theory_matrix const& a, theory_matrix const& b) {
-  return a.cwiseProduct(b).sum();
-}
+  /// The same for a vector, in a row or in a column; zeros for an empty view.
+  static vector parameter_vector(char const* where, char const* name, view<double> const& x,
+                                 std::ptrdiff_t size) {
+    if (x.data == nullptr && x.rows == 0) return vector::Zero(size);
+    if (x.rows == 1) return parameter(where, name, x, 1, size).transpose();
+    return parameter(where, name, x, size, 1);
+  }
 
-/// What theorems 3 and 4 and the contractive bound look at, of scaled parameters. All of the layer's
-/// moments are in proportion to them: in that of the squares (for μ of the values) of W_u, W_g, the
-/// taps, the impulse response, W_o and Σ.
-struct mamba_statistics {
-  std::ptrdiff_t d, e;
-  covariance_matrix sigma;
-  scaled_matrix in, gate, taps, impulse, out;
-  theory_matrix response;  ///< Σ_{j+k=τ} c_j ⊙ h_k in row τ < N
-  theory_matrix r, t;      ///< R = QᵀΣQ, T = P_0ᵀΣQ
+  /// value · 2^exponent.
+  struct scaled_matrix {
+    matrix value;  ///< entries below 2, one of them at least 1; or all 0
+    int exponent;
+  };
 
-  /// What μ of the scaled parameters carries.
-  int exponent() const {
-    return in.exponent + gate.exponent + taps.exponent + impulse.exponent + out.exponent +
-           sigma.scaled.exponent;
+  /// The same matrix by a power of two, so that no product of matrices leaves the range of double.
+  static scaled_matrix scaled(matrix x) {
+    double const largest = x.size() > 0 ? x.cwiseAbs().maxCoeff() : 0;
+    int const exponent = largest > 0 ? std::ilogb(largest) : 0;
+    x = x.unaryExpr([&](double v) { return std::ldexp(v, -exponent); });
+    return {std::move(x), exponent};
+  }
+
+  /// The sum of matrices of any sizes.
+  static scaled_matrix sum_of(scaled_matrix const& a, scaled_matrix const& b) {
+    if (a.value.isZero(0)) return b;
+    if (b.value.isZero(0)) return a;
+    int const exponent = (std::max)(a.exponent, b.exponent);
+    auto const moved = [&](scaled_matrix const& x) {
+      return x.value.unaryExpr([&](double v) { return std::ldexp(v, x.exponent - exponent); });
+    };
+    scaled_matrix out = scaled(moved(a) + moved(b));
+    out.exponent += exponent;
+    return out;
+  }
+  static scaled_matrix product_of(scaled_matrix const& a, scaled_matrix const& b) {
+    scaled_matrix out = scaled(a.value * b.value);
+    out.exponent += a.exponent + b.exponent;
+    return out;
+  }
+
+  /// Sets the mean row and ‖1 mᵀ‖²_F of N rows.
+  static void set_mean(scaled_matrix const& m, double tokens, update_moments& out) {
+    out.mean_square = scaled_back(tokens * m.value.squaredNorm(), 2 * m.exponent);
+    out.mean.clear();
+    for (std::ptrdiff_t j = 0; j < m.value.size(); ++j)
+      out.mean.push_back(std::ldexp(m.value.data()[j], m.exponent));
+    for (double const x : out.mean)
+      if (!is_finite(x)) return out.mean.clear();
+  }
+
+  struct covariance_matrix {
+    scaled_matrix scaled;
+    double largest;  ///< eigenvalue of the scaled one
+  };
+
+  /// Σ, symmetric and positive semidefinite to rounding.
+  static covariance_matrix covariance_parameter(char const* where, view<double> const& x,
+                                                std::ptrdiff_t d) {
+    scaled_matrix const scaled_value = scaled(parameter(where, "covariance", x, d, d));
+    matrix const& value = scaled_value.value;
+    double const size = value.cwiseAbs().maxCoeff(), rounding = 1e-10 * size;
+    if ((value - value.transpose()).cwiseAbs().maxCoeff() > rounding)
+      reject(where, "the " + std::to_string(d) + " x " + std::to_string(d) +
+                        " covariance is not symmetric");
+    Eigen::SelfAdjointEigenSolver<matrix> const spectrum(value, Eigen::EigenvaluesOnly);
+    double const least = spectrum.eigenvalues()(0), largest = spectrum.eigenvalues()(d - 1);
+    if (least < -rounding * static_cast<double>(d))
+      reject(where, "the " + std::to_string(d) + " x " + std::to_string(d) +
+                        " covariance is not positive semidefinite: it has the eigenvalue " +
+                        std::to_string(std::ldexp(least, scaled_value.exponent)));
+    return {scaled_value, largest};
+  }
+
+  /// tr(Aᵀ B).
+  static double trace_of(matrix const& a, matrix const& b) { return a.cwiseProduct(b).sum(); }
+
+  /// What theorems 3 and 4 and the contractive bound look at, of scaled parameters. All of the layer's
+  /// moments are in proportion to them: in that of the squares (for μ of the values) of W_u, W_g, the
+  /// taps, the impulse response, W_o and Σ.
+  struct mamba_statistics {
+    std::ptrdiff_t d, e;
+    covariance_matrix sigma;
+    scaled_matrix in, gate, taps, impulse, out;
+    matrix response;  ///< Σ_{j+k=τ} c_j ⊙ h_k in row τ < N
+    matrix r, t;      ///< R = QᵀΣQ, T = P_0ᵀΣQ
+
+    /// What μ of the scaled parameters carries.
+    int exponent() const {
+      return in.exponent + gate.exponent + taps.exponent + impulse.exponent + out.exponent +
+             sigma.scaled.exponent;
+    }
+  };
+
+  static mamba_statistics statistics_of(char const* where, mamba_layer const& layer,
+                                        view<double> const& covariance, std::ptrdiff_t tokens) {
+    require_tokens(where, tokens);
+    std::ptrdiff_t const d = layer.in.rows, e = layer.in.cols;
+    auto const read = [&](char const* name, view<double> const& x, std::ptrdiff_t rows,
+                          std::ptrdiff_t cols) {
+      return scaled(parameter(where, name, x, rows, cols));
+    };
+    mamba_statistics m{d, e, {}, {}, {}, {}, {}, {}, {}, {}, {}};
+    m.in = read("in", layer.in, d, e);
+    m.gate = read("gate", layer.gate, d, e);
+    m.taps = read("taps", layer.taps, layer.taps.rows, e);
+    m.impulse = read("impulse", layer.impulse, layer.impulse.rows, e);
+    m.out = read("out", layer.out, e, d);
+    m.sigma = covariance_parameter(where, covariance, d);
+    m.response = matrix::Zero(tokens, e);
+    for (std::ptrdiff_t j = 0; j < m.taps.value.rows(); ++j)
+      for (std::ptrdiff_t k = 0; k < m.impulse.value.rows() && j + k < tokens; ++k)
+        m.response.row(j + k) += m.taps.value.row(j).cwiseProduct(m.impulse.value.row(k));
+    matrix const seen = m.sigma.scaled.value * m.gate.value;  // Σ W_g
+    m.r = 0.25 * m.gate.value.transpose() * seen;
+    m.t = 0.25 * m.response.row(0).transpose().asDiagonal() * (m.in.value.transpose() * seen);
+    return m;
   }
 };
-
-inline mamba_statistics statistics_of(char const* where, mamba_layer const& layer,
-                                      view<double> const& covariance, std::ptrdiff_t tokens) {
-  require_tokens(where, tokens);
-  std::ptrdiff_t const d = layer.in.rows, e = layer.in.cols;
-  auto const read = [&](char const* name, view<double> const& x, std::ptrdiff_t rows,
-                        std::ptrdiff_t cols) {
-    return scaled(parameter(where, name, x, rows, cols));
-  };
-  mamba_statistics m{d, e, {}, {}, {}, {}, {}, {}, {}, {}, {}};
-  m.in = read("in", layer.in, d, e);
-  m.gate = read("gate", layer.gate, d, e);
-  m.taps = read("taps", layer.taps, layer.taps.rows, e);
-  m.impulse = read("impulse", layer.impulse, layer.impulse.rows, e);
-  m.out = read("out", layer.out, e, d);
-  m.sigma = covariance_parameter(where, covariance, d);
-  m.response = theory_matrix::Zero(tokens, e);
-  for (std::ptrdiff_t j = 0; j < m.taps.value.rows(); ++j)
-    for (std::ptrdiff_t k = 0; k < m.impulse.value.rows() && j + k < tokens; ++k)
-      m.response.row(j + k) += m.taps.value.row(j).cwiseProduct(m.impulse.value.row(k));
-  theory_matrix const seen = m.sigma.scaled.value * m.gate.value;  // Σ W_g
-  m.r = 0.25 * m.gate.value.transpose() * seen;
-  m.t = 0.25 * m.response.row(0).transpose().asDiagonal() * (m.in.value.transpose() * seen);
-  return m;
-}
 
 }  // namespace detail
 
@@ -241,36 +252,37 @@ inline mamba_statistics statistics_of(char const* where, mamba_layer const& laye
 /// @return moments; out_of_range where no double holds one
 /// @note   O(d² (d + m)); equal attention weights are the mean-field step of the source's proof
 /// @see    arXiv 2510.06640, theorems 1 and 2; derived again
-inline update_moments expected_update(transformer_layer const& layer,
-                                      view<double> const& covariance, std::ptrdiff_t tokens) {
+template <std::same_as<double> Real = double>
+update_moments expected_update(transformer_layer const& layer, view<double> const& covariance,
+                               std::ptrdiff_t tokens) {
+  using algebra = detail::theory_algebra<Real>;
   constexpr char const* where = "rflow::expected_update";
-  using detail::trace_of;
   detail::require_tokens(where, tokens);
   std::ptrdiff_t const d = layer.value.rows, hidden = layer.up.cols;
-  auto const value = detail::scaled(detail::parameter(where, "value", layer.value, d, d));
-  auto const up = detail::scaled(detail::parameter(where, "up", layer.up, d, hidden));
-  auto const down = detail::scaled(detail::parameter(where, "down", layer.down, hidden, d));
+  auto const value = algebra::scaled(algebra::parameter(where, "value", layer.value, d, d));
+  auto const up = algebra::scaled(algebra::parameter(where, "up", layer.up, d, hidden));
+  auto const down = algebra::scaled(algebra::parameter(where, "down", layer.down, hidden, d));
   auto const up_bias =
-      detail::scaled(detail::parameter_vector(where, "up_bias", layer.up_bias, hidden));
+      algebra::scaled(algebra::parameter_vector(where, "up_bias", layer.up_bias, hidden));
   auto const down_bias =
-      detail::scaled(detail::parameter_vector(where, "down_bias", layer.down_bias, d));
-  auto const sigma = detail::covariance_parameter(where, covariance, d).scaled;
+      algebra::scaled(algebra::parameter_vector(where, "down_bias", layer.down_bias, d));
+  auto const sigma = algebra::covariance_parameter(where, covariance, d).scaled;
 
   auto const n = static_cast<double>(tokens);
   double shares = layer.causal ? 0 : 1;
   for (std::ptrdiff_t t = tokens; layer.causal && t > 0; --t) shares += 1 / static_cast<double>(t);
-  detail::scaled_matrix w = detail::product_of(up, down), lifted = down;
+  typename algebra::scaled_matrix w = algebra::product_of(up, down), lifted = down;
   w.exponent -= 1;
   lifted.value.transposeInPlace();
   lifted.exponent -= 1;
 
   update_moments out;
-  detail::set_mean(detail::sum_of(detail::product_of(lifted, up_bias), down_bias), n, out);
+  algebra::set_mean(algebra::sum_of(algebra::product_of(lifted, up_bias), down_bias), n, out);
   // The sum of the docstring, gathered so that every term is at least 0: W + W_V (I + W).
-  detail::scaled_matrix const both =
-      detail::sum_of(detail::sum_of(w, value), detail::product_of(value, w));
-  auto const part = [&](double weight, detail::scaled_matrix const& x) {
-    return detail::scaled_back(weight * trace_of(x.value, sigma.value * x.value),
+  typename algebra::scaled_matrix const both =
+      algebra::sum_of(algebra::sum_of(w, value), algebra::product_of(value, w));
+  auto const part = [&](double weight, typename algebra::scaled_matrix const& x) {
+    return detail::scaled_back(weight * algebra::trace_of(x.value, sigma.value * x.value),
                                2 * x.exponent + sigma.exponent);
   };
   measured const own = part(n - shares, w), mixed = part(shares, both);
@@ -296,24 +308,26 @@ inline update_moments expected_update(transformer_layer const& layer,
 /// @note   O(N e² + d e (d + e)). The state space must not depend on the input: with the selective B
 ///         and C of the real Mamba the update is cubic in X, and this formula is another layer's
 /// @see    arXiv 2510.06640, theorems 3 and 4; derived again
-inline update_moments expected_update(mamba_layer const& layer, view<double> const& covariance,
-                                      std::ptrdiff_t tokens) {
-  auto const m = detail::statistics_of("rflow::expected_update", layer, covariance, tokens);
+template <std::same_as<double> Real = double>
+update_moments expected_update(mamba_layer const& layer, view<double> const& covariance,
+                               std::ptrdiff_t tokens) {
+  using algebra = detail::theory_algebra<Real>;
+  auto const m = algebra::statistics_of("rflow::expected_update", layer, covariance, tokens);
   auto const n = static_cast<double>(tokens);
   // Σ_t S_t: what reaches a token from τ back is there N − τ times.
-  Eigen::VectorXd times(tokens);
+  typename algebra::vector times(tokens);
   for (std::ptrdiff_t tau = 0; tau < tokens; ++tau) times(tau) = static_cast<double>(tokens - tau);
-  detail::theory_matrix const passed = m.response.transpose() * times.asDiagonal() * m.response;
-  detail::theory_matrix const s =
+  typename algebra::matrix const passed = m.response.transpose() * times.asDiagonal() * m.response;
+  typename algebra::matrix const s =
       0.25 * (m.in.value.transpose() * m.sigma.scaled.value * m.in.value).cwiseProduct(passed);
-  detail::theory_matrix const covariances =
+  typename algebra::matrix const covariances =
       s.cwiseProduct(m.r) + n * m.t.cwiseProduct(m.t.transpose());
 
   update_moments out;
-  detail::scaled_matrix mean = detail::scaled(m.out.value.transpose() * m.t.diagonal());
+  typename algebra::scaled_matrix mean = algebra::scaled(m.out.value.transpose() * m.t.diagonal());
   mean.exponent += m.exponent();
-  detail::set_mean(mean, n, out);
-  out.trace = detail::scaled_back(detail::trace_of(m.out.value, covariances * m.out.value),
+  algebra::set_mean(mean, n, out);
+  out.trace = detail::scaled_back(algebra::trace_of(m.out.value, covariances * m.out.value),
                                   2 * m.exponent());
   return out;
 }
@@ -328,20 +342,22 @@ inline update_moments expected_update(mamba_layer const& layer, view<double> con
 /// @return steps × e values, row-major: rflow::view(result, steps, e)
 /// @throws std::invalid_argument if shapes disagree, steps < 1, or a value is beyond double;
 ///         std::domain_error on NaN or infinity
-inline std::vector<double> impulse_response(view<double> const& decay, view<double> const& input,
-                                            view<double> const& output, view<double> const& skip,
-                                            std::ptrdiff_t steps) {
+template <std::same_as<double> Real = double>
+std::vector<double> impulse_response(view<double> const& decay, view<double> const& input,
+                                     view<double> const& output, view<double> const& skip,
+                                     std::ptrdiff_t steps) {
+  using algebra = detail::theory_algebra<Real>;
   constexpr char const* where = "rflow::impulse_response";
   if (steps < 1) detail::reject(where, std::to_string(steps) + " steps");
   std::ptrdiff_t const e = decay.rows, states = decay.cols;
-  auto const a = detail::parameter(where, "decay", decay, e, states);
-  auto const b = detail::parameter(where, "input", input, e, states);
-  auto const c = detail::parameter(where, "output", output, e, states);
-  auto const direct = detail::parameter_vector(where, "skip", skip, e);
+  auto const a = algebra::parameter(where, "decay", decay, e, states);
+  auto const b = algebra::parameter(where, "input", input, e, states);
+  auto const c = algebra::parameter(where, "output", output, e, states);
+  auto const direct = algebra::parameter_vector(where, "skip", skip, e);
   std::vector<double> out;
-  detail::theory_matrix state = b;
+  typename algebra::matrix state = b;
   for (std::ptrdiff_t k = 0; k < steps; ++k) {
-    Eigen::VectorXd h = c.cwiseProduct(state).rowwise().sum();
+    typename algebra::vector h = c.cwiseProduct(state).rowwise().sum();
     if (k == 0) h += direct;
     if (!h.allFinite())
       detail::reject(where, "the response leaves the range of double at step " + std::to_string(k));
@@ -364,14 +380,15 @@ inline std::vector<double> impulse_response(view<double> const& decay, view<doub
 /// @return the bound; out_of_range above the largest double
 /// @note   a bound for every N; not tight
 /// @see    arXiv 2510.06640, section 4; the constant is ours, the source's is lost
-inline measured contractive_trace_bound(mamba_layer const& layer, view<double> const& covariance,
-                                        std::ptrdiff_t tokens, view<double> const& eta,
-                                        double rho) {
+template <std::same_as<double> Real = double>
+measured contractive_trace_bound(mamba_layer const& layer, view<double> const& covariance,
+                                 std::ptrdiff_t tokens, view<double> const& eta, double rho) {
+  using algebra = detail::theory_algebra<Real>;
   constexpr char const* where = "rflow::contractive_trace_bound";
   if (!(rho >= 0 && rho < 1))
     detail::reject(where, "rho is " + std::to_string(rho) + ", not in [0, 1)");
-  auto const m = detail::statistics_of(where, layer, covariance, tokens);
-  auto const envelope = detail::parameter_vector(where, "eta", eta, m.e);
+  auto const m = algebra::statistics_of(where, layer, covariance, tokens);
+  auto const envelope = algebra::parameter_vector(where, "eta", eta, m.e);
   double power = 1;
   for (std::ptrdiff_t k = 0; k < m.impulse.value.rows(); ++k, power *= rho)
     for (std::ptrdiff_t i = 0; i < m.e; ++i) {
@@ -382,7 +399,7 @@ inline measured contractive_trace_bound(mamba_layer const& layer, view<double> c
                                   ", above eta rho^k = " + std::to_string(envelope(i) * power));
     }
   // The terms in η² and T², each in units of its own.
-  auto const eta_scaled = detail::scaled(envelope);
+  auto const eta_scaled = algebra::scaled(envelope);
   double reached = 0, squares = 0;
   for (std::ptrdiff_t i = 0; i < m.e; ++i) {
     double const reach = m.taps.value.col(i).cwiseAbs().sum() * eta_scaled.value(i);
@@ -391,10 +408,11 @@ inline measured contractive_trace_bound(mamba_layer const& layer, view<double> c
     squares += m.t(i, i) * m.t(i, i);
   }
   // ‖W_o‖²_op is the largest eigenvalue of the smaller of W_oᵀW_o and W_oW_oᵀ.
-  detail::theory_matrix const& out = m.out.value;
-  detail::theory_matrix const gram = m.e < m.d ? detail::theory_matrix(out * out.transpose())
-                                               : detail::theory_matrix(out.transpose() * out);
-  Eigen::SelfAdjointEigenSolver<detail::theory_matrix> const spectrum(gram, Eigen::EigenvaluesOnly);
+  typename algebra::matrix const& out = m.out.value;
+  typename algebra::matrix const gram = m.e < m.d ? typename algebra::matrix(out * out.transpose())
+                                                  : typename algebra::matrix(out.transpose() * out);
+  Eigen::SelfAdjointEigenSolver<typename algebra::matrix> const spectrum(gram,
+                                                                         Eigen::EigenvaluesOnly);
   double const factor = static_cast<double>(tokens) * spectrum.eigenvalues()(gram.rows() - 1);
   int const exponent = 2 * m.exponent();
   measured const first = detail::scaled_back(

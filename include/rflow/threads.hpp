@@ -12,6 +12,8 @@ static_assert(
     __cplusplus >= 202002L,
     "rflow: C++20 is needed: compile with -std=c++20, or in CMake link rflow::rflow, which "
     "asks for it");
+// With exceptions switched off the macro is undefined: the compiler rejects this line, and prints it.
+static_assert(__cpp_exceptions, "rflow: it throws exceptions: compile without -fno-exceptions");
 
 #include <algorithm>
 #include <atomic>

@@ -195,9 +195,9 @@ layer_variance variance(layer_stack<T, Memory> const& stack,
   return detail::variance_of(on.flow(stack), normalize);
 }
 
-template <detail::loose_layers Layers, class... More>
-layer_variance variance(Layers const&, More const&...) {
-  detail::refuse_loose<Layers>();
+template <detail::no_stack X, class... More>
+layer_variance variance(X const&, More const&...) {
+  static_cast<void>(sizeof(detail::refuse_stackless<X>));
   return {};
 }
 

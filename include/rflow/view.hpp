@@ -105,6 +105,30 @@ struct bf16 {
   }
 };
 
+namespace detail {
+
+/// A type of another library that may hold the bits of a 16-bit float.
+template <class Other>
+concept sixteen_bits = sizeof(Other) == 2 && std::is_trivially_copyable_v<Other> &&
+                       (!std::is_integral_v<Other> || std::same_as<Other, std::uint16_t>);
+
+}  // namespace detail
+
+/// Another library's binary16 where it lies, without a copy: _Float16, __half, Eigen::half, or bits in
+/// std::uint16_t.
+///
+///     rflow::view(rflow::as_f16(pointer), tokens, hidden)
+template <detail::sixteen_bits Other>
+requires(!std::same_as<Other, bf16>) f16 const* as_f16(Other const* values) noexcept {
+  return reinterpret_cast<f16 const*>(values);
+}
+
+/// The same for bfloat16: __bf16, __nv_bfloat16, Eigen::bfloat16, or bits in std::uint16_t.
+template <detail::sixteen_bits Other>
+requires(!std::same_as<Other, f16>) bf16 const* as_bf16(Other const* values) noexcept {
+  return reinterpret_cast<bf16 const*>(values);
+}
+
 /// What activations may be stored as.
 template <class T>
 concept scalar = std::same_as<T, float> || std::same_as<T, double> || std::same_as<T, f16> ||
@@ -195,13 +219,73 @@ class format_error : public std::runtime_error {
 
 // ---- views --------------------------------------------------------------------------------------
 
+/// A number of tokens, features or sites, or a stride: any integer, also between braces, where the
+/// size of a container would not become a signed number by itself. What a std::ptrdiff_t does not
+/// hold is negative, and refused wherever it is used.
+struct extent {
+  std::ptrdiff_t value = 0;  ///< the number
+
+  constexpr extent() = default;
+  /// From any integer.
+  template <class Integer>
+  requires std::is_convertible_v<Integer, std::ptrdiff_t> &&
+      (!std::is_floating_point_v<Integer>)constexpr extent(Integer x)
+      : value(static_cast<std::ptrdiff_t>(x)) {}
+
+  /// The number.
+  constexpr operator std::ptrdiff_t() const { return value; }
+};
+
+namespace detail {
+
+/// A container that dies at the end of the statement, and its elements with it. Of what a forwarding
+/// reference deduces: lvalues deduce a reference.
+template <class Container>
+concept owning_temporary_container =
+    !std::is_lvalue_reference_v<Container> &&
+    !std::ranges::enable_borrowed_range<std::remove_cvref_t<Container>>;
+
+/// Does not compile, and says what to do.
+template <class X>
+struct refuse_temporary {
+  static_assert(sizeof(X) == 0,
+                "rflow: a view owns nothing, and this temporary dies at the end of the statement. "
+                "Keep it in a variable, and look at that");
+};
+
+}  // namespace detail
+
+template <class T, class Memory = host_memory>
+struct view;
+
+namespace detail {
+
+template <class T, class Memory>
+void take_view(view<T, Memory> const&);
+template <class X>
+concept no_view = !requires(X const& x) {
+  take_view(x);
+};
+
+/// Does not compile, and says what to do.
+template <class X>
+struct refuse_alone {
+  static_assert(sizeof(X) == 0,
+                "rflow: a view takes extents: write rflow::view(x, tokens, hidden), with x a "
+                "pointer or a contiguous container; or rflow::as_view(x) for an Eigen matrix");
+};
+
+}  // namespace detail
+
 /// n × d activations, tokens in rows. Never owns, never copies.
 ///
 /// Strides count elements and may be anything, zero and negative included. A view is as valid as
 /// the memory it looks at.
-template <class T, class Memory = host_memory>
+template <class T, class Memory>
 struct view {
-  static_assert(scalar<T>, "rflow: activations are float, double, rflow::f16 or rflow::bf16");
+  static_assert(scalar<T>,
+                "rflow: activations are float, double, rflow::f16 or rflow::bf16. A 16-bit type of "
+                "another library: look at rflow::as_f16(pointer) or rflow::as_bf16(pointer)");
 
   T const* data = nullptr;        ///< the first feature of the first token
   std::ptrdiff_t rows = 0;        ///< n tokens
@@ -212,12 +296,10 @@ struct view {
   constexpr view() = default;
 
   /// Tokens one after the other (row-major, dense).
-  constexpr view(T const* p, std::ptrdiff_t n, std::ptrdiff_t d)
-      : data(p), rows(n), cols(d), row_stride(d) {}
+  constexpr view(T const* p, extent n, extent d) : data(p), rows(n), cols(d), row_stride(d) {}
 
   /// With any strides, in elements.
-  constexpr view(T const* p, std::ptrdiff_t n, std::ptrdiff_t d, std::ptrdiff_t between_rows,
-                 std::ptrdiff_t between_cols = 1)
+  constexpr view(T const* p, extent n, extent d, extent between_rows, extent between_cols = 1)
       : data(p), rows(n), cols(d), row_stride(between_rows), col_stride(between_cols) {}
 
   /// A std::vector, std::span or other contiguous container that holds n × d values, row-major.
@@ -227,8 +309,7 @@ struct view {
     { c.data() } -> std::convertible_to<T const*>;
     { c.size() } -> std::convertible_to<std::size_t>;
   }
-  constexpr view(Container const& values, std::ptrdiff_t n, std::ptrdiff_t d)
-      : view(values.data(), n, d) {
+  constexpr view(Container const& values, extent n, extent d) : view(values.data(), n, d) {
     if (n < 0 || d < 0 || (d > 0 && n > (std::numeric_limits<std::ptrdiff_t>::max)() / d) ||
         static_cast<std::size_t>(n * d) != values.size())
       throw std::invalid_argument("rflow::view: " + std::to_string(values.size()) +
@@ -236,22 +317,39 @@ struct view {
                                   std::to_string(d));
   }
 
+  /// A container that dies at the end of the statement: does not compile, and says so.
+  template <detail::owning_temporary_container Container>
+  requires requires(Container const& c) {
+    { c.data() } -> std::convertible_to<T const*>;
+  }
+  constexpr view(Container&&, extent, extent) {
+    static_cast<void>(detail::refuse_temporary<Container>{});
+  }
+
+  /// Anything alone: does not compile, and says what to write.
+  template <class X>
+  requires detail::no_view<X>
+  explicit constexpr view(X const&) { static_cast<void>(sizeof(detail::refuse_alone<X>)); }
+
   /// One element; not checked.
   RFLOW_HD constexpr T const& operator()(std::ptrdiff_t token, std::ptrdiff_t feature) const {
     return data[token * row_stride + feature * col_stride];
   }
 };
 
+template <class X>
+requires detail::no_view<X> view(X const&)
+->view<float>;
 template <class T>
-view(T const*, std::ptrdiff_t, std::ptrdiff_t) -> view<T>;
+view(T const*, extent, extent) -> view<T>;
 template <class T>
-view(T*, std::ptrdiff_t, std::ptrdiff_t) -> view<T>;
+view(T*, extent, extent) -> view<T>;
 template <class T>
-view(T const*, std::ptrdiff_t, std::ptrdiff_t, std::ptrdiff_t, std::ptrdiff_t) -> view<T>;
+view(T const*, extent, extent, extent, extent) -> view<T>;
 template <class T>
-view(T*, std::ptrdiff_t, std::ptrdiff_t, std::ptrdiff_t, std::ptrdiff_t) -> view<T>;
+view(T*, extent, extent, extent, extent) -> view<T>;
 template <class Container>
-view(Container const&, std::ptrdiff_t, std::ptrdiff_t)
+view(Container const&, extent, extent)
     -> view<std::remove_cvref_t<decltype(*std::declval<Container const&>().data())>>;
 
 /// How a foreign container becomes a view. Declared, not defined: specialise it with one static
@@ -275,9 +373,112 @@ concept activations = requires(std::remove_cvref_t<X> const& x) {
   {adapt<std::remove_cvref_t<X>>::as_view(x).data};
 };
 
+namespace detail {
+
+/// What a pointer points to, an array or a range holds.
+template <class X>
+struct held {
+  using type = void;
+};
+template <class X>
+requires std::is_pointer_v<X>
+struct held<X> {
+  using type = std::remove_cv_t<std::remove_pointer_t<X>>;
+};
+template <class X>
+requires std::is_array_v<X>
+struct held<X> {
+  using type = std::remove_cv_t<std::remove_all_extents_t<X>>;
+};
+template <class X>
+requires(!std::is_array_v<X>) && requires(X const& x) { *std::begin(x); }
+struct held<X> {
+  using type = std::remove_cvref_t<decltype(*std::begin(std::declval<X const&>()))>;
+};
+template <class X>
+using held_t = typename held<X>::type;
+
+template <class X>
+concept stack_like = requires(X const& x) {
+  typename X::scalar;
+  typename X::memory;
+  x.sites();
+};
+template <class X>
+concept rows_of_their_own = !scalar<held_t<X>> && scalar<held_t<held_t<X>>>;
+template <class X>
+concept other_numbers = std::is_arithmetic_v<held_t<X>> ||
+    (sizeof(std::conditional_t<std::is_void_v<held_t<X>>, long, held_t<X>>) == 2 &&
+     std::is_trivially_copyable_v<held_t<X>>);
+
+/// Why X is no activations, and what to write instead: exactly one of these fails. Every metric comes
+/// here, through as_view.
+template <class X>
+struct refuse_argument {
+  static constexpr bool numbers = scalar<held_t<X>>, rows = rows_of_their_own<X>,
+                        layers = activations<held_t<X>>, stack = stack_like<X>,
+                        others = !numbers && !rows && !layers && other_numbers<X>;
+  static_assert(!numbers,
+                "rflow: numbers alone do not say how many tokens they make. Write "
+                "rflow::view(x, tokens, hidden), with x a pointer or a contiguous container; rows "
+                "that are not dense: rflow::view(pointer, tokens, hidden, row_stride, col_stride)");
+  static_assert(!rows,
+                "rflow: rows in containers of their own are not one array. Put them into one "
+                "container, row after row, and write rflow::view(values, tokens, hidden)");
+  static_assert(!layers,
+                "rflow: this takes one layer. Write layers[i]; or, for a metric of many layers "
+                "(flow, variance, cka_matrix, probe_layers), rflow::layer_stack(layers)");
+  static_assert(!stack,
+                "rflow: this takes one layer. Write stack[site]; metrics of many layers are flow, "
+                "variance, cka_matrix, cka_jackknife and probe_layers");
+  static_assert(
+      !others,
+      "rflow: activations are float, double, rflow::f16 or rflow::bf16. Write "
+      "rflow::view(rflow::as_f16(pointer), tokens, hidden), or as_bf16, for 16-bit floats "
+      "of another type; integers have no scale: make floats of them");
+  static_assert(numbers || rows || layers || stack || others,
+                "rflow: these are no activations. Write rflow::view(pointer, tokens, hidden) of "
+                "their memory, or specialise rflow::adapt for their type");
+};
+
+/// An object that owns its elements and dies at the end of the statement.
+template <class X>
+concept owning_activations = !std::is_lvalue_reference_v<X> && activations<X> && !requires {
+  adapt<std::remove_cvref_t<X>>::borrowed;
+};
+
+/// The type of x's view; for what is no activations that of what it holds, so that the error about it
+/// is the only one.
+template <class X>
+struct viewed {
+  using type = view<std::conditional_t<scalar<held_t<X>>, held_t<X>, float>>;
+};
+template <activations X>
+struct viewed<X> {
+  using type = decltype(adapt<X>::as_view(std::declval<X const&>()));
+};
+template <class X>
+using viewed_t = typename viewed<std::remove_cvref_t<X>>::type;
+
+}  // namespace detail
+
 /// The view of x.
 template <activations X>
-constexpr auto as_view(X const& x) {
+constexpr detail::viewed_t<X> as_view(X const& x) {
+  return adapt<X>::as_view(x);
+}
+
+/// What is no activations: does not compile, and the message says what to write.
+template <class X>
+requires(!activations<X>) detail::viewed_t<X> as_view(X const&) {
+  static_cast<void>(sizeof(detail::refuse_argument<X>));
+  return {};
+}
+
+/// The view of an object that dies at the end of the statement: does not compile, and says so.
+template <detail::owning_activations X>
+constexpr detail::viewed_t<X> as_view(X&& x) {
+  static_cast<void>(sizeof(detail::refuse_temporary<X>));
   return adapt<std::remove_cvref_t<X>>::as_view(x);
 }
 
@@ -292,7 +493,7 @@ struct view_traits<view<T, Memory>> {
 };
 
 template <class X>
-using traits_of = view_traits<decltype(rflow::as_view(std::declval<X const&>()))>;
+using traits_of = view_traits<viewed_t<X>>;
 
 template <class X>
 struct memory_space {
@@ -343,16 +544,16 @@ using default_backend_t = typename default_backend<Memory>::type;
 
 /// Extents of a three-dimensional array of activations.
 struct stack_shape {
-  std::ptrdiff_t sites;   ///< S
-  std::ptrdiff_t tokens;  ///< n
-  std::ptrdiff_t hidden;  ///< d
+  extent sites;   ///< S
+  extent tokens;  ///< n
+  extent hidden;  ///< d
 };
 
 /// Distances in elements between neighbours along each axis.
 struct stack_strides {
-  std::ptrdiff_t site;    ///< along S
-  std::ptrdiff_t token;   ///< along n
-  std::ptrdiff_t hidden;  ///< along d
+  extent site;    ///< along S
+  extent token;   ///< along n
+  extent hidden;  ///< along d
 };
 
 /// Order of the axes in memory, slowest first.
@@ -366,6 +567,14 @@ enum class axes {
 };
 
 namespace detail {
+
+/// A range of layers of T. Of what are no activations as well: as_view says what is wrong with them.
+template <class Range, class T, class Memory>
+concept sites_of = requires(Range const& r) {
+  std::begin(r);
+  requires std::same_as<viewed_t<element_of<Range>>, view<T, Memory>> ||
+      !activations<element_of<Range>>;
+};
 
 /// A temporary that owns layers.
 template <class Range>
@@ -392,10 +601,8 @@ class layer_stack {
   /// @throws std::invalid_argument if there are no sites, a site is empty, token counts disagree or
   ///         the number of names is not the number of sites
   template <class Range>
-  requires(!activations<Range>) && requires(Range const& r) {
-    { as_view(*std::begin(r)) } -> std::same_as<view<T, Memory>>;
-  }
-  explicit layer_stack(Range const& layers, std::vector<std::string> names = {})
+  requires(!activations<Range>) && detail::sites_of<Range, T, Memory> explicit layer_stack(
+                                       Range const& layers, std::vector<std::string> names = {})
       : names_(std::move(names)) {
     for (auto const& layer : layers) sites_.push_back(as_view(layer));
     validate();
@@ -422,6 +629,15 @@ class layer_stack {
       sites_.emplace_back(data == nullptr ? nullptr : data + l * strides.site, shape.tokens,
                           shape.hidden, strides.token, strides.hidden);
     validate();
+  }
+
+  /// Extents without a shape: does not compile, and says what to write.
+  template <class... Extents>
+  requires(sizeof...(Extents) > 1 && (std::is_convertible_v<Extents, extent> && ...))
+      layer_stack(T const*, Extents...) {
+    static_assert(sizeof...(Extents) == 0,
+                  "rflow: the extents of an array of layers have names: write "
+                  "rflow::layer_stack(pointer, rflow::stack_shape{sites, tokens, hidden})");
   }
 
   /// The same stack with only some tokens: padding, BOS and attention sinks are left out of every
@@ -538,10 +754,12 @@ class layer_stack {
 
 template <class Range>
 requires(!activations<Range>) layer_stack(Range const&)
-->layer_stack<scalar_of<element_of<Range>>, memory_of<element_of<Range>>>;
+->layer_stack<typename detail::traits_of<element_of<Range>>::scalar,
+              typename detail::traits_of<element_of<Range>>::memory>;
 template <class Range>
 requires(!activations<Range>) layer_stack(Range const&, std::vector<std::string>)
-->layer_stack<scalar_of<element_of<Range>>, memory_of<element_of<Range>>>;
+->layer_stack<typename detail::traits_of<element_of<Range>>::scalar,
+              typename detail::traits_of<element_of<Range>>::memory>;
 template <class T, class Memory>
 layer_stack(std::initializer_list<view<T, Memory>>) -> layer_stack<T, Memory>;
 template <class T>
@@ -553,19 +771,29 @@ layer_stack(T const*, stack_shape, stack_strides) -> layer_stack<T>;
 
 namespace detail {
 
-/// A range of layers that nobody has made a stack of.
+template <class T, class Memory>
+void take_stack(layer_stack<T, Memory> const&);
+/// What a metric of many layers cannot take.
 template <class X>
-concept loose_layers = !activations<X> && requires(X const& x) {
-  requires activations<decltype(*std::begin(x))>;
+concept no_stack = !requires(X const& x) {
+  take_stack(x);
 };
 
 /// Does not compile, and says what to do.
-template <loose_layers Layers>
-constexpr void refuse_loose() {
-  static_assert(!loose_layers<Layers>,
+template <no_stack X>
+struct refuse_stackless {
+  static constexpr bool one = activations<X>, layers = activations<held_t<X>>;
+  static_assert(!layers,
                 "rflow: a metric of many layers takes a stack of them. Wrap it: "
                 "rflow::layer_stack(v), where v is the range of layers");
-}
+  static_assert(!one,
+                "rflow: a metric of many layers takes a stack of them, not one layer. Write "
+                "rflow::layer_stack(v), where v is a range of all layers");
+  static_assert(layers || one,
+                "rflow: a metric of many layers takes a stack of them. Write "
+                "rflow::layer_stack(pointer, rflow::stack_shape{sites, tokens, hidden}) for one "
+                "array, rflow::layer_stack(v) for a range v of views or Eigen matrices");
+};
 
 /// A NaN test on bits, so that it also holds in a translation unit built with -ffast-math.
 RFLOW_HD constexpr bool is_finite(double x) {

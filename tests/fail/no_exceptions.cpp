@@ -1,6 +1,6 @@
 // expect: rflow: it throws exceptions: compile without -fno-exceptions
+// first: rflow: it throws exceptions: compile without -fno-exceptions
 // flags: -fno-exceptions
-// flags: -fmax-errors=1
 // SPDX-License-Identifier: Apache-2.0
 // Engines are often built so. Every throw is an error then; this comes first.
-#include <rflow/cka.hpp>
+#include <rflow/rflow.hpp>
