@@ -114,6 +114,8 @@ std::string with_cure(std::string text) {
        "; --pattern-embed, --pattern-block and --first-block say how sites are called"},
       {", but blocks count from ", "; --first-block says from what"},
       {"open the .npy with reinterpret::", "; --npy-bits says so"},
+      {"these are not parts of one file",
+       "; if they are shards of one model's tokens, give all of them with --shards"},
       {"and there is no inflater",
        " in this program: build it where zlib is installed (Debian: zlib1g-dev), or save the file "
        "with numpy.savez, which does not compress"}};

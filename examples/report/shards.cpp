@@ -72,12 +72,12 @@ std::string identity_of(std::string const& path) {
 /// Opens every shard for a moment: all must hold the same sites.
 plan plan_of(options const& asked) {
   plan out;
+  std::ptrdiff_t with_notes = 0;
   for (std::string const& input : asked.inputs) {
     capture const c = load(input, asked);
     if (out.shards.empty()) {
       out.label = c.label;
       out.metadata = c.metadata;
-      out.notes = c.notes();
       out.sites = c.sites.names();
       out.width = c.sites.width();
       out.type = c.sites.type();
@@ -95,8 +95,14 @@ plan plan_of(options const& asked) {
                          shape(out.sites.size(), out.width, out.dtype) +
                          (c.sites.chain.size() == out.sites.size() ? " (or other names)" : ""));
     }
+    std::vector<std::string> const notes = c.notes();
+    with_notes += notes.empty() ? 0 : 1;
+    if (out.notes.empty())
+      for (std::string const& text : notes) out.notes.push_back(input + ": " + text);
     out.shards.push_back({input, c.sites.tokens(), identity_of(input)});
   }
+  if (with_notes > 1)
+    out.notes.push_back("the like holds for " + plural(with_notes - 1, "other file"));
   return out;
 }
 
