@@ -14,6 +14,8 @@
 #include <stdexcept>
 #include <vector>
 
+#include <zlib.h>
+
 namespace {
 
 void read(rflow::tensor const& x) {
@@ -60,7 +62,8 @@ std::vector<std::byte> mended(std::span<std::byte const> bytes) {
     std::size_t const header = number(at + 42, 4), size = number(at + 20, 4);
     std::size_t const data = header + 30 + number(header + 26, 2) + number(header + 28, 2);
     if (data > out.size() || size > out.size() - data) continue;
-    std::uint32_t const sum = rflow::detail::crc32(std::span(out).subspan(data, size));
+    auto const sum = static_cast<std::uint32_t>(
+        ::crc32_z(0, reinterpret_cast<::Bytef const*>(out.data() + data), size));
     std::memcpy(out.data() + at + 16, &sum, 4);
   }
   return out;
