@@ -171,6 +171,10 @@ capture load(std::string const& path, options const& asked) {
 
 std::vector<capture> load_all(options const& asked) {
   std::vector<capture> out;
+  if (asked.inputs.size() == 2 && are_parts_of_one(asked.inputs[0], asked.inputs[1]))
+    throw unusable(asked.inputs[1], "a part of the same file as " + asked.inputs[0] +
+                                        ": give one of them; or --shards with all of them, if they "
+                                        "are shards of one model's tokens");
   for (std::string const& input : asked.inputs) {
     out.push_back(load(input, asked));
     if (!asked.names.empty()) out.back().label = asked.names[out.size() - 1];

@@ -52,6 +52,7 @@ struct plan {
   std::string label, dtype;
   std::map<std::string, std::string> metadata;
   std::vector<std::string> notes;
+  double copied_most = 0, copied_all = 0;  // bytes that reading copies: of one shard, of all
   std::vector<std::string> sites;
   std::ptrdiff_t width = 0;
   rflow::dtype type{};
@@ -95,6 +96,8 @@ plan plan_of(options const& asked) {
                          shape(out.sites.size(), out.width, out.dtype) +
                          (c.sites.chain.size() == out.sites.size() ? " (or other names)" : ""));
     }
+    out.copied_most = std::max(out.copied_most, c.copied());
+    out.copied_all += c.copied();
     std::vector<std::string> const notes = c.notes();
     with_notes += notes.empty() ? 0 : 1;
     if (out.notes.empty())
@@ -469,7 +472,8 @@ double bytes_needed(plan const& p, options const& asked, workers const& all) {
   double const t = static_cast<double>(rflow::bits(p.type)) / 8;
   double const rows = n * d * (2 * t + c);  // two rows, the mean
   double const fixed = rows + 8 * s * (3 * d + 8 * s) + 32e6 + bytes_of_tables(s, asked) +
-                       bytes_of_threads(threads_of(asked, all));
+                       bytes_of_threads(threads_of(asked, all)) +
+                       (asked.minibatch_cka ? p.copied_most : p.copied_all);
   if (!asked.minibatch_cka) {
     // Scratch; norms, sums per token of a share and of all, and of one rank at a time on the way.
     double const sums = 10 + (all.size() > 1 ? 16 : 0);

@@ -171,6 +171,8 @@ TEST_CASE("one capture in every container gives the same report") {
        {"parts", "parts/m.safetensors.index.json", "parts/m-00001-of-00002.safetensors",
         "parts/m-00002-of-00002.safetensors"})
     CHECK(same({input}).notes().empty());
+  refused(dir, {"parts/m-00002-of-00002.safetensors", "./parts/m-00001-of-00002.safetensors"},
+          {"a part of the same file as parts/m-00002", "give one of them"});
   fs::remove(dir / "parts/m-00002-of-00002.safetensors");
   refused(dir, {"parts/m-00001-of-00002.safetensors"},
           {"parts/m-00002-of-00002.safetensors: No such file"});
