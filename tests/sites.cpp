@@ -108,7 +108,7 @@ TEST_CASE("sites that do not fit together are named") {
                  }),
                  "sites disagree: 'embed', f32 [4, 3], but 'block.1', f32 [3, 3]"));
   CHECK(contains(changed([](auto& x) { x.shape = {4, 2}; }), "sites disagree"));
-  CHECK(contains(changed([](auto& x) { x.type = dtype::bf16; }), "'block.1', bf16 [4, 3]"));
+  CHECK(changed([](auto& x) { x.type = dtype::bf16; }) == "nothing thrown");  // it is widened
   CHECK(contains(changed([](auto& x) { x.shape = {3, 3}; }, "final_norm"), "but 'final_norm'"));
   CHECK(contains(changed([](auto& x) { x.type = dtype::i32; }, "embed"),
                  "tokens, hidden expected, found 'embed', i32 [4, 3] (integers have no scale"));

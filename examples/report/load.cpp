@@ -113,7 +113,12 @@ std::string with_cure(std::string text) {
       {" is missing: ",
        "; --pattern-embed, --pattern-block and --first-block say how sites are called"},
       {", but blocks count from ", "; --first-block says from what"},
-      {"open the .npy with reinterpret::as_f16", "; --npy-bits says so"}};
+      {"open the .npy with reinterpret::", "; --npy-bits says so"},
+      {"these are not parts of one file",
+       "; if they are shards of one model's tokens, give all of them with --shards"},
+      {"and there is no inflater",
+       " in this program: build it where zlib is installed (Debian: zlib1g-dev), or save the file "
+       "with numpy.savez, which does not compress"}};
   for (auto const& [said, cure] : cures)
     if (text.find(said) != std::string::npos) return text + cure;
   return text;
@@ -137,25 +142,16 @@ capture load(std::string const& path, options const& asked) {
     if (!name.has_filename()) name = name.parent_path();
     out.label = name.stem().string();
     std::error_code ignored;
-    if (std::filesystem::is_directory(path, ignored)) {
-      out.label = name.filename().string();
-      auto folder = std::make_unique<rflow::npy_directory>(path, asked.bits);
-      if (folder->names().empty()) throw unusable(path, "no .npy file in this folder");
-      out.sites = rflow::find_sites(*folder, asked.pattern);
-      out.file = std::move(folder);
-    } else if (name.extension() == ".npy") {
-      auto array = std::make_unique<rflow::npy_file>(path, asked.bits);
-      out.sites = rflow::split_sites(array->array(), asked.pattern);
-      out.file = std::move(array);
-    } else {
-      auto tensors = std::make_unique<rflow::safetensors_file>(path);
-      for (auto const& [key, value] : tensors->metadata()) out.metadata[key] = value;
-      if (auto const model = out.metadata.find("model");
-          model != out.metadata.end() && !model->second.empty())
-        out.label = model->second;
-      out.sites = rflow::find_sites(*tensors, asked.pattern);
-      out.file = std::move(tensors);
-    }
+    if (std::filesystem::is_directory(path, ignored)) out.label = name.filename().string();
+    out.file = open_input(path, asked.bits, asked.shards);
+    out.metadata = out.file->metadata();
+    if (auto const model = out.metadata.find("model");
+        model != out.metadata.end() && !model->second.empty())
+      out.label = model->second;
+    if (out.file->is_single_array())
+      out.sites = rflow::split_sites((*out.file)[out.file->names().front()], asked.pattern);
+    else
+      out.sites = rflow::find_sites(*out.file, asked.pattern);
     if (out.sites.tokens() == 0 || out.sites.width() == 0)
       throw unusable(path, "no activations in " + out.sites.chain.front().description());
     if (asked.skip_first >= out.sites.tokens())
@@ -175,6 +171,10 @@ capture load(std::string const& path, options const& asked) {
 
 std::vector<capture> load_all(options const& asked) {
   std::vector<capture> out;
+  if (asked.inputs.size() == 2 && are_parts_of_one(asked.inputs[0], asked.inputs[1]))
+    throw unusable(asked.inputs[1], "a part of the same file as " + asked.inputs[0] +
+                                        ": give one of them; or --shards with all of them, if they "
+                                        "are shards of one model's tokens");
   for (std::string const& input : asked.inputs) {
     out.push_back(load(input, asked));
     if (!asked.names.empty()) out.back().label = asked.names[out.size() - 1];

@@ -3,8 +3,6 @@
 
 // Opens captures and finds their sites.
 
-#include <rflow/npy.hpp>
-#include <rflow/safetensors.hpp>
 #include <rflow/sites.hpp>
 
 #include <cstdint>
@@ -12,9 +10,9 @@
 #include <memory>
 #include <stdexcept>
 #include <string>
-#include <variant>
 #include <vector>
 
+#include "open.hpp"
 #include "options.hpp"
 
 namespace report {
@@ -30,10 +28,25 @@ class unusable : public std::runtime_error {
 struct capture {
   std::string path, label;
   std::map<std::string, std::string> metadata;
-  std::variant<std::unique_ptr<rflow::safetensors_file>, std::unique_ptr<rflow::npy_directory>,
-               std::unique_ptr<rflow::npy_file>>
-      file;
+  std::unique_ptr<opened> file;
   rflow::site_set sites;
+
+  /// What the reader of a report should know about how the file was read.
+  std::vector<std::string> notes() const {
+    std::vector<std::string> out = file->notes;
+    if (sites.widened.happened())
+      out.push_back("the file stores its sites as " + sites.widened.description());
+    return out;
+  }
+
+  /// Bytes of its sites that are copies in memory.
+  double copied() const {
+    double out = static_cast<double>(sites.widened.bytes);
+    if (file->copies())
+      for (rflow::tensor const& site : sites.chain)
+        out += static_cast<double>(site.size()) * rflow::bits(site.type) / 8;
+    return out;
+  }
 
   /// Identifies the tokens that the model saw; empty if the file does not say.
   std::string token_hash() const {

@@ -419,8 +419,11 @@ result measure(std::vector<capture> const& captures, options const& asked, progr
 
   for (model_result& m : out.models) require_finite(m);
   for (cka_result& c : out.cross) require_finite(c);
-  for (std::size_t k = 0; k < out.models.size(); ++k)
+  for (std::size_t k = 0; k < out.models.size(); ++k) {
+    for (std::string const& text : captures[k].notes())
+      out.models[k].warnings.push_back({false, text});
     add_warnings(out.models[k], final_norms[k], asked.skip_first);
+  }
   if (out.models.size() == 2) {
     auto const& a = out.models[0].flow.variance.path_energy;
     auto const& b = out.models[1].flow.variance.path_energy;

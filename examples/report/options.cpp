@@ -101,8 +101,9 @@ std::optional<options> parse(int argc, char const* const* argv) {
                                         std::to_string(rflow::version.patch));
 
   app.add_option("input", o.inputs,
-                 "One or two captures: a safetensors file with one tensor per site, a folder of "
-                 ".npy files, or one .npy with axes sites, tokens, hidden")
+                 "One or two captures: a safetensors file (or one in parts) with one tensor per "
+                 "site, a .npz or a folder of .npy files with one array per site, or one .npy with "
+                 "axes sites, tokens, hidden")
       ->required()
       ->expected(1, 1 << 20)
       ->type_name("FILE");
@@ -233,8 +234,8 @@ std::optional<options> parse(int argc, char const* const* argv) {
       ->type_name("N")
       ->group("Names in the file");
   choice const bits(app, "--npy-bits",
-                    "What 16-bit integers or |V2 in .npy files really are: ", {"f16", "bf16"}, "",
-                    "Names in the file");
+                    "What integers or nameless bytes (|V2, |V1) in .npy files really are: ",
+                    {"f16", "bf16", "f8_e4m3", "f8_e5m2"}, "", "Names in the file");
   app.footer(
       "Exit status: 0 done, 1 no report (the reason is on stderr), 2 a layer without an answer and "
       "--strict.\nWhat the figures mean: docs/report.md.");
@@ -258,6 +259,8 @@ std::optional<options> parse(int argc, char const* const* argv) {
   o.rbf = !kernel.is("linear");
   if (bits.is("f16")) o.bits = rflow::reinterpret::as_f16;
   if (bits.is("bf16")) o.bits = rflow::reinterpret::as_bf16;
+  if (bits.is("f8_e4m3")) o.bits = rflow::reinterpret::as_f8_e4m3;
+  if (bits.is("f8_e5m2")) o.bits = rflow::reinterpret::as_f8_e5m2;
   if (o.cross_cka && o.inputs.size() != 2)
     throw std::invalid_argument("--cross-cka needs two captures");
   if (auto const mark = o.pattern.block.find("{}");

@@ -3,6 +3,7 @@
 
 #include <rflow/cka.hpp>
 #include <rflow/monitor.hpp>
+#include <rflow/safetensors.hpp>
 
 #include <fcntl.h>
 #include <sys/resource.h>
@@ -50,6 +51,8 @@ struct plan {
   std::vector<shard> shards;
   std::string label, dtype;
   std::map<std::string, std::string> metadata;
+  std::vector<std::string> notes;
+  double copied_most = 0, copied_all = 0;  // bytes that reading copies: of one shard, of all
   std::vector<std::string> sites;
   std::ptrdiff_t width = 0;
   rflow::dtype type{};
@@ -70,6 +73,7 @@ std::string identity_of(std::string const& path) {
 /// Opens every shard for a moment: all must hold the same sites.
 plan plan_of(options const& asked) {
   plan out;
+  std::ptrdiff_t with_notes = 0;
   for (std::string const& input : asked.inputs) {
     capture const c = load(input, asked);
     if (out.shards.empty()) {
@@ -92,8 +96,16 @@ plan plan_of(options const& asked) {
                          shape(out.sites.size(), out.width, out.dtype) +
                          (c.sites.chain.size() == out.sites.size() ? " (or other names)" : ""));
     }
+    out.copied_most = std::max(out.copied_most, c.copied());
+    out.copied_all += c.copied();
+    std::vector<std::string> const notes = c.notes();
+    with_notes += notes.empty() ? 0 : 1;
+    if (out.notes.empty())
+      for (std::string const& text : notes) out.notes.push_back(input + ": " + text);
     out.shards.push_back({input, c.sites.tokens(), identity_of(input)});
   }
+  if (with_notes > 1)
+    out.notes.push_back("the like holds for " + plural(with_notes - 1, "other file"));
   return out;
 }
 
@@ -101,11 +113,10 @@ plan plan_of(options const& asked) {
 /// to its tokens; one sequence if it has none.
 std::vector<std::ptrdiff_t> sequences_of(capture const& c) {
   std::ptrdiff_t const n = c.sites.tokens();
-  auto const* const file = std::get_if<std::unique_ptr<rflow::safetensors_file>>(&c.file);
-  if (file == nullptr || !(*file)->contains("sequences")) return {0, n};
+  if (c.file->is_single_array() || !c.file->contains("sequences")) return {0, n};
   std::vector<std::ptrdiff_t> out;
   try {
-    rflow::tensor const x = (**file)["sequences"];
+    rflow::tensor const x = (*c.file)["sequences"];
     if (x.rank() != 1)
       throw unusable(c.path, "one axis of offsets expected, found " + x.description());
     for (std::int64_t const offset : x.integers()) out.push_back(offset);
@@ -461,7 +472,8 @@ double bytes_needed(plan const& p, options const& asked, workers const& all) {
   double const t = static_cast<double>(rflow::bits(p.type)) / 8;
   double const rows = n * d * (2 * t + c);  // two rows, the mean
   double const fixed = rows + 8 * s * (3 * d + 8 * s) + 32e6 + bytes_of_tables(s, asked) +
-                       bytes_of_threads(threads_of(asked, all));
+                       bytes_of_threads(threads_of(asked, all)) +
+                       (asked.minibatch_cka ? p.copied_most : p.copied_all);
   if (!asked.minibatch_cka) {
     // Scratch; norms, sums per token of a share and of all, and of one rank at a time on the way.
     double const sums = 10 + (all.size() > 1 ? 16 : 0);
@@ -597,6 +609,7 @@ result measure_shards(options const& asked, workers& all, progress const& tell) 
                              bytes_needed(p, asked, all),
                              peak};
   require_finite(model);
+  for (std::string const& text : p.notes) model.warnings.push_back({false, text});
   add_warnings(model, {}, asked.skip_first);
   if (asked.minibatch_cka)
     model.warnings.push_back(

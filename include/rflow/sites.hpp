@@ -16,6 +16,7 @@
 #include <vector>
 
 #include <rflow/file.hpp>
+#include <rflow/widen.hpp>
 
 namespace rflow {
 
@@ -28,13 +29,16 @@ struct site_pattern {
 };
 
 /// The sites of one model, in the order of the residual stream. All have the same type, rank 2,
-/// number of tokens and width. Valid as long as the file they came from.
+/// number of tokens and width. Valid as long as the file they came from; copies of widened sites
+/// are shared by all copies of the set.
 struct site_set {
   std::vector<tensor> chain;         ///< embed, then the raw output of each block
   std::optional<tensor> final_norm;  ///< not part of the chain
   /// Where each sequence begins among the tokens, then n; empty if there is but one. A batch axis
   /// becomes this.
   std::vector<std::ptrdiff_t> sequences;
+  /// What the file stores in several types, or in 8-bit floats, is widened exactly, into copies.
+  widening widened;
 
   /// What all are stored as.
   dtype type() const { return chain.front().type; }
@@ -87,13 +91,23 @@ inline std::string some_of(std::vector<std::string> const& names) {
 
 }  // namespace detail
 
+/// Brings all sites of a set to one type that views exist of (see widen_to_one) and says so in the
+/// set. Cost: none where they have one already; else the copies that widen_to_one states.
+/// @throws std::invalid_argument naming the site if one is not of a floating type
+inline void widen_sites(site_set& sites) {
+  std::vector<tensor*> all;
+  for (tensor& site : sites.chain) all.push_back(&site);
+  if (sites.final_norm) all.push_back(&*sites.final_norm);
+  sites.widened = widen_to_one(all);
+}
+
 /// Finds the sites among the tensors of a file. Tensors of other names are left alone; final_norm
-/// may be absent.
+/// may be absent. Sites of different types, and of 8-bit floats, are widened (widen_sites).
 /// @param  file  a safetensors_file, an npy_directory, or anything with path(), names() and
 ///               operator[](name) → tensor
 /// @throws std::invalid_argument naming the file and the site if the embedding or a block is
 ///         missing, if a site is not of rank 2 or not a floating type, or if sites disagree in
-///         type, tokens or width; and if pattern.block does not hold "{}" once. Also what the file
+///         tokens or width; and if pattern.block does not hold "{}" once. Also what the file
 ///         throws.
 template <class File>
 site_set find_sites(File& file, site_pattern const& pattern = {}) {
@@ -151,16 +165,17 @@ site_set find_sites(File& file, site_pattern const& pattern = {}) {
 
   tensor const& reference = out.chain.front();
   auto const compare = [&](tensor const& site) {
-    if (!is_viewable(site.type) || site.rank() != 2)
-      detail::reject(
-          where, path + ": f16, bf16, f32 or f64 with the axes tokens, hidden expected, found " +
-                     site.description() + detail::cure_of(site.type));
-    if (site.type != reference.type || site.shape != reference.shape)
+    if (!is_activation(site.type) || site.rank() != 2)
+      detail::reject(where, path +
+                                ": floating-point with the axes tokens, hidden expected, found " +
+                                site.description() + detail::cure_of(site.type));
+    if (site.shape != reference.shape)
       detail::reject(where, path + ": sites disagree: " + reference.description() + ", but " +
                                 site.description());
   };
   for (tensor const& site : out.chain) compare(site);
   if (out.final_norm) compare(*out.final_norm);
+  widen_sites(out);
   return out;
 }
 
@@ -172,10 +187,9 @@ inline site_set split_sites(tensor const& x, site_pattern const& pattern = {}) {
   char const* const where = "rflow::split_sites";
   auto const mark = pattern.block.find("{}");
   if (mark == std::string::npos) detail::reject(where, "the block pattern does not hold {}");
-  if (!is_viewable(x.type) || x.rank() != 3)
-    detail::reject(where,
-                   "f16, bf16, f32 or f64 with the axes sites, tokens, hidden expected, found " +
-                       x.description() + detail::cure_of(x.type));
+  if (!is_activation(x.type) || x.rank() != 3)
+    detail::reject(where, "floating-point with the axes sites, tokens, hidden expected, found " +
+                              x.description() + detail::cure_of(x.type));
   if (x.size() == 0) detail::reject(where, "an empty axis in " + x.description());
   site_set out;
   auto const item = static_cast<std::ptrdiff_t>(bits(x.type) / 8);
@@ -190,6 +204,7 @@ inline site_set split_sites(tensor const& x, site_pattern const& pattern = {}) {
                          {x.strides[1], x.strides[2]},
                          x.data + l * x.strides[0] * item});
   }
+  widen_sites(out);
   return out;
 }
 
