@@ -50,7 +50,9 @@ struct plan {
   std::vector<shard> shards;
   std::string label, dtype;
   std::map<std::string, std::string> metadata;
-  std::vector<std::string> sites;
+  std::vector<std::string> sites, notes;
+  std::vector<double> positions;
+  bool embedding = true;
   std::ptrdiff_t width = 0;
   rflow::dtype type{};
   std::ptrdiff_t tokens() const {
@@ -70,12 +72,16 @@ std::string identity_of(std::string const& path) {
 /// Opens every shard for a moment: all must hold the same sites.
 plan plan_of(options const& asked) {
   plan out;
+  bool alike = true;
   for (std::string const& input : asked.inputs) {
     capture const c = load(input, asked);
     if (out.shards.empty()) {
       out.label = c.label;
       out.metadata = c.metadata;
       out.sites = c.sites.names();
+      out.positions = c.positions();
+      out.embedding = c.sites.layer(0) == 0;
+      out.notes = c.notes;
       out.width = c.sites.width();
       out.type = c.sites.type();
       out.dtype = to_string(out.type);
@@ -93,7 +99,9 @@ plan plan_of(options const& asked) {
                          (c.sites.chain.size() == out.sites.size() ? " (or other names)" : ""));
     }
     out.shards.push_back({input, c.sites.tokens(), identity_of(input)});
+    alike = alike && c.sites.tokens() == out.shards.front().tokens;
   }
+  require_no_layers(asked.inputs, out.sites.size(), alike);
   return out;
 }
 
@@ -582,6 +590,9 @@ result measure_shards(options const& asked, workers& all, progress const& tell) 
   model.metadata.erase("token_hash");  // of one shard
   model.dtype = p.dtype;
   model.sites = p.sites;
+  model.positions = p.positions;
+  model.embedding = p.embedding;
+  for (std::string const& note : p.notes) model.warnings.push_back({false, note});
   model.stored_tokens = p.tokens();
   model.flow = rflow::report_of(m.flow, asked.normalize);
   if (asked.minibatch_cka)
