@@ -482,8 +482,9 @@ inline std::optional<site_names> name_sites(std::string const& path,
     out.final_norm = numbers.rbegin()->second;
     numbers.erase(std::prev(numbers.end()));
   }
-  if (numbers.empty() && out.embed.empty())
-    fail(site_fault::block_missing, "no block is left beside " + printable(out.final_norm));
+  if (numbers.empty() && (out.embed.empty() || pattern.last != list_end::norm))
+    fail(site_fault::block_missing,
+         "no block is left beside " + printable(out.embed.empty() ? out.final_norm : out.embed));
 
   // From which number on.
   std::ptrdiff_t const lowest = numbers.empty() ? 1 : numbers.begin()->first;
@@ -507,7 +508,7 @@ inline std::optional<site_names> name_sites(std::string const& path,
            printable(numbers.at(0)) + " may be the embedding or the first block", numbers.at(0));
     before_first = -1;
   }
-  if (lowest <= before_first)
+  if (!numbers.empty() && lowest <= before_first)
     fail(site_fault::counted_from,
          printable(numbers.begin()->second) + " is there, but blocks count from " +
              std::to_string(before_first + 1),
