@@ -433,6 +433,12 @@ TEST_CASE("one array in a file of tensors") {
   CHECK(contains(site_error(file, {.axes = "sth"}), "several arrays have that many axes"));
   CHECK(rflow::find_sites(file, {.axes = "sth", .array = "other"}).chain.size() == 4);
   CHECK(contains(site_error(file, {.axes = "sth", .array = "none"}), "none is no array"));
+  CHECK(contains(site_error(file, {.axes = "sbth"}), "no array has the axes 'sbth'"));
+  file.tensors["other"] = rflow::as_tensor("other", data, {1, 4, 6, 5});
+  CHECK(rflow::find_sites(file, {.axes = "sth", .array = "other"}).chain.size() == 4);
+  file.tensors.erase("hidden_states");
+  CHECK(rflow::find_sites(file, {.axes = "sth"}).chain.size() == 4);
+  CHECK(told(rflow::find_sites(file, {.axes = "bth"})) == "0 embed");
 }
 
 TEST_CASE("files that are named like a layer") {

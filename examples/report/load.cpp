@@ -114,8 +114,9 @@ std::string cure_of(rflow::site_error const& error, bool npy) {
   std::string const& of = error.subject;
   switch (error.kind) {
     case site_fault::not_recognised:
-      return "; --pattern-block says how blocks are called ({} is their number), --embed how the "
-             "embedding is";
+      return of.empty() ? "; --pattern-block says how blocks are called ({} is their number), "
+                          "--embed how the embedding is"
+                        : "";
     case site_fault::several_sets:
       return "; --pattern-block '" + one_line(of) + "' takes the first";
     case site_fault::embed_unclear:
@@ -128,7 +129,8 @@ std::string cure_of(rflow::site_error const& error, bool npy) {
     case site_fault::counted_from:
       return of.empty() ? "" : "; --first-block " + of + " counts from there";
     case site_fault::axes_unclear: return "; --axes sites,tokens,hidden says so, or another order";
-    case site_fault::several_arrays: return "; --array " + one_line(of) + " takes the first";
+    case site_fault::several_arrays:
+      return of.empty() ? "" : "; --array " + one_line(of) + " takes the first";
     case site_fault::not_activations:
       return npy && (of == "raw16" || of == "u16" || of == "i16") ? "; --npy-bits says so" : "";
     default: return "";

@@ -44,7 +44,7 @@ struct site_pattern {
 /// What is wrong with the names or axes of a file, or unclear.
 enum class site_fault : std::uint8_t {
   bad_pattern,     ///< a block pattern without one "{}", letters of axes that make no sense
-  not_recognised,  ///< no names of the table; subject: empty
+  not_recognised,  ///< no names of the table; subject: the axes that no array has, or empty
   several_sets,    ///< two models or two sides of one; subject: the pattern of the first
   embed_unclear,   ///< number 0 may be the embedding or a block; subject: its name
   embed_missing,   ///< what was said to be the embedding is not there
@@ -54,7 +54,7 @@ enum class site_fault : std::uint8_t {
   left_over,       ///< names that match, but whose numbers are written in two ways
   two_roles,       ///< one tensor, or one place, for two roles
   axes_unclear,    ///< one array that may be read in several ways; subject: its name
-  several_arrays,  ///< which may hold all sites; subject: the first
+  several_arrays,  ///< which may hold all sites; subject: the first. None of that name: empty
   not_activations  ///< a type or rank that no site has; subject: the type's name
 };
 

@@ -211,6 +211,7 @@ inline site_set split_sites(tensor x, site_pattern const& pattern = {}) {
     letters = x.rank() == 3 ? "sth" : "sbth";
   } else {
     detail::require_axes(where, letters);
+    detail::drop_ones(x, letters.size());
   }
   if (letters.find('s') == std::string::npos && x.shape.size() == letters.size()) {
     letters.insert(0, 1, 's');  // one site
@@ -275,10 +276,10 @@ site_set sites_of_array(File& file, std::vector<std::string> const& names, site_
   auto const there = [&](char const* name) {
     return std::find(names.begin(), names.end(), name) != names.end();
   };
-  bool const said = pattern.axes.find('s') != std::string::npos;
+  bool const said = !pattern.axes.empty();
   std::vector<site_note> notes;
   std::vector<tensor> found;
-  if (!said && pattern.axes.empty() && there("hidden_states") && there("token_ids")) {
+  if (!said && there("hidden_states") && there("token_ids")) {
     tensor const x = file["hidden_states"], ids = file["token_ids"];
     if (x.rank() == 3 && ids.rank() == 1 && ids.shape[0] == x.shape[0]) {
       found.push_back(x);
@@ -297,31 +298,39 @@ site_set sites_of_array(File& file, std::vector<std::string> const& names, site_
       }
     }
   }
-  std::vector<std::string> listed;
   if (found.empty())
     for (std::string const& name : names) {
-      tensor const x = file[name];
-      if (!is_viewable(x.type) || x.rank() < 3) continue;
-      listed.push_back(name);
-      if (pattern.array.empty() ? x.shape.size() == pattern.axes.size() || !said
-                                : name == pattern.array)
-        found.push_back(x);
+      if (!pattern.array.empty() && name != pattern.array) continue;
+      try {
+        tensor const x = file[name];
+        if (!is_viewable(x.type) || x.rank() < 3) continue;
+        tensor fewer = x;
+        if (said) drop_ones(fewer, pattern.axes.size());
+        if (!pattern.array.empty() || !said || fewer.shape.size() == pattern.axes.size())
+          found.push_back(x);
+      } catch (format_error const&) {
+        if (!pattern.array.empty()) throw;  // else a file of a folder that nobody asked for
+      }
     }
   if (!pattern.array.empty() && found.empty())
-    throw site_error(site_fault::axes_unclear,
+    throw site_error(site_fault::several_arrays,
                      std::string(where) + ": " + path + ": " + printable(pattern.array) +
-                         " is no array of three axes or more: " + some_of(listed));
-  if (found.size() > 1)
-    throw site_error(
-        said ? site_fault::several_arrays : site_fault::not_recognised,
-        std::string(where) + ": " + path +
-            (said ? ": several arrays have that many axes: " : ": no sites by a known name: ") +
-            some_of(said ? listed : names),
-        found.front().name);
-  if (found.empty())
-    throw site_error(
-        site_fault::not_recognised,
-        std::string(where) + ": " + path + ": no sites by a known name: " + some_of(names));
+                         " is no array of three axes or more: " + some_of(names));
+  if (said && found.size() > 1) {
+    std::vector<std::string> which;
+    for (tensor const& x : found) which.push_back(x.name);
+    throw site_error(site_fault::several_arrays,
+                     std::string(where) + ": " + path +
+                         ": several arrays have that many axes: " + some_of(which),
+                     found.front().name);
+  }
+  if (found.size() != 1)
+    throw site_error(site_fault::not_recognised,
+                     std::string(where) + ": " + path +
+                         (said ? ": no array has the axes '" + pattern.axes + "': "
+                               : ": no sites by a known name: ") +
+                         some_of(names),
+                     pattern.axes);
   if (!said && notes.empty())
     throw site_error(site_fault::axes_unclear,
                      std::string(where) + ": " + path + ": one array, " +
