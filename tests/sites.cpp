@@ -146,7 +146,7 @@ TEST_CASE("sites that do not fit together are named") {
                    x.shape = {3, 3};
                  }),
                  "sites disagree: 'embed', f32 [4, 3], but 'block.1', f32 [3, 3]"));
-  CHECK(contains(changed([](auto& x) { x.shape = {4, 2}; }), "sites disagree"));
+  CHECK(changed([](auto& x) { x.shape = {4, 2}; }) == "nothing thrown");  // a model with stages
   CHECK(contains(changed([](auto& x) { x.type = dtype::bf16; }), "'block.1', bf16 [4, 3]"));
   CHECK(contains(changed([](auto& x) { x.shape = {3, 3}; }, "final_norm"), "but 'final_norm'"));
   CHECK(contains(changed([](auto& x) { x.type = dtype::i32; }, "embed"),

@@ -9,6 +9,7 @@
 
 #include "memory.hpp"
 #include "text.hpp"
+#include "widths.hpp"
 
 namespace report {
 namespace {
@@ -397,7 +398,7 @@ result measure(std::vector<capture> const& captures, options const& asked, progr
     for (std::string const& note : c.notes) m.warnings.push_back({false, note});
     m.stored_tokens = c.sites.tokens();
     m.flow = with_stack(c, asked.skip_first, false, [&](auto const& stack) {
-      return rflow::flow(stack, {.normalize = asked.normalize, .per_token = true}, on);
+      return flow_of(stack, {.normalize = asked.normalize, .per_token = true}, on);
     });
     final_norms.emplace_back();
     if (c.sites.final_norm) {

@@ -75,6 +75,8 @@ plan plan_of(options const& asked) {
   bool alike = true;
   for (std::string const& input : asked.inputs) {
     capture const c = load(input, asked);
+    if (!c.sites.one_width())
+      throw unusable(input, "its sites differ in width, which --shards does not read");
     if (out.shards.empty()) {
       out.label = c.label;
       out.metadata = c.metadata;

@@ -20,8 +20,8 @@
 
 namespace rflow {
 
-/// The sites of one model, in the order of the residual stream. All have the same type, rank 2,
-/// number of tokens and width. Valid as long as the file they came from (copies share what was
+/// The sites of one model, in the order of the residual stream. All have the same type, rank 2
+/// and number of tokens; from a file they may differ in width (models with stages). Valid as long as the file they came from (copies share what was
 /// copied).
 struct site_set {
   std::vector<tensor> chain;         ///< embed if there is one, then the raw output of each block
@@ -40,8 +40,13 @@ struct site_set {
   dtype type() const { return chain.front().type; }
   /// n.
   std::ptrdiff_t tokens() const { return chain.front().shape[0]; }
-  /// d.
+  /// d of the first site.
   std::ptrdiff_t width() const { return chain.front().shape[1]; }
+  /// Whether all sites of the chain have that width.
+  bool one_width() const {
+    return std::all_of(chain.begin(), chain.end(),
+                       [&](tensor const& site) { return site.shape[1] == width(); });
+  }
 
   /// l of a site of the chain.
   std::ptrdiff_t layer(std::size_t site) const {
@@ -351,8 +356,8 @@ site_set sites_of_array(File& file, std::vector<std::string> const& names, site_
 /// @param  file  a safetensors_file, an npy_directory, or anything with path(), names() and
 ///               operator[](name) → tensor
 /// @throws site_error (std::invalid_argument) naming the file and the site, of the kinds of
-///         site_fault; std::invalid_argument if sites disagree in type, tokens or width. Also what
-///         the file throws.
+///         site_fault; std::invalid_argument if sites disagree in type or tokens. Also what the
+///         file throws.
 template <class File>
 site_set find_sites(File& file, site_pattern const& pattern = {}) {
   char const* const where = "rflow::find_sites";
@@ -373,7 +378,8 @@ site_set find_sites(File& file, site_pattern const& pattern = {}) {
       reference = site.x;
       batch = site.batch;
     }
-    if (site.x.type != reference->type || site.x.shape != reference->shape || site.batch != batch)
+    if (site.x.type != reference->type || site.x.shape[0] != reference->shape[0] ||
+        site.batch != batch)
       detail::reject(where, path + ": sites disagree: " + file[reference->name].description() +
                                 ", but " + file[name].description());
     return site.x;

@@ -503,3 +503,42 @@ TEST_CASE("two captures of the same tokens: by ids, or by the user's word") {
              "not the same tokens: a.npy holds 12 tokens and c.npy 8"));
   CHECK(says(refusal(work, {"a.npy", "--same-tokens"}), "--same-tokens needs two captures"));
 }
+
+TEST_CASE("sites of several widths: what exists is computed, the rest has a status") {
+  folder const work;
+  auto const sites = stream(4);
+  std::vector<std::vector<float>> wide(2, std::vector<float>(n * 2 * d));
+  for (std::size_t l = 0; l < 2; ++l)
+    for (std::size_t i = 0; i < wide[l].size(); ++i)
+      wide[l][i] = sites[l + 2][i / 2] + 0.01f * static_cast<float>(i % 7);
+  auto const tensor = [](char const* name, std::vector<float> const& x, std::ptrdiff_t width) {
+    return rflow::as_tensor(name, x, {n, width});
+  };
+  rflow::tensor const all[] = {tensor("embed", sites[0], d), tensor("block.1", sites[1], d),
+                               tensor("block.2", wide[0], 2 * d),
+                               tensor("block.3", wide[1], 2 * d)};
+  rflow::write_safetensors(work / "x.safetensors", all);
+  rflow::tensor const front[] = {all[0], all[1]};
+  rflow::write_safetensors(work / "front.safetensors", front);
+  for (strings const& options : {strings{}, strings{"--skip-first", "2"}}) {
+    json const found = model_of(work, joined({"x.safetensors"}, options));
+    json const two = model_of(work, joined({"front.safetensors"}, options));
+    json const status = found.at("adjacent_cosine").at("mean").at("status");
+    CHECK(status == json({"ok", "different_widths", "ok"}));
+    for (std::size_t l = 0; l < 2; ++l) {
+      CHECK(found.at("inter_token_cosine").at("values").at(l) ==
+            two.at("inter_token_cosine").at("values").at(l));
+      CHECK(found.at("rms_norm").at("values").at(l) == two.at("rms_norm").at("values").at(l));
+    }
+    CHECK(found.at("adjacent_cosine").at("mean").at("values").at(0) ==
+          two.at("adjacent_cosine").at("mean").at("values").at(0));
+    for (char const* name : {"st1", "st2", "path_energy"})
+      CHECK(found.at("variance").at(name).at("status") == "different_widths");
+    json const cka = found.at("cka").at(0).at("debiased");
+    for (json const& cells : cka.at("status"))
+      for (json const& cell : cells) CHECK(cell == "ok");
+    CHECK(noted(found, "different_widths"));
+  }
+  CHECK(run(work, {"x.safetensors", "--strict"}).status == 2);
+  CHECK(says(refusal(work, {"--shards", "x.safetensors"}), "its sites differ in width"));
+}
