@@ -9,7 +9,7 @@ what=${1:-demo}
 # name of the Debian package = a command on the path, a header, or a case of there()
 build='g++=g++ cmake=cmake ninja-build=ninja libeigen3-dev=eigen3/Eigen/Core'
 json='nlohmann-json3-dev=nlohmann/json.hpp'
-report="$json libcli11-dev=CLI/CLI.hpp gnuplot-nox=gnuplot libboost-dev=boost/timer/progress_display.hpp"
+report="$json zlib1g-dev=zlib.h libcli11-dev=CLI/CLI.hpp gnuplot-nox=gnuplot libboost-dev=boost/timer/progress_display.hpp"
 case $what in
   demo) needs="$build $report" ;;
   test) needs="$build $report doctest-dev=doctest/doctest.h liblbfgspp-dev=LBFGS.h" ;;

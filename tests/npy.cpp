@@ -93,18 +93,20 @@ TEST_CASE("every rule of the .npy format") {
       {file_of("{'descr': '<f4', 'x': 1, " + rest + "}", 24), 27, "unknown key"},
       {file_of("{'descr': '<f4', " + rest + "} + 1", 24), 68, "text after"},
       {file_of("{'descr': '<f4', " + rest + "}{}", 24), 67, "text after"},
-      {magic + bytes("\1\0", 2) + little(good.size() - 35, 2) + good.substr(10, good.size() - 35) +
-           bytes(24, '\0'),
-       good.size() - 26, "does not end with a newline"},
       {file_of("{'descr': '<f4', 'fortran_order': 0, 'shape': (2, 3)}", 24), 44, "True or False"},
       {file_of("{'descr': '<f4', 'fortran_order': false, 'shape': (2, 3)}", 24), 44, "True or Fal"},
       {file_of("{'descr': '<f4', 'fortran_order': 'a', 'shape': (2, 3)}", 24), 44, "True or Fals"},
       // types
       {shaped("(2, 3)", 24, ">f4"), 20, "'>f4': big endian"},
       {shaped("(2, 3)", 48, "|O"), 20, "Python objects (pickle)"},
-      {shaped("(2, 3)", 24, "=f4"), 20, "not a type that is read"},
-      {shaped("(2, 3)", 24, "|f4"), 20, "not a type that is read"},
-      {shaped("(2, 3)", 24, "f4"), 20, "not a type that is read"},
+      {shaped("(2, 3)", 24, "f 4"), 20, "not a type that is read"},
+      {shaped("(2, 3)", 24, "F4"), 20, "not a type that is read"},
+      {shaped("(2, 3)", 24, "!f4"), 20, "not a type that is read"},
+      {shaped("(2, 3)", 24, "<<f4"), 20, "not a type that is read"},
+      {shaped("(2, 3)", 24, "<float32"), 20, "not a type that is read"},
+      {shaped("(2, 3)", 12, ">V2"), 20, "'>V2': big endian"},
+      {shaped("(2, 3)", 24, ">f"), 20, "'>f': big endian"},
+      {shaped("(2, 3)", 6, "float8_e4m3"), 20, "not a type that is read"},
       {shaped("(2, 3)", 96, "<f16"), 20, "not a type that is read"},
       {shaped("(2, 3)", 24, "<U1"), 20, "not a type that is read"},
       {shaped("(2, 3)", 6, "|S1"), 20, "not a type that is read"},
@@ -126,7 +128,9 @@ TEST_CASE("every rule of the .npy format") {
       {shaped("(+2, 3)", 24), 61, "an extent is not a plain number"},
       {shaped("(02, 3)", 24), 61, "an extent is not a plain number"},
       {shaped("(2.0, 3)", 24), 62, "',' or ')' expected"},
-      {shaped("(2L, 3)", 24), 62, "',' or ')' expected"},
+      {shaped("(2l, 3)", 24), 62, "',' or ')' expected"},
+      {shaped("(2LL, 3)", 24), 63, "',' or ')' expected"},
+      {shaped("(L, 3)", 24), 61, "an extent is not a plain number"},
       {shaped("(1e1,)", 40), 62, "',' or ')' expected"},
       {shaped("(9223372036854775808,)", 0), 61, "extent too large"},
       {shaped("(99999999999999999999999,)", 0), 61, "extent too large"},
@@ -149,6 +153,7 @@ TEST_CASE("every rule of the .npy format") {
       {shaped("(2, 3)", 0), 70, "0 bytes of data"},
       {shaped("(2, 3)", 25), 70 + 24, "25 bytes of data"},
       {shaped("(0, 3)", 1), 70, "1 bytes of data"},
+      {shaped("(2, 3)", 24) + shaped("(2, 3)", 24), 70 + 24, "another array follows"},
       {shaped("(100000000, 1000000000)", 24), 87 + 24, "takes 400000000000000000"},
   };
   for (bad const& c : cases) {
@@ -179,6 +184,65 @@ TEST_CASE("headers that other writers make are read") {
     npy_file const file(memory.file());
     CHECK(file.array().shape == std::vector<std::ptrdiff_t>{2, 3});
   }
+}
+
+TEST_CASE("types are named as NumPy's reader has them") {
+  struct named {
+    dtype type;
+    std::vector<std::string> descr;
+  };
+  for (named const& n : std::vector<named>{
+           {dtype::f32, {"<f4", "=f4", "|f4", "f4", "f", "<f", "float32", "single"}},
+           {dtype::f64, {"<f8", "=f8", "|f8", "f8", "d", "=d", "float64", "double", "float"}},
+           {dtype::f16, {"<f2", "=f2", "|f2", "f2", "e", "|e", "float16", "half"}},
+           {dtype::bf16, {"bfloat16"}},
+           {dtype::f8_e4m3, {"float8_e4m3fn"}},
+           {dtype::f8_e5m2, {"float8_e5m2", "<f1", "|f1", "f1"}},
+           {dtype::f8_e4m3fnuz, {"float8_e4m3fnuz"}},
+           {dtype::f8_e5m2fnuz, {"float8_e5m2fnuz"}},
+           {dtype::raw16, {"|V2", "<V2", "=V2", "V2"}},
+           {dtype::raw8, {"|V1", "<V1", "=V1", ">V1", "V1"}},
+           {dtype::boolean, {"|b1", "<b1", ">b1", "?", "=?", "bool"}},
+           {dtype::u8, {"|u1", ">u1", "u1", "B", "uint8", "ubyte"}},
+           {dtype::i8, {"|i1", ">i1", "i1", "b", "int8", "byte"}},
+           {dtype::u16, {"<u2", "u2", "H", "uint16", "ushort"}},
+           {dtype::i16, {"<i2", "i2", "h", "int16", "short"}},
+           {dtype::u32, {"<u4", "u4", "I", "uint32"}},
+           {dtype::i32, {"<i4", "=i4", "i4", "i", "<i", "int32"}},
+           {dtype::u64, {"<u8", "u8", "L", "Q", "uint64", "uint"}},
+           {dtype::i64, {"<i8", "i8", "l", "q", "<q", "p", "int64", "int", "long"}},
+           {dtype::c64, {"<c8", "c8", "F", "complex64"}},
+           {dtype::c128, {"<c16", "c16", "D", "complex128"}},
+       })
+    for (std::string const& descr : n.descr) {
+      CAPTURE(descr);
+      files::memory const memory(shaped("(2, 3)", 6 * bits(n.type) / 8, descr));
+      npy_file const file(memory.file());
+      CHECK(file.array().type == n.type);
+    }
+}
+
+TEST_CASE("headers of Python 2, and without a newline, are read") {
+  for (std::string const& dictionary :
+       {std::string("{'descr': '<f4', 'fortran_order': False, 'shape': (2L, 3L), }"),
+        std::string("{u'descr': u'<f4', u'fortran_order': False, u'shape': (2, 3L)}")}) {
+    CAPTURE(dictionary);
+    bytes const content = file_of(dictionary, 24);
+    files::memory const memory(content);
+    npy_file const file(memory.file());
+    CHECK(file.array().shape == std::vector<std::ptrdiff_t>{2, 3});
+    bytes three = magic + bytes("\3\0", 2) + little(dictionary.size() + 1, 4) + dictionary + "\n" +
+                  bytes(24, '\0');  // no Python 2 wrote version 3.0
+    CHECK(contains(open_error(three), "',' or ')' expected"));
+  }
+  bytes const good = shaped("(2, 3)", 24);
+  std::size_t const header = good.size() - 10 - 24 - 1;
+  files::memory const memory(magic + bytes("\1\0", 2) + little(header, 2) +
+                             good.substr(10, header) + bytes(24, '\0'));
+  npy_file const file(memory.file());
+  CHECK(file.array().shape == std::vector<std::ptrdiff_t>{2, 3});
+  files::memory const vector(shaped("(6L,)", 24));
+  CHECK(npy_file(vector.file()).array().shape == std::vector<std::ptrdiff_t>{6});
 }
 
 TEST_CASE("what NumPy wrote is read") {
@@ -254,6 +318,26 @@ TEST_CASE("what NumPy wrote is read") {
       CHECK(contains(error_of<std::invalid_argument>(
                          [&] { npy_file(files::fixture(name), reinterpret::as_bf16); }),
                      "only 16-bit integers"));
+  }
+  SUBCASE("8-bit floats: e5m2 by its name, e4m3 when asked for") {
+    npy_file const raw(files::fixture("float8_e4m3fn.npy")),
+        e5m2(files::fixture("float8_e5m2.npy"));
+    CHECK(raw.array().type == dtype::raw8);
+    CHECK(e5m2.array().type == dtype::f8_e5m2);
+    CHECK(contains(error_of<std::invalid_argument>([&] { raw.array().as<float>(); }),
+                   "reinterpret::as_f8_e4m3 or reinterpret::as_f8_e5m2"));
+    npy_file const file(files::fixture("float8_e4m3fn.npy"), reinterpret::as_f8_e4m3);
+    CHECK(file.array().type == dtype::f8_e4m3);
+    npy_file const integers(files::fixture("u1.npy"), reinterpret::as_f8_e5m2);
+    CHECK(integers.array().type == dtype::f8_e5m2);
+    npy_file const also(files::fixture("i1.npy"), reinterpret::as_f8_e4m3);
+    CHECK(also.array().type == dtype::f8_e4m3);
+    for (auto const* name : {"f4.npy", "u2.npy", "bfloat16.npy", "float8_e5m2.npy"})
+      CHECK(contains(error_of<std::invalid_argument>(
+                         [&] { npy_file(files::fixture(name), reinterpret::as_f8_e4m3); }),
+                     "only 8-bit integers"));
+    CHECK_THROWS_AS(npy_file(files::fixture("u1.npy"), reinterpret::as_bf16),
+                    std::invalid_argument);
   }
   SUBCASE("refused by name") {
     auto const error = [](char const* name) {
@@ -434,6 +518,11 @@ TEST_CASE("a directory of .npy files") {
   CHECK(all["block.1"].as<float>()(1, 2) == 1);
   CHECK(all["block.1"].data == first);
   CHECK(contains(error_of<rflow::format_error>([&] { all["broken"]; }), "broken.npy: byte 0"));
+  // What a word about the bits does not concern is as it was.
+  rflow::write_npy(dir / "block.2.npy", std::vector<std::uint16_t>(6, 0x3f80), {2, 3});
+  rflow::npy_directory told(dir.path(), reinterpret::as_bf16);
+  CHECK(told["embed"].type == dtype::f32);
+  CHECK(float(told["block.2"].as<rflow::bf16>()(1, 2)) == 1);
   CHECK(contains(error_of<std::invalid_argument>([&] { all["x"]; }), "has no file x.npy"));
   CHECK(contains(error_of<std::system_error>([&] { rflow::npy_directory{dir / "nowhere"}; }),
                  "nowhere"));

@@ -4,6 +4,9 @@
 #include <doctest/doctest.h>
 
 #include <cstdint>
+#include <filesystem>
+#include <functional>
+#include <map>
 #include <rflow/safetensors.hpp>
 #include <string>
 #include <vector>
@@ -120,7 +123,9 @@ TEST_CASE("every rule of the safetensors format") {
       {file_of(f32("[2,2]", "[0,1.6e1]"), 16), 65, "an offset is a number that is not"},
       {file_of(f32("[2,2]", "[-1,16]"), 16), 60, "an offset is a negative number"},
       {file_of(f32("[2,2]", "[0,18446744073709551616]"), 16), 80, "an offset is a number that"},
-      {file_of("{\"x\":{\"device\":\"cpu\",\"dtype\":\"F32\"}}", 0), 21, "unknown field 'device'"},
+      {file_of("{\"x\":{\"device\":{\"a\":[[1]]},\"dtype\":\"F32\"}}", 0), 48, "without shape"},
+      {file_of("{\"x\":{\"device\":[", 0), 23, "not UTF-8 JSON"},
+      {file_of("{\"x\":{\"device\":" + bytes(100000, '[') + "}", 0), 100023, "not UTF-8 JSON"},
       {file_of("{\"x\":{\"dtype\":\"F32\",\"dtype\":\"F32\"}}", 0), 34, "'dtype' appears twice"},
       {file_of("{\"x\":{\"shape\":[1],\"shape\":[1]}}", 0), 32, "'shape' appears twice"},
       {file_of("{\"x\":{\"data_offsets\":[0,4],\"data_offsets\":[0,4]}}", 0), 48,
@@ -130,7 +135,9 @@ TEST_CASE("every rule of the safetensors format") {
        "tensor 'x' appears twice"},
       // metadata
       {file_of("{\"__metadata__\":1}", 0), 25, "__metadata__ is a number, not an object"},
-      {file_of("{\"__metadata__\":null}", 0), 27, "__metadata__ is null, not an object"},
+      {file_of("{\"__metadata__\":[]}", 0), 24, "__metadata__ is an array, not an object"},
+      {file_of("{\"__metadata__\":{\"a\":null}}", 0), 32, "a metadata value is null, not a"},
+      {file_of("{\"__metadata__\":null,\"__metadata__\":{}}", 0), 42, "__metadata__ appears twice"},
       {file_of("{\"__metadata__\":{\"a\":1}}", 0), 30, "a metadata value is a number, not a"},
       {file_of("{\"__metadata__\":{\"a\":{}}}", 0), 29, "a metadata value is an object, not a"},
       {file_of("{\"__metadata__\":{\"a\":[]}}", 0), 29, "a metadata value is an array, not a"},
@@ -381,3 +388,146 @@ concept describable = requires(Arguments&&... arguments) {
 static_assert(describable<std::vector<float>&>);
 static_assert(describable<std::span<float>>);
 static_assert(!describable<std::vector<float>>);
+
+TEST_CASE("files that MLX writes, and fields of later versions, are read") {
+  for (std::string const& header :
+       {"{\"__metadata__\":null," + entry("x", "F32", "[2,2]", "[0,16]") + "}",
+        "{" + entry("x", "F32", "[2,2]", "[0,16]") + ",\"__metadata__\":null}",
+        std::string("{\"x\":{\"device\":\"cpu\",\"dtype\":\"F32\",\"strides\":null,\"shape\":[2,2],"
+                    "\"more\":{\"a\":[1,{\"b\":[]}],\"dtype\":-1.5},\"l\":[[],[true]],\"n\":1,"
+                    "\"data_offsets\":[0,16],\"z\":-1}}")}) {
+    CAPTURE(header);
+    files::memory const memory(file_of(header, 16));
+    safetensors_file const file(memory.file());
+    CHECK(file.metadata().empty());
+    CHECK(file["x"].description() == "'x', f32 [2, 2]");
+  }
+  files::memory const nothing(file_of("{\"__metadata__\":null}", 0));
+  CHECK(safetensors_file(nothing.file()).size() == 0);
+}
+
+namespace {
+
+std::string sharded_error(std::filesystem::path const& path) {
+  try {
+    rflow::sharded_safetensors const file(path);
+  } catch (std::exception const& error) {
+    return error.what();
+  }
+  return "nothing thrown";
+}
+
+/// One file with those tensors, each of one number.
+void write_part(std::filesystem::path const& path, std::vector<std::string> const& names,
+                float first, std::map<std::string, std::string> const& metadata = {}) {
+  std::vector<float> values;
+  for (std::size_t i = 0; i < names.size(); ++i) values.push_back(first + static_cast<float>(i));
+  std::vector<rflow::tensor> tensors;
+  for (std::size_t i = 0; i < names.size(); ++i) {
+    auto x = rflow::as_tensor(names[i], values, {static_cast<std::ptrdiff_t>(values.size())});
+    x.shape = x.strides = {1};
+    x.data += 4 * i;
+    tensors.push_back(x);
+  }
+  rflow::write_safetensors(path, tensors, metadata);
+}
+
+}  // namespace
+
+TEST_CASE("a file in parts is read as one") {
+  using rflow::sharded_safetensors;
+  files::scratch const dir;
+  auto const first = dir / "model-00001-of-00002.safetensors",
+             second = dir / "model-00002-of-00002.safetensors",
+             index = dir / "model.safetensors.index.json";
+  write_part(first, {"block.1", "embed"}, 1, {{"model", "m"}, {"part", "1"}});
+  write_part(second, {"block.2", "left"}, 10, {{"model", "m"}, {"part", "2"}, {"only", "here"}});
+  files::write(index,
+               "{\"metadata\": {\"total_size\": 16, \"a\": [{\"weight_map\": 1}]}, \"weight_map\": "
+               "{\"embed\": \"model-00001-of-00002.safetensors\", \"block.1\": "
+               "\"model-00001-of-00002.safetensors\", \"block.2\": "
+               "\"./model-00002-of-00002.safetensors\"}, \"more\": null}\n");
+  for (auto const& path : {first, second, index, dir.path()}) {
+    CAPTURE(path);
+    REQUIRE(sharded_safetensors::is_one(path));
+    sharded_safetensors const file(path);
+    CHECK(file.path() == path.string());
+    CHECK(file.contains("block.2"));
+    CHECK(*file["embed"].elements<float>() == 2);
+    CHECK(*file["block.2"].elements<float>() == 10);
+    CHECK(file["block.2"].name == "block.2");
+    CHECK(file.metadata() ==
+          std::map<std::string, std::string, std::less<>>{{"model", "m"}, {"only", "here"}});
+    bool const by_names = path == first || path == second;
+    CHECK(file.names() == (by_names
+                               ? std::vector<std::string>{"block.1", "block.2", "embed", "left"}
+                               : std::vector<std::string>{"block.1", "block.2", "embed"}));
+    CHECK(file.size() == file.names().size());
+    CHECK(file.parts() == 2);
+    CHECK(contains(error_of<std::invalid_argument>([&] { file["x"]; }), "has no tensor 'x'"));
+  }
+  SUBCASE("a part that is missing is named") {
+    std::filesystem::remove(second);
+    for (auto const& path : {first, index, dir.path()})
+      CHECK(contains(sharded_error(path), "model-00002-of-00002.safetensors: No such file"));
+  }
+  SUBCASE("parts that are shards of something else") {
+    write_part(second, {"block.1", "embed"}, 10);
+    CHECK(contains(sharded_error(first), "'block.1' is in"));
+    CHECK(contains(sharded_error(first), "these are not parts of one file"));
+    CHECK(contains(sharded_error(index), "'block.2' is not in ./model-00002-of"));
+  }
+}
+
+TEST_CASE("names of parts") {
+  using rflow::sharded_safetensors;
+  for (auto const* name : {"x-1-of-1.safetensors", "-00001-of-00001.safetensors",
+                           "a-b-00002-of-00003.safetensors", "x-01-of-99.safetensors"})
+    CHECK(sharded_safetensors::is_one(name));
+  for (auto const* name :
+       {"x.safetensors", "x-of-2.safetensors", "x-00001-of-2.safetensors", "x-0-of-1.safetensors",
+        "x-2-of-1.safetensors", "x-00001-of-00002.npy", "x-00001-of-.safetensors", "",
+        "x-00001-of-00002.safetensors.tmp", "x-0000001-of-0000002.safetensors"})
+    CHECK_FALSE(sharded_safetensors::is_one(name));
+  CHECK(contains(sharded_error("x.safetensors"), "an index (.safetensors.index.json), a folder"));
+  files::scratch const dir;
+  CHECK_FALSE(sharded_safetensors::is_one(dir.path()));
+  CHECK(
+      contains(sharded_error(dir / "x-1-of-9.safetensors"), "x-1-of-9.safetensors: No such file"));
+}
+
+TEST_CASE("every rule of an index") {
+  files::scratch const dir;
+  write_part(dir / "a.safetensors", {"x"}, 1);
+  std::filesystem::create_directory(dir / "below");
+  write_part(dir / "below/b.safetensors", {"y"}, 2);
+  auto const error = [&](std::string const& text) {
+    files::write(dir / "below/i.safetensors.index.json", text);
+    std::string const out = sharded_error(dir / "below/i.safetensors.index.json");
+    return out;
+  };
+  REQUIRE(error("{\"weight_map\":{\"y\":\"b.safetensors\"}}") == "nothing thrown");
+  CHECK(error("{\"weight_map\":{}}") == "nothing thrown");
+  for (auto const* outside :
+       {"../a.safetensors", "", "/a.safetensors", "x/../../a.safetensors", "b\\u0000.safetensors"})
+    CHECK(contains(error(std::string("{\"weight_map\":{\"x\":\"") + outside + "\"}}"),
+                   "not a file below the index's folder"));
+  CHECK(contains(error("{\"weight_map\":{\"y\":\"b.safetensors\",\"y\":\"b.safetensors\"}}"),
+                 "'y' appears twice"));
+  CHECK(contains(error("{\"weight_map\":{},\"weight_map\":{}}"), "weight_map appears twice"));
+  CHECK(
+      contains(error("{\"weight_map\":{\"z\":\"b.safetensors\"}}"), "'z' is not in b.safetensors"));
+  CHECK(
+      contains(error("{\"weight_map\":{\"y\":\"c.safetensors\"}}"), "c.safetensors: No such file"));
+  for (auto const* value : {"1", "-1", "1.5", "null", "true", "{}", "[]"}) {
+    CHECK(contains(error(std::string("{\"weight_map\":{\"y\":") + value + "}}"),
+                   "names something else than a file"));
+    if (*value != '{')
+      CHECK(error(std::string("{\"weight_map\":") + value + "}") != "nothing thrown");
+  }
+  CHECK(contains(error("{\"weight_map\":\"x\"}"), "weight_map is no object"));
+  for (auto const* text : {"{}", "[]", "1", "[{\"weight_map\":{}}]", "{\"a\":{\"weight_map\":{}}}"})
+    CHECK(contains(error(text), "the index has no weight_map"));
+  for (auto const* text : {"", "{", "{\"weight_map\":{\"y\":\"b\xff\"}}", "{}x"})
+    CHECK(contains(error(text), "not UTF-8 JSON"));
+}

@@ -81,7 +81,7 @@ std::optional<std::ptrdiff_t> whole(std::string const& text) {
 
 void require_clear_axes(std::string const& path, std::string const& stem, rflow::tensor const& x,
                         options const& asked) {
-  if (!asked.pattern.axes.empty() || !rflow::is_viewable(x.type)) return;
+  if (!asked.pattern.axes.empty() || !rflow::is_activation(x.type)) return;
   auto const refuse = [&](std::string const& why, char const* orders) {
     throw unusable(path, x.description() + ": " + why + "; --axes " + orders + " says so");
   };

@@ -109,7 +109,7 @@ std::vector<std::int64_t> load_integers(std::string const& path, std::string con
 namespace {
 
 /// What the user can do about it; empty if nothing is known to help.
-std::string cure_of(rflow::site_error const& error, bool npy) {
+std::string cure_of(rflow::site_error const& error, bool numpy) {
   using rflow::site_fault;
   std::string const& of = error.subject;
   switch (error.kind) {
@@ -131,15 +131,13 @@ std::string cure_of(rflow::site_error const& error, bool npy) {
     case site_fault::axes_unclear: return "; --axes sites,tokens,hidden says so, or another order";
     case site_fault::several_arrays:
       return of.empty() ? "" : "; --array " + one_line(of) + " takes the first";
-    case site_fault::not_activations:
-      return npy && (of == "raw16" || of == "u16" || of == "i16") ? "; --npy-bits says so" : "";
+    case site_fault::not_activations: return of.empty() || !numpy ? "" : "; --npy-bits says so";
     default: return "";
   }
 }
 
 /// The tensor of a file that says which tokens it holds, and its facts.
-template <class File>
-void read_token_ids(File& file, capture& c) {
+void read_token_ids(opened& file, capture& c) {
   if (file.contains("token_ids")) {
     c.token_ids = file["token_ids"].integers();
   } else if (file.contains("input_ids")) {  // it may be of a prompt only
@@ -171,7 +169,7 @@ std::string reason_of(std::exception const& error, std::string const& path) {
 }
 
 capture load(std::string const& path, options const& asked) {
-  bool npy = false;
+  bool numpy = false;
   try {
     capture out;
     out.path = path;
@@ -179,32 +177,27 @@ capture load(std::string const& path, options const& asked) {
     if (!name.has_filename()) name = name.parent_path();
     out.label = name.stem().string();
     std::error_code ignored;
-    if (std::filesystem::is_directory(path, ignored)) {
-      out.label = name.filename().string();
-      auto folder = std::make_unique<rflow::npy_directory>(path, asked.bits);
-      if (folder->names().empty()) throw unusable(path, "no .npy file in this folder");
-      out.sites = rflow::find_sites(*folder, asked.pattern);
-      read_token_ids(*folder, out);
-      out.file = std::move(folder);
-    } else if (name.extension() == ".npy") {
-      npy = true;
-      auto array = std::make_unique<rflow::npy_file>(path, asked.bits);
-      require_clear_axes(path, name.stem().string(), array->array(), asked);
-      out.sites = rflow::split_sites(array->array(), asked.pattern);
+    if (std::filesystem::is_directory(path, ignored)) out.label = name.filename().string();
+    out.file = open_input(path, asked.bits, asked.shards);
+    numpy = out.file->is_numpy();
+    out.metadata = out.file->metadata();
+    if (auto const model = out.metadata.find("model");
+        model != out.metadata.end() && !model->second.empty())
+      out.label = model->second;
+    out.notes = out.file->notes;
+    if (out.file->is_single_array()) {
+      rflow::tensor const array = (*out.file)[out.file->names().front()];
+      require_clear_axes(path, name.stem().string(), array, asked);
+      out.sites = rflow::split_sites(array, asked.pattern);
       if (asked.pattern.axes.empty())
-        if (std::string hint = axes_hint(array->array()); !hint.empty())
+        if (std::string hint = axes_hint(array); !hint.empty())
           out.notes.push_back(std::move(hint));
-      out.file = std::move(array);
     } else {
-      auto tensors = std::make_unique<rflow::safetensors_file>(path);
-      for (auto const& [key, value] : tensors->metadata()) out.metadata[key] = value;
-      if (auto const model = out.metadata.find("model");
-          model != out.metadata.end() && !model->second.empty())
-        out.label = model->second;
-      out.sites = rflow::find_sites(*tensors, asked.pattern);
-      read_token_ids(*tensors, out);
-      out.file = std::move(tensors);
+      out.sites = rflow::find_sites(*out.file, asked.pattern);
+      read_token_ids(*out.file, out);
     }
+    if (out.sites.widened.happened())
+      out.notes.push_back("the file stores its sites as " + out.sites.widened.description());
     if (out.sites.tokens() == 0 || out.sites.width() == 0)
       throw unusable(path, "no activations in " + out.sites.chain.front().description());
     if (asked.skip_first >= out.sites.tokens())
@@ -221,9 +214,14 @@ capture load(std::string const& path, options const& asked) {
   } catch (std::filesystem::filesystem_error const& error) {
     throw unusable(path, error.code().message());
   } catch (rflow::site_error const& error) {
-    throw unusable(path, reason_of(error, path) + cure_of(error, npy));
+    throw unusable(path, reason_of(error, path) + cure_of(error, numpy));
   } catch (std::exception const& error) {
-    throw unusable(path, reason_of(error, path));
+    std::string text = reason_of(error, path);
+    if (text.find("and there is no inflater") != std::string::npos)
+      text +=
+          " in this program: build it where zlib is installed (Debian: zlib1g-dev), or save the "
+          "file with numpy.savez, which does not compress";
+    throw unusable(path, text);
   }
 }
 

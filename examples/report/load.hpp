@@ -3,8 +3,6 @@
 
 // Opens captures and finds their sites.
 
-#include <rflow/npy.hpp>
-#include <rflow/safetensors.hpp>
 #include <rflow/sites.hpp>
 
 #include <cstdint>
@@ -12,9 +10,9 @@
 #include <memory>
 #include <stdexcept>
 #include <string>
-#include <variant>
 #include <vector>
 
+#include "open.hpp"
 #include "options.hpp"
 
 namespace report {
@@ -30,9 +28,7 @@ class unusable : public std::runtime_error {
 struct capture {
   std::string path, label;
   std::map<std::string, std::string> metadata;
-  std::variant<std::unique_ptr<rflow::safetensors_file>, std::unique_ptr<rflow::npy_directory>,
-               std::unique_ptr<rflow::npy_file>>
-      file;
+  std::unique_ptr<opened> file;
   rflow::site_set sites;
   std::vector<std::int64_t> token_ids = {};  // one a token; empty if the file does not say
   std::ptrdiff_t depth = 0;                  // L, of the positions l/L; 0: the last l

@@ -280,8 +280,8 @@ std::optional<options> parse(int argc, char const* const* argv) {
       ->type_name("NAME")
       ->group("Names in the file");
   choice const bits(app, "--npy-bits",
-                    "What 16-bit integers or |V2 in .npy files really are: ", {"f16", "bf16"}, "",
-                    "Names in the file");
+                    "What integers or nameless bytes (|V2, |V1) in .npy files really are: ",
+                    {"f16", "bf16", "f8_e4m3", "f8_e5m2"}, "", "Names in the file");
   app.footer(
       "Exit status: 0 done, 1 no report (the reason is on stderr), 2 a layer without an answer and "
       "--strict.\nWhat the figures mean: docs/report.md.");
@@ -305,6 +305,8 @@ std::optional<options> parse(int argc, char const* const* argv) {
   o.rbf = !kernel.is("linear");
   if (bits.is("f16")) o.bits = rflow::reinterpret::as_f16;
   if (bits.is("bf16")) o.bits = rflow::reinterpret::as_bf16;
+  if (bits.is("f8_e4m3")) o.bits = rflow::reinterpret::as_f8_e4m3;
+  if (bits.is("f8_e5m2")) o.bits = rflow::reinterpret::as_f8_e5m2;
   if (o.cross_cka && o.inputs.size() != 2)
     throw std::invalid_argument("--cross-cka needs two captures");
   o.pattern.own_names = names.is("rflow");

@@ -3,6 +3,7 @@
 
 #include <rflow/cka.hpp>
 #include <rflow/monitor.hpp>
+#include <rflow/safetensors.hpp>
 
 #include <fcntl.h>
 #include <sys/resource.h>
@@ -111,11 +112,10 @@ plan plan_of(options const& asked) {
 /// to its tokens; one sequence if it has none.
 std::vector<std::ptrdiff_t> sequences_of(capture const& c) {
   std::ptrdiff_t const n = c.sites.tokens();
-  auto const* const file = std::get_if<std::unique_ptr<rflow::safetensors_file>>(&c.file);
-  if (file == nullptr || !(*file)->contains("sequences")) return {0, n};
+  if (c.file->is_single_array() || !c.file->contains("sequences")) return {0, n};
   std::vector<std::ptrdiff_t> out;
   try {
-    rflow::tensor const x = (**file)["sequences"];
+    rflow::tensor const x = (*c.file)["sequences"];
     if (x.rank() != 1)
       throw unusable(c.path, "one axis of offsets expected, found " + x.description());
     for (std::int64_t const offset : x.integers()) out.push_back(offset);
@@ -594,7 +594,6 @@ result measure_shards(options const& asked, workers& all, progress const& tell) 
   model.sites = p.sites;
   model.positions = p.positions;
   model.embedding = p.embedding;
-  for (std::string const& note : p.notes) model.warnings.push_back({false, note});
   model.stored_tokens = p.tokens();
   model.flow = rflow::report_of(m.flow, asked.normalize);
   if (asked.minibatch_cka)
@@ -610,6 +609,7 @@ result measure_shards(options const& asked, workers& all, progress const& tell) 
                              bytes_needed(p, asked, all),
                              peak};
   require_finite(model);
+  for (std::string const& text : p.notes) model.warnings.push_back({false, text});
   add_warnings(model, {}, asked.skip_first);
   if (asked.minibatch_cka)
     model.warnings.push_back(

@@ -40,8 +40,9 @@ static_assert(std::endian::native == std::endian::little,
 
 // ---- element types ------------------------------------------------------------------------------
 
-/// What a file says its elements are. Only f16, bf16, f32 and f64 become views; boolean and the
-/// integers can be read as labels; the others have names, so that errors can tell what was found.
+/// What a file says its elements are. Only f16, bf16, f32 and f64 become views; the 8-bit floats with
+/// a sign become views of f32 (widen.hpp); boolean and the integers can be read as labels; the
+/// others have names, so that errors can tell what was found.
 enum class dtype : std::uint8_t {
   boolean,
   u8,
@@ -58,8 +59,9 @@ enum class dtype : std::uint8_t {
   f64,
   c64,
   c128,
-  raw16,  ///< two bytes without a meaning: NumPy's |V2
-  f8_e4m3,
+  raw8,     ///< a byte without a meaning: NumPy's |V1
+  raw16,    ///< two bytes without a meaning: NumPy's |V2
+  f8_e4m3,  ///< the "fn" variant: no infinity
   f8_e5m2,
   f8_e8m0,
   f8_e4m3fnuz,
@@ -76,11 +78,11 @@ struct dtype_facts {
   unsigned bits;
 };
 inline constexpr dtype_facts dtype_table[] = {
-    {"bool", 8},        {"u8", 8},      {"i8", 8},      {"u16", 16},    {"i16", 16},
-    {"u32", 32},        {"i32", 32},    {"u64", 64},    {"i64", 64},    {"f16", 16},
-    {"bf16", 16},       {"f32", 32},    {"f64", 64},    {"c64", 64},    {"c128", 128},
-    {"raw16", 16},      {"f8_e4m3", 8}, {"f8_e5m2", 8}, {"f8_e8m0", 8}, {"f8_e4m3fnuz", 8},
-    {"f8_e5m2fnuz", 8}, {"f6_e2m3", 6}, {"f6_e3m2", 6}, {"f4", 4},
+    {"bool", 8},        {"u8", 8},          {"i8", 8},      {"u16", 16},    {"i16", 16},
+    {"u32", 32},        {"i32", 32},        {"u64", 64},    {"i64", 64},    {"f16", 16},
+    {"bf16", 16},       {"f32", 32},        {"f64", 64},    {"c64", 64},    {"c128", 128},
+    {"raw8", 8},        {"raw16", 16},      {"f8_e4m3", 8}, {"f8_e5m2", 8}, {"f8_e8m0", 8},
+    {"f8_e4m3fnuz", 8}, {"f8_e5m2fnuz", 8}, {"f6_e2m3", 6}, {"f6_e3m2", 6}, {"f4", 4},
 };
 
 }  // namespace detail
@@ -145,8 +147,13 @@ inline std::string cure_of(dtype type) {
     case dtype::i16:
       return " (if these are the bits of halves, open the .npy with reinterpret::as_f16 or "
              "reinterpret::as_bf16)";
+    case dtype::raw8:
+      return " (if these are the bits of 8-bit floats, open the .npy with reinterpret::as_f8_e4m3 "
+             "or reinterpret::as_f8_e5m2)";
     case dtype::u8:
     case dtype::i8:
+      return " (integers have no scale: store activations as float; if these are the bits of 8-bit "
+             "floats, open the .npy with reinterpret::as_f8_e4m3 or reinterpret::as_f8_e5m2)";
     case dtype::u32:
     case dtype::i32:
     case dtype::u64:

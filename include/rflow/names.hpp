@@ -55,7 +55,7 @@ enum class site_fault : std::uint8_t {
   two_roles,       ///< one tensor, or one place, for two roles
   axes_unclear,    ///< one array that may be read in several ways; subject: its name
   several_arrays,  ///< which may hold all sites; subject: the first. None of that name: empty
-  not_activations  ///< a type or rank that no site has; subject: the type's name
+  not_activations  ///< a type or rank that no site has; subject: a type whose bits may be floats'
 };
 
 /// Sites that cannot be told; says why, in words and by kind.
@@ -520,7 +520,7 @@ inline std::optional<site_names> name_sites(std::string const& path,
     std::ptrdiff_t const first = out.embed.empty() ? out.blocks.front().layer : 1;
     std::ptrdiff_t const last = out.blocks.back().layer, span = last - first + 1;
     auto const count = static_cast<std::ptrdiff_t>(out.blocks.size());
-    if (count < span && !pattern.subset && 3 * count > 2 * span) {
+    if (count < span && !pattern.subset && 3 * count >= 2 * span) {
       std::size_t i = 0;
       while (out.blocks[i].layer == first + static_cast<std::ptrdiff_t>(i)) ++i;
       std::string number = std::to_string(first + static_cast<std::ptrdiff_t>(i) + before_first);

@@ -2,8 +2,8 @@
 #pragma once
 
 // From NumPy's .npy: one array per file, mapped, validated and viewed in place; and back. For many
-// named arrays in one file, or bfloat16, use safetensors.hpp; .npz archives and pickled objects are
-// not read.
+// named arrays in one file, or bfloat16, use safetensors.hpp; npz.hpp reads .npz archives; pickled
+// objects are not read.
 
 #include <algorithm>
 #include <cstddef>
@@ -18,28 +18,34 @@
 #include <utility>
 #include <vector>
 
+#include <rflow/container.hpp>
 #include <rflow/file.hpp>
 
 namespace rflow {
 
-/// What 16-bit integers or NumPy's two nameless bytes (|V2) really are. NumPy has no bfloat16, so
-/// people store its bits under those names; nothing in the file tells, so nothing is guessed.
-enum class reinterpret : std::uint8_t { nothing, as_f16, as_bf16 };
+/// What integers or NumPy's nameless bytes really are: 16-bit integers or |V2 may be halves, 8-bit
+/// integers or |V1 the 8-bit floats (f8_e4m3 without infinity, which ml_dtypes calls float8_e4m3fn).
+/// NumPy knows none but f16, so people store their bits under those names, and so does numpy.save
+/// with arrays of ml_dtypes (but for float8_e5m2, which it writes as <f1). Nothing in the file tells,
+/// so nothing is guessed.
+enum class reinterpret : std::uint8_t { nothing, as_f16, as_bf16, as_f8_e4m3, as_f8_e5m2 };
 
 /// One .npy file, versions 1.0, 2.0 and 3.0.
 ///
-/// Stricter than NumPy where a file could mean two things: the header is a dictionary of exactly
-/// descr, fortran_order and shape, ends with a newline and has at most 10,000 bytes; the data end
-/// where the file ends. Fortran order becomes strides.
+/// Reads the types as NumPy does: <f4, =f4, |f4, f4, f and float32 are one; bfloat16, float8_e4m3fn
+/// and float8_e5m2 by name too. So it is with the 5L and the u'' of Python 2. Stricter than NumPy
+/// where a file could mean two things: the header is a dictionary of exactly descr, fortran_order
+/// and shape, each once, of at most 10,000 bytes; the data end where the file ends. Extents are plain
+/// decimal numbers, and nothing is escaped or commented. Fortran order becomes strides.
 class npy_file {
  public:
   /// Opens and validates a file. The array takes its name from the file: "block.1" for
   /// "block.1.npy".
   /// @param  path  the file
-  /// @param  bits  says what 16-bit integers or |V2 are
+  /// @param  bits  says what integers or nameless bytes are
   /// @throws std::system_error if it cannot be opened; format_error if it is malformed, big endian,
   ///         structured, or holds Python objects, strings or dates; std::invalid_argument if bits
-  ///         is given and the elements are neither 16-bit integers nor |V2
+  ///         is given and the elements are neither integers nor nameless bytes of that size
   explicit npy_file(std::filesystem::path const& path, reinterpret bits = reinterpret::nothing)
       : npy_file(mapped_file(path), bits) {}
 
@@ -62,7 +68,8 @@ class npy_file {
 /// demand and stay mapped. Has the same members as safetensors_file, for find_sites.
 class npy_directory {
  public:
-  /// Lists the directory; opens none of its files.
+  /// Lists the directory; opens none of its files. bits holds for those files whose elements are
+  /// integers or nameless bytes of that size.
   /// @throws std::system_error if it cannot be listed
   explicit npy_directory(std::filesystem::path const& path,
                          reinterpret bits = reinterpret::nothing);
@@ -80,9 +87,13 @@ class npy_directory {
   std::string const& path() const { return path_; }
 
  private:
+  struct opened {
+    npy_file file;
+    tensor array;
+  };
   std::string path_;
   reinterpret bits_;
-  std::map<std::string, std::optional<npy_file>, std::less<>> files_;  // opened on demand
+  std::map<std::string, std::optional<opened>, std::less<>> files_;  // opened on demand
 };
 
 /// Writes a tensor (see as_tensor) as version 1.0 in C order, data on a 64-byte boundary. The file
@@ -115,14 +126,84 @@ struct npy_type {
   std::string_view descr;
   dtype type;
 };
-// The first line of a type is the one that is written.
+/// As they are written.
 inline constexpr npy_type npy_types[] = {
-    {"|b1", dtype::boolean}, {"|u1", dtype::u8},    {"|i1", dtype::i8},      {"<u2", dtype::u16},
-    {"<i2", dtype::i16},     {"<u4", dtype::u32},   {"<i4", dtype::i32},     {"<u8", dtype::u64},
-    {"<i8", dtype::i64},     {"<f2", dtype::f16},   {"<f4", dtype::f32},     {"<f8", dtype::f64},
-    {"<c8", dtype::c64},     {"<c16", dtype::c128}, {"|V2", dtype::raw16},   {"<V2", dtype::raw16},
-    {"<u1", dtype::u8},      {"<i1", dtype::i8},    {"<b1", dtype::boolean},
+    {"|b1", dtype::boolean}, {"|u1", dtype::u8},    {"|i1", dtype::i8},    {"<u2", dtype::u16},
+    {"<i2", dtype::i16},     {"<u4", dtype::u32},   {"<i4", dtype::i32},   {"<u8", dtype::u64},
+    {"<i8", dtype::i64},     {"<f2", dtype::f16},   {"<f4", dtype::f32},   {"<f8", dtype::f64},
+    {"<c8", dtype::c64},     {"<c16", dtype::c128}, {"|V2", dtype::raw16}, {"|V1", dtype::raw8},
 };
+/// What else NumPy's reader takes for them, after the mark of byte order if there is one; and f1, by
+/// which numpy.save calls ml_dtypes' float8_e5m2. As on Linux with 64 bits.
+inline constexpr npy_type npy_codes[] = {
+    {"?", dtype::boolean}, {"B", dtype::u8},       {"b", dtype::i8},  {"H", dtype::u16},
+    {"h", dtype::i16},     {"I", dtype::u32},      {"i", dtype::i32}, {"L", dtype::u64},
+    {"Q", dtype::u64},     {"l", dtype::i64},      {"q", dtype::i64}, {"p", dtype::i64},
+    {"e", dtype::f16},     {"f", dtype::f32},      {"d", dtype::f64}, {"F", dtype::c64},
+    {"D", dtype::c128},    {"f1", dtype::f8_e5m2},
+};
+/// Names without a mark: NumPy's own, and those that ml_dtypes gives it.
+inline constexpr npy_type npy_names[] = {
+    {"bool", dtype::boolean},
+    {"uint8", dtype::u8},
+    {"ubyte", dtype::u8},
+    {"int8", dtype::i8},
+    {"byte", dtype::i8},
+    {"uint16", dtype::u16},
+    {"ushort", dtype::u16},
+    {"int16", dtype::i16},
+    {"short", dtype::i16},
+    {"uint32", dtype::u32},
+    {"int32", dtype::i32},
+    {"uint64", dtype::u64},
+    {"uint", dtype::u64},
+    {"int64", dtype::i64},
+    {"int", dtype::i64},
+    {"long", dtype::i64},
+    {"float16", dtype::f16},
+    {"half", dtype::f16},
+    {"float32", dtype::f32},
+    {"single", dtype::f32},
+    {"float64", dtype::f64},
+    {"double", dtype::f64},
+    {"float", dtype::f64},
+    {"complex64", dtype::c64},
+    {"complex128", dtype::c128},
+    {"bfloat16", dtype::bf16},
+    {"float8_e4m3fn", dtype::f8_e4m3},
+    {"float8_e5m2", dtype::f8_e5m2},
+    {"float8_e4m3fnuz", dtype::f8_e4m3fnuz},
+    {"float8_e5m2fnuz", dtype::f8_e5m2fnuz},
+    {"float8_e8m0fnu", dtype::f8_e8m0},
+};
+
+/// The type of that name, little endian; none if it is no type that is read.
+inline std::optional<dtype> npy_type_of(std::string_view descr) {
+  for (npy_type const& named : npy_names)
+    if (named.descr == descr) return named.type;
+  bool const big = descr.starts_with('>');
+  if (big || descr.starts_with('<') || descr.starts_with('=') || descr.starts_with('|'))
+    descr.remove_prefix(1);
+  std::optional<dtype> out;
+  for (npy_type const& written : npy_types)
+    if (written.descr.substr(1) == descr) out = written.type;
+  for (npy_type const& code : npy_codes)
+    if (code.descr == descr) out = code.type;
+  return big && out && bits(*out) > 8 ? std::nullopt : out;  // a byte has no order
+}
+
+/// Says of x what its bits are, if it has elements of that size without another meaning.
+inline bool apply(reinterpret bits, tensor& x) {
+  bool const halves = x.type == dtype::raw16 || x.type == dtype::u16 || x.type == dtype::i16;
+  bool const bytes = x.type == dtype::raw8 || x.type == dtype::u8 || x.type == dtype::i8;
+  switch (bits) {
+    case reinterpret::as_f16: return halves && (x.type = dtype::f16, true);
+    case reinterpret::as_bf16: return halves && (x.type = dtype::bf16, true);
+    case reinterpret::as_f8_e4m3: return bytes && (x.type = dtype::f8_e4m3, true);
+    case reinterpret::as_f8_e5m2: return bytes && (x.type = dtype::f8_e5m2, true);
+    default: return false;
+  }
+}
 
 /// The Python dictionary of a .npy header, and nothing else that Python could say there.
 class npy_header {
@@ -131,8 +212,9 @@ class npy_header {
   bool fortran_order = false;
   std::vector<std::ptrdiff_t> shape;
 
-  npy_header(std::string const& file, std::string_view text, std::size_t offset)
-      : file_(file), text_(text), offset_(offset) {
+  /// @param  suffixed  Python 2 wrote it, perhaps, and ended extents with L
+  npy_header(std::string const& file, std::string_view text, std::size_t offset, bool suffixed)
+      : file_(file), text_(text), offset_(offset), suffixed_(suffixed) {
     bool seen[3] = {};
     skip();
     expect('{', "the header is not a dictionary");
@@ -161,7 +243,6 @@ class npy_header {
     }
     skip();
     if (at_ != text_.size()) fail(at_, "text after the header's dictionary");
-    if (text_.back() != '\n') fail(at_ - 1, "the header does not end with a newline");
   }
 
  private:
@@ -184,6 +265,7 @@ class npy_header {
   }
 
   std::string_view string() {
+    if (peek() == 'u') ++at_;
     char const quote = peek();
     if (quote != '\'' && quote != '"') {
       if (at_ >= text_.size()) fail(at_, "the header ends within its dictionary");
@@ -201,18 +283,17 @@ class npy_header {
     std::size_t const start = at_;
     if (peek() == '[' || peek() == '(') fail(start, "structured types are not read");
     std::string_view const descr = string();
-    for (npy_type const& known : npy_types)
-      if (known.descr == descr) {
-        type = known.type;
-        return;
-      }
+    if (auto const known = npy_type_of(descr)) {
+      type = *known;
+      return;
+    }
     std::string const name = "'" + std::string(descr) + "'";
     if (descr.size() > 1 && descr[1] == 'O')
       fail(start, name + ": Python objects (pickle) are not read");
     if (!descr.empty() && descr[0] == '>')
       fail(start,
            name + ": big endian is not read (in Python: x.astype(x.dtype.newbyteorder('<')))");
-    fail(start, name + ": not a type that is read (<f2 <f4 <f8, integers, |b1, |V2)");
+    fail(start, name + ": not a type that is read (<f2 <f4 <f8, integers, |b1, |V1, |V2)");
   }
 
   void read_order() {
@@ -235,6 +316,7 @@ class npy_header {
       }
       if (at_ == start || (text_[start] == '0' && at_ != start + 1))
         fail(start, "an extent is not a plain number");
+      if (suffixed_ && peek() == 'L') ++at_;
       shape.push_back(n);
       skip();
       if (peek() == ')' && shape.size() == 1) fail(at_, "a tuple of one extent needs a comma");
@@ -246,6 +328,7 @@ class npy_header {
   std::string const& file_;
   std::string_view text_;
   std::size_t offset_, at_ = 0;
+  bool suffixed_;
 };
 
 }  // namespace detail
@@ -256,7 +339,10 @@ inline npy_file::npy_file(mapped_file file, reinterpret bits) : file_(std::move(
                              file_.bytes().size());
   constexpr std::string_view magic = "\x93NUMPY";
   if (all.substr(0, magic.size()) != magic)
-    throw format_error(path, 0, all.empty() ? "the file is empty" : "wrong magic: not a .npy file");
+    throw format_error(path, 0,
+                       all.empty()
+                           ? "the file is empty"
+                           : "wrong magic: not a .npy file" + detail::but(file_.bytes(), path));
   auto const byte = [&](std::size_t i) {
     if (i >= all.size()) throw format_error(path, all.size(), "the file ends within its header");
     return std::size_t{static_cast<unsigned char>(all[i])};
@@ -274,12 +360,16 @@ inline npy_file::npy_file(mapped_file file, reinterpret bits) : file_(std::move(
   if (size > all.size() - begin)
     throw format_error(path, all.size(), "the file ends within its header");
 
-  detail::npy_header header(path, all.substr(begin, size), begin);
+  detail::npy_header header(path, all.substr(begin, size), begin, major_version < 3);
   std::size_t const start = begin + size;
   auto const extent = detail::extent_of(header.shape, rflow::bits(header.type));
   if (!extent.ok)
     throw format_error(path, begin, "shape " + detail::shape_text(header.shape) + " overflows");
   auto const needed = static_cast<std::size_t>(extent.bits / 8);
+  if (all.size() - start > needed && all.substr(start + needed).starts_with(magic))
+    throw format_error(path, start + needed,
+                       "another array follows: save each in a file of its own, or all with "
+                       "numpy.savez");
   if (all.size() - start != needed)
     throw format_error(path, std::min<std::size_t>(all.size(), start + needed),
                        std::to_string(all.size() - start) + " bytes of data, but " +
@@ -290,12 +380,12 @@ inline npy_file::npy_file(mapped_file file, reinterpret bits) : file_(std::move(
   array_.type = header.type;
   array_.shape = std::move(header.shape);
   array_.strides = detail::dense_strides(array_.shape, header.fortran_order);
-  if (bits != reinterpret::nothing) {
-    if (array_.type != dtype::raw16 && array_.type != dtype::u16 && array_.type != dtype::i16)
-      detail::reject("rflow::npy_file", path + ": only 16-bit integers and |V2 are " +
-                                            "reinterpreted, found " + array_.description());
-    array_.type = bits == reinterpret::as_f16 ? dtype::f16 : dtype::bf16;
-  }
+  if (bits != reinterpret::nothing && !detail::apply(bits, array_))
+    detail::reject("rflow::npy_file",
+                   path +
+                       ": only 16-bit integers and |V2 are reinterpreted as halves, only 8-bit "
+                       "integers and |V1 as 8-bit floats, found " +
+                       array_.description());
   array_.data = file_.aligned(start, needed, detail::alignment(array_.type));
 }
 
@@ -315,9 +405,13 @@ inline tensor const& npy_directory::operator[](std::string_view name) {
   auto const found = files_.find(name);
   if (found == files_.end())
     detail::reject("rflow::npy_directory", path_ + " has no file " + std::string(name) + ".npy");
-  if (!found->second)
-    found->second.emplace(std::filesystem::path(path_) / (found->first + ".npy"), bits_);
-  return found->second->array();
+  if (!found->second) {
+    npy_file file(std::filesystem::path(path_) / (found->first + ".npy"));
+    tensor array = file.array();
+    detail::apply(bits_, array);
+    found->second.emplace(opened{std::move(file), std::move(array)});
+  }
+  return found->second->array;
 }
 
 inline void write_npy(std::filesystem::path const& path, tensor const& x) {

@@ -17,6 +17,7 @@
 
 #include <rflow/file.hpp>
 #include <rflow/names.hpp>
+#include <rflow/widen.hpp>
 
 namespace rflow {
 
@@ -35,6 +36,8 @@ struct site_set {
   std::vector<site_note> notes;  ///< how names and axes were read
   bool is_list = false;          ///< by its names a list whose last may be the final norm
   std::shared_ptr<void const> storage = {};  ///< of sites that had to be copied
+  /// What the file stores in several types, or in 8-bit floats, is widened exactly, into copies.
+  widening widened;
 
   /// What all are stored as.
   dtype type() const { return chain.front().type; }
@@ -163,15 +166,17 @@ inline site_note batch_note(tensor const& x, std::ptrdiff_t batch, std::ptrdiff_
                                      std::string const& axes, tensor const& x) {
   throw site_error(site_fault::not_activations,
                    std::string(where) + ": " + path + (path.empty() ? "" : ": ") +
-                       "f16, bf16, f32 or f64 with the axes " + axes + " expected, found " +
+                       "floating-point with the axes " + axes + " expected, found " +
                        x.description() + cure_of(x.type),
-                   std::string(to_string(x.type)));
+                   cure_of(x.type).find("open the .npy") == std::string::npos
+                       ? ""
+                       : std::string(to_string(x.type)));
 }
 
 /// The array of one site as tokens × hidden; by the letters, if there are some.
 inline flat_site one_site(char const* where, std::string const& path, tensor x,
                           std::string const& axes, copies& kept) {
-  if (!is_viewable(x.type)) refuse_type(where, path, "tokens, hidden", x);
+  if (!is_activation(x.type)) refuse_type(where, path, "tokens, hidden", x);
   tensor const stored = x;
   std::string letters = axes;
   if (letters.empty()) {
@@ -193,6 +198,16 @@ inline flat_site one_site(char const* where, std::string const& path, tensor x,
 }
 
 }  // namespace detail
+
+/// Brings all sites of a set to one type that views exist of (see widen_to_one) and says so in the
+/// set. Cost: none where they have one already; else the copies that widen_to_one states.
+/// @throws std::invalid_argument naming the site if one is not of a floating type
+inline void widen_sites(site_set& sites) {
+  std::vector<tensor*> all;
+  for (tensor& site : sites.chain) all.push_back(&site);
+  if (sites.final_norm) all.push_back(&*sites.final_norm);
+  sites.widened = widen_to_one(all);
+}
 
 /// The sites of one array. Index 0 is the embedding, the others are the raw outputs of blocks;
 /// pattern.embed = "" says that all are blocks, pattern.last that the last is the final norm
@@ -224,7 +239,7 @@ inline site_set split_sites(tensor x, site_pattern const& pattern = {}) {
     x.strides.insert(x.strides.begin(), 0);
   }
   std::size_t const sites = letters.find('s');
-  if (!is_viewable(x.type) || x.shape.size() != letters.size())
+  if (!is_activation(x.type) || x.shape.size() != letters.size())
     detail::refuse_type(
         where, "", pattern.axes.empty() ? "sites, tokens, hidden" : "of '" + pattern.axes + "'",
         stored);
@@ -267,6 +282,7 @@ inline site_set split_sites(tensor x, site_pattern const& pattern = {}) {
   if (!kept.empty()) out.storage = std::make_shared<detail::copies>(std::move(kept));
   out.sequences = detail::offsets_of(batch, out.tokens());
   if (batch > 1) out.notes.push_back(detail::batch_note(stored, batch, out.tokens()));
+  widen_sites(out);
   return out;
 }
 
@@ -308,7 +324,7 @@ site_set sites_of_array(File& file, std::vector<std::string> const& names, site_
       if (!pattern.array.empty() && name != pattern.array) continue;
       try {
         tensor const x = file[name];
-        if (!is_viewable(x.type) || x.rank() < 3) continue;
+        if (!is_activation(x.type) || x.rank() < 3) continue;
         tensor fewer = x;
         if (said) drop_ones(fewer, pattern.axes.size());
         if (!pattern.array.empty() || !said || fewer.shape.size() == pattern.axes.size())
@@ -352,11 +368,12 @@ site_set sites_of_array(File& file, std::vector<std::string> const& names, site_
 /// Finds the sites among the tensors of a file: by the pattern, and what it leaves out by the names
 /// that tools write (names.hpp). Tensors of other names are left alone. Sites of more axes than
 /// two are batch × tokens × hidden (or as pattern.axes says), and become sequences; axes of 1 are
-/// dropped. If pattern.axes has sites, one array holds all of them.
+/// dropped. If pattern.axes has sites, one array holds all of them. Sites of different types, and of
+/// 8-bit floats, are widened (widen_sites).
 /// @param  file  a safetensors_file, an npy_directory, or anything with path(), names() and
 ///               operator[](name) → tensor
 /// @throws site_error (std::invalid_argument) naming the file and the site, of the kinds of
-///         site_fault; std::invalid_argument if sites disagree in type or tokens. Also what the
+///         site_fault; std::invalid_argument if sites disagree in tokens. Also what the
 ///         file throws.
 template <class File>
 site_set find_sites(File& file, site_pattern const& pattern = {}) {
@@ -378,8 +395,7 @@ site_set find_sites(File& file, site_pattern const& pattern = {}) {
       reference = site.x;
       batch = site.batch;
     }
-    if (site.x.type != reference->type || site.x.shape[0] != reference->shape[0] ||
-        site.batch != batch)
+    if (site.x.shape[0] != reference->shape[0] || site.batch != batch)
       detail::reject(where, path + ": sites disagree: " + file[reference->name].description() +
                                 ", but " + file[name].description());
     return site.x;
@@ -399,6 +415,7 @@ site_set find_sites(File& file, site_pattern const& pattern = {}) {
   if (batch > 1)
     out.notes.push_back(detail::batch_note(file[out.chain.front().name], batch, out.tokens()));
   out.is_list = named->is_list;
+  widen_sites(out);
   return out;
 }
 

@@ -8,6 +8,7 @@ and, byte for byte, what the writers must write.
     venv/bin/python tests/reference/files.py FILE...     # read files that rflow has written
 """
 
+import io
 import pathlib
 import sys
 
@@ -16,6 +17,22 @@ import numpy as np
 import safetensors.numpy
 
 folder = pathlib.Path(__file__).parent / "files"
+
+
+class Stream(io.RawIOBase):
+    """A file that only goes forward."""
+
+    def __init__(self, file):
+        self.file = file
+
+    def writable(self):
+        return True
+
+    def seekable(self):
+        return False
+
+    def write(self, data):
+        return self.file.write(data)
 
 
 def values(dtype):
@@ -29,6 +46,15 @@ def write():
     for name in types:
         np.save(folder / f"{name}.npy", values(name))
     np.save(folder / "bfloat16.npy", values(ml_dtypes.bfloat16))
+    for name in ["float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz"]:
+        every = np.arange(256, dtype="u1").view(getattr(ml_dtypes, name)).reshape(16, 16)
+        np.save(folder / f"{name}.npy", every)
+        np.save(folder / f"{name}_as_f4.npy", every.astype("f4"))
+    arrays = {"embed": values("f4"), "block.1": np.asfortranarray(values("f8")), "empty": np.zeros((0, 5), "f4")}
+    np.savez(folder / "stored.npz", **arrays)
+    np.savez_compressed(folder / "deflated.npz", **arrays)
+    with open(folder / "streamed.npz", "wb") as file:
+        np.savez(Stream(file), **arrays)  # what cannot be sought has the sizes behind the data
     np.save(folder / "fortran.npy", np.asfortranarray(values("f4")))
     np.save(folder / "three.npy", np.arange(24, dtype="f4").reshape(2, 3, 4))
     np.save(folder / "scalar.npy", np.float32(7))
