@@ -87,7 +87,8 @@ void require_clear_axes(std::string const& path, std::string const& stem, rflow:
   };
   std::vector<std::ptrdiff_t> const& n = x.shape;
   if (n.size() == 3) {
-    if (n[0] > 1 && rflow::numbered_like_a_layer(stem))
+    // Hugging Face's last_hidden_state is batch, tokens, hidden.
+    if (n[0] > 1 && (rflow::numbered_like_a_layer(stem) || stem == "last_hidden_state"))
       refuse("named like one layer of many, it may hold a batch or all sites",
              "batch,tokens,hidden or --axes sites,tokens,hidden");
     if (n[0] > n[1])

@@ -359,6 +359,9 @@ TEST_CASE("axes of arrays: asked where they are not clear, read where they are s
   CHECK(model_of(work, {"layer_3.npy", "--axes", "batch,tokens,hidden"}).at("sites").size() == 1);
   check_same(model_of(work, {"layer_3.npy", "--axes", "sites,tokens,hidden"}), expected);
 
+  rflow::write_npy(work / "last_hidden_state.npy", all, {5, n, d});
+  CHECK(says(refusal(work, {"last_hidden_state.npy"}), "it may hold a batch or all sites"));
+
   // Fewer sites than tokens, but neighbours along the second axis are like layers.
   auto const few = stream(9, 3, 4);
   std::vector<float> prompts;
