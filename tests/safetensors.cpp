@@ -528,6 +528,7 @@ TEST_CASE("every rule of an index") {
   CHECK(contains(error("{\"weight_map\":\"x\"}"), "weight_map is no object"));
   for (auto const* text : {"{}", "[]", "1", "[{\"weight_map\":{}}]", "{\"a\":{\"weight_map\":{}}}"})
     CHECK(contains(error(text), "the index has no weight_map"));
-  for (auto const* text : {"", "{", "{\"weight_map\":{\"y\":\"b\xff\"}}", "{}x"})
+  CHECK(contains(error(""), "the file is empty"));
+  for (auto const* text : {" ", "{", "{\"weight_map\":{\"y\":\"b\xff\"}}", "{}x"})
     CHECK(contains(error(text), "not UTF-8 JSON"));
 }

@@ -18,8 +18,8 @@ class Rflow(ConanFile):
     settings = "os", "arch", "compiler", "build_type"
     implements = ["auto_header_only"]
     # Headers are always there; an option brings what they need.
-    options = {"safetensors": [True, False]}
-    default_options = {"safetensors": False}
+    options = {"safetensors": [True, False], "inflate": [True, False]}
+    default_options = {"safetensors": False, "inflate": False}
 
     @property
     def _root(self):
@@ -37,6 +37,8 @@ class Rflow(ConanFile):
         self.requires("eigen/[>=3.4 <4]", transitive_headers=True)
         if self.options.safetensors:
             self.requires("nlohmann_json/[>=3.11 <4]", transitive_headers=True)
+        if self.options.inflate:
+            self.requires("zlib/[>=1.2.11 <2]", transitive_headers=True, transitive_libs=True)
 
     def validate(self):
         check_min_cppstd(self, 20)
@@ -59,3 +61,7 @@ class Rflow(ConanFile):
             files = self.cpp_info.components["safetensors"]
             files.set_property("cmake_target_name", "rflow::safetensors")
             files.requires = ["rflow", "nlohmann_json::nlohmann_json"]
+        if self.options.inflate:
+            inflate = self.cpp_info.components["inflate"]
+            inflate.set_property("cmake_target_name", "rflow::inflate")
+            inflate.requires = ["rflow", "zlib::zlib"]

@@ -216,11 +216,17 @@ capture load(std::string const& path, options const& asked) {
   } catch (rflow::site_error const& error) {
     throw unusable(path, reason_of(error, path) + cure_of(error, numpy));
   } catch (std::exception const& error) {
+    // What the readers cannot know: what this program can do.
+    constexpr char const* cures[][2] = {
+        {"these are not parts of one file",
+         "; if they are shards of one model's tokens, give all of them with --shards"},
+        {"and there is no inflater",
+         " in this program: build it where zlib is installed (Debian: zlib1g-dev), or save the "
+         "file "
+         "with numpy.savez, which does not compress"}};
     std::string text = reason_of(error, path);
-    if (text.find("and there is no inflater") != std::string::npos)
-      text +=
-          " in this program: build it where zlib is installed (Debian: zlib1g-dev), or save the "
-          "file with numpy.savez, which does not compress";
+    for (auto const& [said, cure] : cures)
+      if (text.find(said) != std::string::npos) text += cure;
     throw unusable(path, text);
   }
 }
@@ -243,6 +249,10 @@ void require_no_layers(std::vector<std::string> const& inputs, std::size_t sites
 
 std::vector<capture> load_all(options const& asked) {
   std::vector<capture> out;
+  if (asked.inputs.size() == 2 && are_parts_of_one(asked.inputs[0], asked.inputs[1]))
+    throw unusable(asked.inputs[1], "a part of the same file as " + asked.inputs[0] +
+                                        ": give one of them; or --shards with all of them, if they "
+                                        "are shards of one model's tokens");
   for (std::string const& input : asked.inputs) {
     out.push_back(load(input, asked));
     if (!asked.names.empty()) out.back().label = asked.names[out.size() - 1];

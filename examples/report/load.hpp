@@ -34,6 +34,15 @@ struct capture {
   std::ptrdiff_t depth = 0;                  // L, of the positions l/L; 0: the last l
   std::vector<std::string> notes = {};       // on how it was read; they become warnings
 
+  /// Bytes of its sites that are copies in memory.
+  double copied() const {
+    double out = static_cast<double>(sites.widened.bytes + sites.storage_bytes);
+    if (file->copies())
+      for (rflow::tensor const& site : sites.chain)
+        out += static_cast<double>(site.size()) * rflow::bits(site.type) / 8;
+    return out;
+  }
+
   /// Identifies the tokens that the model saw; empty if the file does not say.
   std::string token_hash() const {
     auto const found = metadata.find("token_hash");

@@ -4,6 +4,7 @@
 #include <rflow/container.hpp>
 #include <rflow/safetensors.hpp>
 
+#include <concepts>
 #include <filesystem>
 #include <stdexcept>
 #include <system_error>
@@ -33,6 +34,8 @@ class named_tensors : public opened {
   bool is_numpy() const override {
     return !requires { std::declval<File&>().metadata(); };
   }
+  /// In a .npz little is aligned.
+  bool copies() const override { return std::same_as<File, rflow::npz_file>; }
 
  private:
   File file_;
@@ -130,7 +133,24 @@ std::unique_ptr<opened> open_file(std::string const& path, rflow::reinterpret bi
   return out;
 }
 
+/// The path of a part without its number.
+std::string without_number(std::string path) {
+  std::size_t const end = path.rfind("-of-");
+  std::size_t begin = end;
+  while (begin > 0 && path[begin - 1] >= '0' && path[begin - 1] <= '9') --begin;
+  return path.erase(begin, end - begin);
+}
+
 }  // namespace
+
+bool are_parts_of_one(std::string const& a, std::string const& b) {
+  auto const is_part = [](std::string const& path) {
+    return fs::path(path).extension() == ".safetensors" && rflow::sharded_safetensors::is_one(path);
+  };
+  return is_part(a) && is_part(b) &&
+         without_number(fs::path(a).lexically_normal().string()) ==
+             without_number(fs::path(b).lexically_normal().string());
+}
 
 std::unique_ptr<opened> open_input(std::string const& path, rflow::reinterpret bits, bool alone) {
   std::error_code ignored;

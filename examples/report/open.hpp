@@ -32,6 +32,8 @@ class opened {
   virtual bool is_numpy() const = 0;
   /// Whether it is a .npy, which has one array without a name of its own.
   virtual bool is_single_array() const { return false; }
+  /// Whether tensors are copies in memory, as a rule, and not views of the mapped file.
+  virtual bool copies() const { return false; }
 
   /// What the reader of a report should know about how it was read, such as that the file is not
   /// what its name says. Sentences without a full stop.
@@ -44,6 +46,9 @@ class opened {
 /// @throws std::runtime_error, in one line with the cure, if it is of a kind that is not read; else
 ///         what the readers throw
 std::unique_ptr<opened> open_input(std::string const& path, rflow::reinterpret bits, bool alone);
+
+/// Whether both are parts (-00001-of-00002) of one safetensors file.
+bool are_parts_of_one(std::string const& a, std::string const& b);
 
 /// zlib's, or none if this program was built without it.
 rflow::inflater inflater_here();

@@ -128,8 +128,9 @@ std::optional<options> parse(int argc, char const* const* argv) {
                                         std::to_string(rflow::version.patch));
 
   app.add_option("input", o.inputs,
-                 "One or two captures: a safetensors file with one tensor per site, a folder of "
-                 ".npy files, or one .npy with axes sites, tokens, hidden")
+                 "One or two captures: a safetensors file (or one in parts) with one tensor per "
+                 "site, a .npz or a folder of .npy files with one array per site, or one .npy with "
+                 "axes sites, tokens, hidden")
       ->required()
       ->expected(1, 1 << 20)
       ->type_name("FILE");

@@ -54,6 +54,7 @@ struct plan {
   std::vector<std::string> sites, notes;
   std::vector<double> positions;
   bool embedding = true;
+  double copied_most = 0, copied_all = 0;  // bytes that reading copies: of one shard, of all
   std::ptrdiff_t width = 0;
   rflow::dtype type{};
   std::ptrdiff_t tokens() const {
@@ -74,6 +75,7 @@ std::string identity_of(std::string const& path) {
 plan plan_of(options const& asked) {
   plan out;
   bool alike = true;
+  std::ptrdiff_t with_notes = 0;
   for (std::string const& input : asked.inputs) {
     capture const c = load(input, asked);
     if (!c.sites.one_width())
@@ -84,7 +86,6 @@ plan plan_of(options const& asked) {
       out.sites = c.sites.names();
       out.positions = c.positions();
       out.embedding = c.sites.layer(0) == 0;
-      out.notes = c.notes;
       out.width = c.sites.width();
       out.type = c.sites.type();
       out.dtype = to_string(out.type);
@@ -101,10 +102,17 @@ plan plan_of(options const& asked) {
                          shape(out.sites.size(), out.width, out.dtype) +
                          (c.sites.chain.size() == out.sites.size() ? " (or other names)" : ""));
     }
+    out.copied_most = std::max(out.copied_most, c.copied());
+    out.copied_all += c.copied();
+    with_notes += c.notes.empty() ? 0 : 1;
+    if (out.notes.empty())
+      for (std::string const& text : c.notes) out.notes.push_back(input + ": " + text);
     out.shards.push_back({input, c.sites.tokens(), identity_of(input)});
     alike = alike && c.sites.tokens() == out.shards.front().tokens;
   }
   require_no_layers(asked.inputs, out.sites.size(), alike);
+  if (with_notes > 1)
+    out.notes.push_back("the like holds for " + plural(with_notes - 1, "other file"));
   return out;
 }
 
@@ -471,7 +479,8 @@ double bytes_needed(plan const& p, options const& asked, workers const& all) {
   double const t = static_cast<double>(rflow::bits(p.type)) / 8;
   double const rows = n * d * (2 * t + c);  // two rows, the mean
   double const fixed = rows + 8 * s * (3 * d + 8 * s) + 32e6 + bytes_of_tables(s, asked) +
-                       bytes_of_threads(threads_of(asked, all));
+                       bytes_of_threads(threads_of(asked, all)) +
+                       (asked.minibatch_cka ? p.copied_most : p.copied_all);
   if (!asked.minibatch_cka) {
     // Scratch; norms, sums per token of a share and of all, and of one rank at a time on the way.
     double const sums = 10 + (all.size() > 1 ? 16 : 0);

@@ -530,7 +530,7 @@ class weight_map {
   std::map<std::string, std::string, std::less<>> files;  // of each tensor
   bool found = false;
 
-  explicit weight_map(std::string const& path) : path_(path) {}
+  explicit weight_map(std::string path) : path_(std::move(path)) {}
 
   bool null() { return other(); }
   bool boolean(bool) { return other(); }
@@ -585,7 +585,7 @@ class weight_map {
     return true;
   }
 
-  std::string const& path_;
+  std::string path_;
   std::size_t depth_ = 0;
   bool is_next_ = false, inside_ = false;
   std::pair<std::string const, std::string>* file_ = nullptr;
@@ -675,6 +675,7 @@ inline void sharded_safetensors::read_index(std::filesystem::path const& index) 
   mapped_file const file(index);
   std::string_view const text(reinterpret_cast<char const*>(file.bytes().data()),
                               file.bytes().size());
+  if (text.empty()) throw format_error(file.path(), 0, "the file is empty");
   if (text.size() > detail::safetensors_header_limit)
     throw format_error(file.path(), 0, "an index of more than 100000000 bytes");
   detail::weight_map map(file.path());

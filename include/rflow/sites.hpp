@@ -36,6 +36,7 @@ struct site_set {
   std::vector<site_note> notes;  ///< how names and axes were read
   bool is_list = false;          ///< by its names a list whose last may be the final norm
   std::shared_ptr<void const> storage = {};  ///< of sites that had to be copied
+  std::size_t storage_bytes = 0;             ///< what that takes
   /// What the file stores in several types, or in 8-bit floats, is widened exactly, into copies.
   widening widened;
 
@@ -118,6 +119,11 @@ inline void drop_ones(tensor& x, std::size_t axes) {
 
 /// Memory of arrays that were copied; shared, since their tensors look at it.
 using copies = std::vector<std::shared_ptr<std::vector<std::byte> const>>;
+
+inline void keep(copies all, site_set& sites) {
+  for (auto const& bytes : all) sites.storage_bytes += bytes->size();
+  if (!all.empty()) sites.storage = std::make_shared<copies>(std::move(all));
+}
 
 /// b × t × h as (b t) × h. Copied if no strides say that.
 inline flat_site flattened(tensor x, std::string const& letters, copies& kept) {
@@ -279,7 +285,7 @@ inline site_set split_sites(tensor x, site_pattern const& pattern = {}) {
     out.layers.push_back(layer);
     out.chain.push_back(std::move(site.x));
   }
-  if (!kept.empty()) out.storage = std::make_shared<detail::copies>(std::move(kept));
+  detail::keep(std::move(kept), out);
   out.sequences = detail::offsets_of(batch, out.tokens());
   if (batch > 1) out.notes.push_back(detail::batch_note(stored, batch, out.tokens()));
   widen_sites(out);
@@ -409,7 +415,7 @@ site_set find_sites(File& file, site_pattern const& pattern = {}) {
     out.layers.push_back(block.layer);
   }
   if (!named->final_norm.empty()) out.final_norm = open(named->final_norm);
-  if (!kept.empty()) out.storage = std::make_shared<detail::copies>(std::move(kept));
+  detail::keep(std::move(kept), out);
   out.sequences = detail::offsets_of(batch, out.tokens());
   out.notes = named->notes;
   if (batch > 1)

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Any bytes at all are a safetensors file that opens, whose tensors fill its data exactly and can be
 // read, or a format_error. Each input is opened as it is, and with a header length that fits, so
-// that the fuzzer gets past the first eight bytes.
+// that the fuzzer gets past the first eight bytes; and as an index of a file in parts.
 #include <cstddef>
 #include <cstdint>
 #include <cstdlib>
@@ -38,11 +38,21 @@ void open(std::span<std::byte const> bytes) {
   }
 }
 
+void read_as_index(std::uint8_t const* data, std::size_t size) {
+  try {
+    rflow::detail::weight_map map("fuzz");
+    nlohmann::json::sax_parse(data, data + size, &map);
+    for (auto const& [name, file] : map.files) rflow::detail::stays_below(file);
+  } catch (rflow::format_error const&) {
+  }
+}
+
 }  // namespace
 
 extern "C" int LLVMFuzzerTestOneInput(std::uint8_t const* data, std::size_t size) {
   auto const bytes = std::as_bytes(std::span(data, size));
   open(bytes);
+  if (size > 0) read_as_index(data, size);
   if (size < 8) return 0;
   // The header ends with the last brace.
   std::vector<std::byte> mended(bytes.begin(), bytes.end());
