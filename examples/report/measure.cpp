@@ -9,6 +9,7 @@
 
 #include "memory.hpp"
 #include "text.hpp"
+#include "widths.hpp"
 
 namespace report {
 namespace {
@@ -136,16 +137,24 @@ rflow::layer_probes probes_of(capture const& c, std::vector<std::int64_t> const&
 }
 
 /// Why the layers of two captures cannot be compared token by token; empty if they can.
-std::string why_not_comparable(capture const& a, capture const& b) {
-  for (capture const* c : {&a, &b})
-    if (c->token_hash().empty())
-      return c->path + " does not say which tokens it saw (no token_hash in its metadata)";
-  if (a.token_hash() != b.token_hash())
+std::string why_not_comparable(capture const& a, capture const& b, bool same_tokens) {
+  std::string const counts = a.path + " holds " + plural(a.sites.tokens(), "token") + " and " +
+                             b.path + " " + std::to_string(b.sites.tokens());
+  bool const alike = a.sites.tokens() == b.sites.tokens();
+  if (same_tokens) return alike ? "" : "not the same tokens: " + counts;
+  bool const hashes = !a.token_hash().empty() && !b.token_hash().empty();
+  if (hashes && a.token_hash() != b.token_hash())
     return "the token hashes differ: the two models did not see the same tokens";
-  if (a.sites.tokens() != b.sites.tokens())
-    return "the token hashes agree, but " + a.path + " holds " + plural(a.sites.tokens(), "token") +
-           " and " + b.path + " " + std::to_string(b.sites.tokens());
-  return "";
+  if (!a.token_ids.empty() && !b.token_ids.empty() && a.token_ids != b.token_ids)
+    return "the token ids differ: the two models did not see the same tokens";
+  if (hashes && !alike) return "the token hashes agree, but " + counts;
+  if (hashes || (!a.token_ids.empty() && !b.token_ids.empty())) return "";
+  for (capture const* c : {&a, &b})
+    if (c->token_hash().empty() && c->token_ids.empty())
+      return c->path + " does not say which tokens it saw (no token_hash in its metadata, no " +
+             "token_ids)" + (alike ? "; if they are the same, --same-tokens says so" : "");
+  return "one file has a token hash, the other token ids" +
+         std::string(alike ? "; if the tokens are the same, --same-tokens says so" : "");
 }
 
 /// "embed, block.3 … block.30": names of sites, runs shortened.
@@ -260,7 +269,7 @@ void add_warnings(model_result& m, rflow::flow_report const& final_norm,
   for (auto const& pair : f.adjacent) adjacent.push_back(pair.mean);
   note_missing("adjacent cosine", adjacent, pairs_of(m.sites, adjacent.size()), out);
   note_missing("step", f.variance.steps, pairs_of(m.sites, f.variance.steps.size()), out);
-  std::vector<std::string> turns(m.sites.begin() + std::min<std::ptrdiff_t>(1, m.blocks()),
+  std::vector<std::string> turns(m.sites.begin() + std::min<std::ptrdiff_t>(1, m.steps()),
                                  m.sites.end());
   note_missing("curvature", f.variance.curvature, turns, out);
   note_missing("St1", {f.variance.st1}, {"the chain"}, out);
@@ -337,7 +346,7 @@ result measure(std::vector<capture> const& captures, options const& asked, progr
   result out;
   bool together = false;
   if (captures.size() == 2) {
-    out.why_no_cross = why_not_comparable(captures[0], captures[1]);
+    out.why_no_cross = why_not_comparable(captures[0], captures[1], asked.same_tokens);
     together = out.why_no_cross.empty();
     if (asked.cross_cka && !together)
       throw unusable(captures[0].path + ", " + captures[1].path,
@@ -384,9 +393,12 @@ result measure(std::vector<capture> const& captures, options const& asked, progr
     m.token_hash = c.token_hash();
     m.metadata = c.metadata;
     m.sites = c.sites.names();
+    m.positions = c.positions();
+    m.embedding = c.sites.layer(0) == 0;
+    for (std::string const& note : c.notes) m.warnings.push_back({false, note});
     m.stored_tokens = c.sites.tokens();
     m.flow = with_stack(c, asked.skip_first, false, [&](auto const& stack) {
-      return rflow::flow(stack, {.normalize = asked.normalize, .per_token = true}, on);
+      return flow_of(stack, {.normalize = asked.normalize, .per_token = true}, on);
     });
     final_norms.emplace_back();
     if (c.sites.final_norm) {
@@ -419,11 +431,8 @@ result measure(std::vector<capture> const& captures, options const& asked, progr
 
   for (model_result& m : out.models) require_finite(m);
   for (cka_result& c : out.cross) require_finite(c);
-  for (std::size_t k = 0; k < out.models.size(); ++k) {
-    for (std::string const& text : captures[k].notes())
-      out.models[k].warnings.push_back({false, text});
+  for (std::size_t k = 0; k < out.models.size(); ++k)
     add_warnings(out.models[k], final_norms[k], asked.skip_first);
-  }
   if (out.models.size() == 2) {
     auto const& a = out.models[0].flow.variance.path_energy;
     auto const& b = out.models[1].flow.variance.path_energy;

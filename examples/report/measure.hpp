@@ -63,6 +63,8 @@ struct model_result {
   std::string path, label, dtype, token_hash;
   std::map<std::string, std::string> metadata;
   std::vector<std::string> sites;  // of the chain
+  std::vector<double> positions;   // l/L of each; empty: evenly from 0 to 1
+  bool embedding = true;           // the chain begins with it; else with a block
   std::string final_norm_name;     // empty if there is none
   std::ptrdiff_t stored_tokens = 0;
   rflow::flow_report flow;
@@ -72,7 +74,9 @@ struct model_result {
   std::optional<shard_facts> shards;          // if it was read in shards
   std::vector<warning> warnings;
 
-  std::ptrdiff_t blocks() const { return static_cast<std::ptrdiff_t>(sites.size()) - 1; }
+  /// From site to site of the chain.
+  std::ptrdiff_t steps() const { return static_cast<std::ptrdiff_t>(sites.size()) - 1; }
+  std::ptrdiff_t blocks() const { return steps() + (embedding ? 0 : 1); }
   bool has_final_norm() const { return !final_norm_name.empty(); }
   std::vector<std::string> cka_sites() const {
     std::vector<std::string> out = sites;
@@ -81,7 +85,8 @@ struct model_result {
   }
   /// Normalised layer index l/L of a site of the chain.
   double position(std::size_t site) const {
-    return blocks() > 0 ? static_cast<double>(site) / static_cast<double>(blocks()) : 0;
+    if (!positions.empty()) return positions[site];
+    return steps() > 0 ? static_cast<double>(site) / static_cast<double>(steps()) : 0;
   }
   /// Mean of the adjacent cosines over the blocks that have one; and how many have.
   std::pair<rflow::measured, std::size_t> adjacent_mean() const {

@@ -31,6 +31,9 @@ class named_tensors : public opened {
     else
       return {};
   }
+  bool is_numpy() const override {
+    return !requires { std::declval<File&>().metadata(); };
+  }
   /// In a .npz little is aligned.
   bool copies() const override { return std::same_as<File, rflow::npz_file>; }
 
@@ -45,6 +48,7 @@ class single_array : public opened {
   std::vector<std::string> names() const override { return {file_.array().name}; }
   bool contains(std::string_view name) const override { return name == file_.array().name; }
   rflow::tensor operator[](std::string_view) override { return file_.array(); }
+  bool is_numpy() const override { return true; }
   bool is_single_array() const override { return true; }
 
  private:

@@ -28,6 +28,8 @@ class opened {
   virtual rflow::tensor operator[](std::string_view name) = 0;
   /// What the file says of itself; empty for NumPy's.
   virtual std::map<std::string, std::string> metadata() const { return {}; }
+  /// Whether it is NumPy's, so that `bits` can say what integers are.
+  virtual bool is_numpy() const = 0;
   /// Whether it is a .npy, which has one array without a name of its own.
   virtual bool is_single_array() const { return false; }
   /// Whether tensors are copies in memory, as a rule, and not views of the mapped file.

@@ -51,9 +51,10 @@ struct plan {
   std::vector<shard> shards;
   std::string label, dtype;
   std::map<std::string, std::string> metadata;
-  std::vector<std::string> notes;
+  std::vector<std::string> sites, notes;
+  std::vector<double> positions;
+  bool embedding = true;
   double copied_most = 0, copied_all = 0;  // bytes that reading copies: of one shard, of all
-  std::vector<std::string> sites;
   std::ptrdiff_t width = 0;
   rflow::dtype type{};
   std::ptrdiff_t tokens() const {
@@ -73,13 +74,18 @@ std::string identity_of(std::string const& path) {
 /// Opens every shard for a moment: all must hold the same sites.
 plan plan_of(options const& asked) {
   plan out;
+  bool alike = true;
   std::ptrdiff_t with_notes = 0;
   for (std::string const& input : asked.inputs) {
     capture const c = load(input, asked);
+    if (!c.sites.one_width())
+      throw unusable(input, "its sites differ in width, which --shards does not read");
     if (out.shards.empty()) {
       out.label = c.label;
       out.metadata = c.metadata;
       out.sites = c.sites.names();
+      out.positions = c.positions();
+      out.embedding = c.sites.layer(0) == 0;
       out.width = c.sites.width();
       out.type = c.sites.type();
       out.dtype = to_string(out.type);
@@ -98,12 +104,13 @@ plan plan_of(options const& asked) {
     }
     out.copied_most = std::max(out.copied_most, c.copied());
     out.copied_all += c.copied();
-    std::vector<std::string> const notes = c.notes();
-    with_notes += notes.empty() ? 0 : 1;
+    with_notes += c.notes.empty() ? 0 : 1;
     if (out.notes.empty())
-      for (std::string const& text : notes) out.notes.push_back(input + ": " + text);
+      for (std::string const& text : c.notes) out.notes.push_back(input + ": " + text);
     out.shards.push_back({input, c.sites.tokens(), identity_of(input)});
+    alike = alike && c.sites.tokens() == out.shards.front().tokens;
   }
+  require_no_layers(asked.inputs, out.sites.size(), alike);
   if (with_notes > 1)
     out.notes.push_back("the like holds for " + plural(with_notes - 1, "other file"));
   return out;
@@ -594,6 +601,8 @@ result measure_shards(options const& asked, workers& all, progress const& tell) 
   model.metadata.erase("token_hash");  // of one shard
   model.dtype = p.dtype;
   model.sites = p.sites;
+  model.positions = p.positions;
+  model.embedding = p.embedding;
   model.stored_tokens = p.tokens();
   model.flow = rflow::report_of(m.flow, asked.normalize);
   if (asked.minibatch_cka)

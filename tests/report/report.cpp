@@ -562,21 +562,21 @@ TEST_CASE("unusable input: one line, status 1, nothing left") {
     x.write(work / "x.safetensors");
     check_refused(work, {"x.safetensors"}, {"x.safetensors: ", "block.2 is missing"});
   }
-  SUBCASE("no embedding") {
-    x.values.erase("embed");
+  SUBCASE("no blocks") {
+    for (char const* name : {"block.1", "block.2", "block.3"}) x.values.erase(name);
     x.write(work / "x.safetensors");
-    check_refused(work, {"x.safetensors"},
-                  {"x.safetensors: ", "embed is missing: block.1, block.2, block.3 are there",
-                   "--pattern-embed"});
+    check_refused(
+        work, {"x.safetensors"},
+        {"x.safetensors: ", "no sites by a known name: embed is there", "--pattern-block"});
   }
   SUBCASE("a folder with names of its own") {
     fs::create_directory(work.path / "x");
-    for (char const* name : {"x/h.0.npy", "x/h.1.npy"})
+    for (char const* name : {"x/a.0.npy", "x/a.1.npy"})
       rflow::write_npy(work.path / name, x.values.at("embed"), {12, 6});
-    check_refused(work, {"x"}, {"x: embed is missing: h.0, h.1 are there", "--pattern-block"});
-    check_refused(work,
-                  {"x", "--pattern-embed", "h.0", "--pattern-block", "h.{}", "--first-block", "2"},
-                  {"h.0 is there, but blocks count from 2", "--first-block"});
+    check_refused(work, {"x"},
+                  {"x: no sites by a known name: a.0, a.1 are there", "--pattern-block"});
+    check_refused(work, {"x", "--pattern-block", "a.{}", "--first-block", "1"},
+                  {"a.0 is there, but blocks count from 1", "--first-block 0"});
   }
   SUBCASE("an array of other axes or elements") {
     rflow::write_npy(work.path / "flat.npy", x.values.at("embed"), {12, 6});
@@ -1152,10 +1152,11 @@ TEST_CASE("more sites than memory can hold the tables of: refused before anythin
   auto const count = static_cast<std::ptrdiff_t>(std::sqrt(bytes / 100));
   std::vector<float> const x(static_cast<std::size_t>(count), 1.0f);
   rflow::write_npy(work.path / "x.npy", x, {count, 1, 1});
-  check_refused(work, {"x.npy", "-o", "r"}, {"x.npy: needs about ", " MiB", "this machine has "});
-  check_refused(work, {"x.npy", "-o", "r", "--shards"},
+  check_refused(work, {"x.npy", "-o", "r", "--axes", "sth"},
                 {"x.npy: needs about ", " MiB", "this machine has "});
-  check_refused(work, {"x.npy", "-o", "r", "--shards", "--memory-limit", "4000"},
+  check_refused(work, {"x.npy", "-o", "r", "--axes", "sth", "--shards"},
+                {"x.npy: needs about ", " MiB", "this machine has "});
+  check_refused(work, {"x.npy", "-o", "r", "--axes", "sth", "--shards", "--memory-limit", "4000"},
                 {"x.npy: needs about ", " MiB", "--memory-limit is 4000"});
 }
 
