@@ -370,19 +370,21 @@ void note_outliers(model_result const& m, options const& asked, std::vector<warn
   if (o.with && o.without) {
     headline_cka const& with = o.with->cka(asked.main_estimator);
     headline_cka const& without = o.without->cka(asked.main_estimator);
-    // The pair that changes most speaks for all.
-    std::string pair = m.sites.front() + " to " + m.sites.back();
-    measured a = with.first_to_last, b = without.first_to_last;
-    auto const change = [](measured x, measured y) {
-      return x.ok() && y.ok() ? std::abs(x.value - y.value) : -1.0;
-    };
+    text += "; " + o.with->kernel + " CKA of " + m.sites.front() + " to " + m.sites.back() +
+            " is " + number(with.first_to_last) + " with them, " + number(without.first_to_last) +
+            " without";
+    // The neighbours that change most speak for all.
+    double largest_change = 0;
+    std::size_t which = with.adjacent.size();
     for (std::size_t l = 0; l < with.adjacent.size(); ++l)
-      if (change(with.adjacent[l], without.adjacent[l]) > change(a, b)) {
-        a = with.adjacent[l], b = without.adjacent[l];
-        pair = m.sites[l] + " to " + m.sites[l + 1];
+      if (measured const x = with.adjacent[l], y = without.adjacent[l];
+          x.ok() && y.ok() && std::abs(x.value - y.value) > largest_change) {
+        largest_change = std::abs(x.value - y.value);
+        which = l;
       }
-    text += "; " + o.with->kernel + " CKA of " + pair + " is " + number(a) + " with them, " +
-            number(b) + " without";
+    if (which < with.adjacent.size() && with.adjacent.size() > 1)
+      text += ", of " + m.sites[which] + " to " + m.sites[which + 1] + " " +
+              number(with.adjacent[which]) + " and " + number(without.adjacent[which]);
   }
   constexpr std::size_t most_ranges = 20;
   if (o.tokens.size() <= most_ranges)

@@ -128,25 +128,32 @@ struct sequences_found {
 };
 
 /// @param kept   what masks leave
+/// @param rows   of a mask, if it says which tokens belong together
 /// @param notes  takes the offer to read positions as sequences
 sequences_found find_sequences(capture const& c, options const& asked,
-                               std::vector<bool> const& kept, std::vector<std::string>& notes) {
+                               std::vector<bool> const& kept, sequences_found const& rows,
+                               std::vector<std::string>& notes) {
   std::ptrdiff_t const n = c.sites.tokens();
   if (asked.sequences == "none") return {{0, n}, ""};
   if (!asked.sequences.empty()) return {named_sequences(c, asked.sequences, kept), asked.sequences};
   sequences_found out{{0, n}, ""};
-  if (!c.sites.sequences.empty()) out = {c.sites.sequences, "batch"};
+  bool weak = true;  // offsets in the file say more than axes do
+  if (!c.sites.sequences.empty())
+    out = {c.sites.sequences, "batch"};
+  else if (!rows.offsets.empty())
+    out = rows;
   for (char const* const name : own_offsets) {
     std::optional<rflow::tensor> const x = find(c, name);
     if (!x) continue;
     std::vector<std::ptrdiff_t> offsets = sequences_of_offsets(c, *x, without_sequences);
-    if (out.from == own_offsets[0] && offsets != out.offsets)
+    if (!weak && offsets != out.offsets)
       throw unusable(c.path, std::string("its tensors '") + out.from + "' and '" + name +
                                  "' differ; --sequences " + out.from + " or --sequences " + name +
                                  " says which");
-    if (out.from.empty() || out.from == "batch") out = {std::move(offsets), name};
+    if (weak) out = {std::move(offsets), name};
+    weak = false;
   }
-  if (!out.from.empty() && out.from != "batch") return out;
+  if (!weak) return out;
 
   // Offered, not taken: positions may start anew for other reasons.
   std::optional<rflow::tensor> const x = find(c, own_positions);
@@ -258,10 +265,15 @@ token_choice token_rules::next(capture const& c) {
     if (count > 0) out.reasons.push_back({why, count});
   };
 
+  sequences_found rows;
   auto const apply = [&](std::string const& name, rflow::tensor const& x, std::string const& cure) {
     require_token_shape(c, x, cure);
     std::vector<std::int64_t> const values = integers(c, x, cure);
     require_mask(c.path, name, values, cure);
+    if (rows.offsets.empty() && x.rank() == 2 && x.shape[0] > 1) {
+      rows.from = name;
+      for (std::ptrdiff_t i = 0; i <= n; i += x.shape[1]) rows.offsets.push_back(i);
+    }
     std::int64_t const drop = marks_special(name) ? 1 : 0;
     leave_out(name, [&](std::ptrdiff_t i) { return values[static_cast<std::size_t>(i)] == drop; });
   };
@@ -301,7 +313,7 @@ token_choice token_rules::next(capture const& c) {
     });
   }
 
-  sequences_found sequences = find_sequences(c, *asked_, kept, out.notes);
+  sequences_found sequences = find_sequences(c, *asked_, kept, rows, out.notes);
   out.offsets = std::move(sequences.offsets);
   out.sequences_from = std::move(sequences.from);
 
