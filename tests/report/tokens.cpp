@@ -705,6 +705,27 @@ TEST_CASE("outliers beside masks, and where there are none") {
   json const shards = model(work, "shards", {"--shards", "masked.safetensors"});
   CHECK(shards.at("outliers").is_null());
 
+  // A large mean does not hide what is far from it.
+  capture shifted(3, 80, 16, 16);
+  for (std::ptrdiff_t i = 0; i < 80; ++i)
+    for (std::ptrdiff_t j = 0; j < 16; ++j) {
+      float& v = shifted.at("block.2", i, j);
+      v = 50 + (i % 16 == 3 ? 20 : 1) * v;
+    }
+  shifted.write(work / "shifted.safetensors");
+  json const far_out = model(work, "shifted", {"shifted.safetensors"}).at("outliers");
+  CHECK(far_out.at("count") == json{0, 0, 5, 0});
+  CHECK(far_out.at("tokens") == json{3, 19, 35, 51, 67});
+  CHECK(far_out.at("kernel_share").at("values").at(2) > 0.5);
+
+  // All tokens alike but for rounding: none is far out.
+  for (std::ptrdiff_t i = 0; i < 80; ++i)
+    for (std::ptrdiff_t j = 0; j < 16; ++j) shifted.at("block.2", i, j) = 50.3f;
+  shifted.write(work / "constant.safetensors");
+  json const constant = model(work, "constant", {"constant.safetensors"}).at("outliers");
+  CHECK(constant.at("count") == json{0, 0, 0, 0});
+  CHECK(constant.at("kernel_share").at("status").at(2) == "constant_layer");
+
   // A quarter of the tokens and more are no outliers.
   for (std::ptrdiff_t i = 0; i < 30; ++i)
     for (std::ptrdiff_t j = 0; j < 16; ++j) plain.at("block.3", i, j) *= 40;
