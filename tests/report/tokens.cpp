@@ -597,7 +597,11 @@ TEST_CASE("shards: a mask of all tokens, positions in the file, ranks") {
 TEST_CASE("a group of outliers is found, summed, and set apart") {
   folder const work;
   // Few tokens for their width take the way over kernel matrices, many the other.
-  for (auto const& [n, d] : {std::pair<std::ptrdiff_t, std::ptrdiff_t>{60, 24}, {700, 3}}) {
+  struct extents {
+    std::ptrdiff_t tokens, width;
+  };
+  for (extents const size : {extents{60, 24}, extents{700, 3}}) {
+    std::ptrdiff_t const n = size.tokens, d = size.width;
     CAPTURE(n);
     capture x(3, n, d, 13);
     std::vector<std::ptrdiff_t> const group{2, 9, 17, 23, 31, 38, 44, 59};
