@@ -10,6 +10,7 @@
 #include <string_view>
 #include <system_error>
 
+#include "facts.hpp"
 #include "text.hpp"
 
 namespace report {
@@ -107,16 +108,56 @@ std::vector<std::int64_t> load_integers(std::string const& path, std::string con
 
 namespace {
 
-/// What the library says, ending with what the program can do about it.
-std::string with_cure(std::string text) {
-  constexpr char const* cures[][2] = {
-      {" is missing: ",
-       "; --pattern-embed, --pattern-block and --first-block say how sites are called"},
-      {", but blocks count from ", "; --first-block says from what"},
-      {"open the .npy with reinterpret::as_f16", "; --npy-bits says so"}};
-  for (auto const& [said, cure] : cures)
-    if (text.find(said) != std::string::npos) return text + cure;
-  return text;
+/// What the user can do about it; empty if nothing is known to help.
+std::string cure_of(rflow::site_error const& error, bool npy) {
+  using rflow::site_fault;
+  std::string const& of = error.subject;
+  switch (error.kind) {
+    case site_fault::not_recognised:
+      return of.empty() ? "; --pattern-block says how blocks are called ({} is their number), "
+                          "--embed how the embedding is"
+                        : "";
+    case site_fault::several_sets:
+      return "; --pattern-block '" + one_line(of) + "' takes the first";
+    case site_fault::embed_unclear:
+      return "; --embed " + one_line(of) + " says the embedding, --embed none the first block";
+    case site_fault::embed_missing: return "; --embed none takes the blocks alone";
+    case site_fault::norm_missing: return "; --pattern-final-norm none does without";
+    case site_fault::block_missing:
+      return of.empty() ? "; --pattern-block says how blocks are called"
+                        : "; --subset if it was left out on purpose";
+    case site_fault::counted_from:
+      return of.empty() ? "" : "; --first-block " + of + " counts from there";
+    case site_fault::axes_unclear: return "; --axes sites,tokens,hidden says so, or another order";
+    case site_fault::several_arrays:
+      return of.empty() ? "" : "; --array " + one_line(of) + " takes the first";
+    case site_fault::not_activations:
+      return npy && (of == "raw16" || of == "u16" || of == "i16") ? "; --npy-bits says so" : "";
+    default: return "";
+  }
+}
+
+/// The tensor of a file that says which tokens it holds, and its facts.
+template <class File>
+void read_token_ids(File& file, capture& c) {
+  if (file.contains("token_ids")) {
+    c.token_ids = file["token_ids"].integers();
+  } else if (file.contains("input_ids")) {  // it may be of a prompt only
+    rflow::tensor const x = file["input_ids"];
+    if (x.size() == c.sites.tokens()) c.token_ids = x.integers();
+  }
+}
+
+/// What there is to know about how names and axes were read, with what the user can do.
+void add_notes(capture& c) {
+  for (rflow::site_note const& note : c.sites.notes) {
+    std::string text = note.text;
+    if (note.kind == rflow::site_remark::embedding_left_out)
+      text += ". --embed " + one_line(note.subject) + " takes it nonetheless";
+    if (note.kind == rflow::site_remark::layers_unsaid)
+      text += ". --embed embed says that the first is the embedding";
+    c.notes.push_back(std::move(text));
+  }
 }
 
 }  // namespace
@@ -130,6 +171,7 @@ std::string reason_of(std::exception const& error, std::string const& path) {
 }
 
 capture load(std::string const& path, options const& asked) {
+  bool npy = false;
   try {
     capture out;
     out.path = path;
@@ -142,10 +184,16 @@ capture load(std::string const& path, options const& asked) {
       auto folder = std::make_unique<rflow::npy_directory>(path, asked.bits);
       if (folder->names().empty()) throw unusable(path, "no .npy file in this folder");
       out.sites = rflow::find_sites(*folder, asked.pattern);
+      read_token_ids(*folder, out);
       out.file = std::move(folder);
     } else if (name.extension() == ".npy") {
+      npy = true;
       auto array = std::make_unique<rflow::npy_file>(path, asked.bits);
+      require_clear_axes(path, name.stem().string(), array->array(), asked);
       out.sites = rflow::split_sites(array->array(), asked.pattern);
+      if (asked.pattern.axes.empty())
+        if (std::string hint = axes_hint(array->array()); !hint.empty())
+          out.notes.push_back(std::move(hint));
       out.file = std::move(array);
     } else {
       auto tensors = std::make_unique<rflow::safetensors_file>(path);
@@ -154,6 +202,7 @@ capture load(std::string const& path, options const& asked) {
           model != out.metadata.end() && !model->second.empty())
         out.label = model->second;
       out.sites = rflow::find_sites(*tensors, asked.pattern);
+      read_token_ids(*tensors, out);
       out.file = std::move(tensors);
     }
     if (out.sites.tokens() == 0 || out.sites.width() == 0)
@@ -161,6 +210,9 @@ capture load(std::string const& path, options const& asked) {
     if (asked.skip_first >= out.sites.tokens())
       throw unusable(path, "--skip-first " + std::to_string(asked.skip_first) +
                                " leaves none of its " + plural(out.sites.tokens(), "token"));
+    add_notes(out);
+    compare_facts(out);
+    note_list_end(out, asked);
     return out;
   } catch (unusable const&) {
     throw;
@@ -168,9 +220,27 @@ capture load(std::string const& path, options const& asked) {
     throw;
   } catch (std::filesystem::filesystem_error const& error) {
     throw unusable(path, error.code().message());
+  } catch (rflow::site_error const& error) {
+    throw unusable(path, reason_of(error, path) + cure_of(error, npy));
   } catch (std::exception const& error) {
-    throw unusable(path, with_cure(reason_of(error, path)));
+    throw unusable(path, reason_of(error, path));
   }
+}
+
+void require_no_layers(std::vector<std::string> const& inputs, std::size_t sites, bool alike) {
+  if (inputs.size() < 2 || sites != 1 || !alike) return;
+  std::optional<std::string> pattern;
+  for (std::string const& input : inputs) {
+    std::filesystem::path const name = std::filesystem::path(input).lexically_normal();
+    auto const found = rflow::numbered_like_a_layer(name.stem().string());
+    if (name.extension() != ".npy" || !found || (pattern && *found != *pattern)) return;
+    pattern = found;
+  }
+  std::string const folder = std::filesystem::path(inputs.front()).parent_path().string();
+  throw unusable(inputs.front(),
+                 "numbered like one layer of many (" + *pattern +
+                     ".npy), each of one site with as many tokens: layers, not shards. Their " +
+                     "folder is read as one model: " + (folder.empty() ? "." : folder));
 }
 
 std::vector<capture> load_all(options const& asked) {

@@ -34,13 +34,32 @@ struct capture {
                std::unique_ptr<rflow::npy_file>>
       file;
   rflow::site_set sites;
+  std::vector<std::int64_t> token_ids = {};  // one a token; empty if the file does not say
+  std::ptrdiff_t depth = 0;                  // L, of the positions l/L; 0: the last l
+  std::vector<std::string> notes = {};       // on how it was read; they become warnings
 
   /// Identifies the tokens that the model saw; empty if the file does not say.
   std::string token_hash() const {
     auto const found = metadata.find("token_hash");
     return found == metadata.end() ? "" : found->second;
   }
+
+  /// l/L of each site of the chain; 0 for a chain of one embedding.
+  std::vector<double> positions() const {
+    std::ptrdiff_t const all = depth > 0 ? depth : sites.layer(sites.chain.size() - 1);
+    std::vector<double> out;
+    for (std::size_t site = 0; site < sites.chain.size(); ++site)
+      out.push_back(all > 0 ? static_cast<double>(sites.layer(site)) / static_cast<double>(all)
+                            : 0);
+    return out;
+  }
 };
+
+/// Refuses inputs that are layers and no shards: .npy files of one site each, numbered like layers.
+/// @param sites  of each
+/// @param alike  all have as many tokens
+/// @throws unusable
+void require_no_layers(std::vector<std::string> const& inputs, std::size_t sites, bool alike);
 
 /// Opens the inputs. No two models have the same name afterwards.
 /// @throws unusable

@@ -9,6 +9,7 @@
 
 #include "memory.hpp"
 #include "text.hpp"
+#include "widths.hpp"
 
 namespace report {
 namespace {
@@ -26,17 +27,11 @@ auto with_stack(capture const& c, token_choice const& chosen, bool final_norm, F
       sites, [&]<class T>(layer_stack<T> const& stack) { return f(counted(stack, chosen)); });
 }
 
-/// The figures of a chain: all tokens pooled, and each sequence by itself.
-struct chain_flow {
-  rflow::flow_report pooled;
-  rflow::sequence_figures per_sequence;
-};
-
 /// One sequence after the other, each read once, as rflow::flow_monitor does it for rows that stream.
 /// @param per_token  whether to keep cosines and norms of each token
 template <class T>
-chain_flow flow_of(layer_stack<T> const& stack, rflow::normalization by, bool per_token,
-                   rflow::on_cpu const& on) {
+chain_flow flow_of_one_width(layer_stack<T> const& stack, rflow::normalization by, bool per_token,
+                             rflow::on_cpu const& on) {
   std::ptrdiff_t const sites = stack.sites(), n = stack.size();
   auto const count = [](std::ptrdiff_t x) { return static_cast<std::size_t>(x); };
   rflow::flow_moments sum(sites, stack.width());
@@ -85,6 +80,14 @@ chain_flow flow_of(layer_stack<T> const& stack, rflow::normalization by, bool pe
   for (std::size_t l = 0; l < cosines.size(); ++l)
     out.pooled.adjacent[l].per_token = std::move(cosines[l]);
   return out;
+}
+
+template <class T>
+chain_flow flow_of(layer_stack<T> const& stack, rflow::normalization by, bool per_token,
+                   rflow::on_cpu const& on) {
+  return flow_of_widths(stack, by, per_token, [&](layer_stack<T> const& run) {
+    return flow_of_one_width(run, by, per_token, on);
+  });
 }
 
 cka_grid part_of(rflow::cka_table const& table, std::ptrdiff_t row, std::ptrdiff_t rows,
@@ -269,16 +272,24 @@ rflow::layer_probes probes_of(capture const& c, std::vector<std::int64_t> const&
 }
 
 /// Why the layers of two captures cannot be compared token by token; empty if they can.
-std::string why_not_comparable(capture const& a, capture const& b) {
-  for (capture const* c : {&a, &b})
-    if (c->token_hash().empty())
-      return c->path + " does not say which tokens it saw (no token_hash in its metadata)";
-  if (a.token_hash() != b.token_hash())
+std::string why_not_comparable(capture const& a, capture const& b, bool same_tokens) {
+  std::string const counts = a.path + " holds " + plural(a.sites.tokens(), "token") + " and " +
+                             b.path + " " + std::to_string(b.sites.tokens());
+  bool const alike = a.sites.tokens() == b.sites.tokens();
+  if (same_tokens) return alike ? "" : "not the same tokens: " + counts;
+  bool const hashes = !a.token_hash().empty() && !b.token_hash().empty();
+  if (hashes && a.token_hash() != b.token_hash())
     return "the token hashes differ: the two models did not see the same tokens";
-  if (a.sites.tokens() != b.sites.tokens())
-    return "the token hashes agree, but " + a.path + " holds " + plural(a.sites.tokens(), "token") +
-           " and " + b.path + " " + std::to_string(b.sites.tokens());
-  return "";
+  if (!a.token_ids.empty() && !b.token_ids.empty() && a.token_ids != b.token_ids)
+    return "the token ids differ: the two models did not see the same tokens";
+  if (hashes && !alike) return "the token hashes agree, but " + counts;
+  if (hashes || (!a.token_ids.empty() && !b.token_ids.empty())) return "";
+  for (capture const* c : {&a, &b})
+    if (c->token_hash().empty() && c->token_ids.empty())
+      return c->path + " does not say which tokens it saw (no token_hash in its metadata, no " +
+             "token_ids)" + (alike ? "; if they are the same, --same-tokens says so" : "");
+  return "one file has a token hash, the other token ids" +
+         std::string(alike ? "; if the tokens are the same, --same-tokens says so" : "");
 }
 
 /// "embed, block.3 … block.30": names of sites, runs shortened.
@@ -462,7 +473,7 @@ void add_warnings(model_result& m, rflow::flow_report const& final_norm, options
   for (auto const& pair : f.adjacent) adjacent.push_back(pair.mean);
   note_missing("adjacent cosine", adjacent, pairs_of(m.sites, adjacent.size()), out);
   note_missing("step", f.variance.steps, pairs_of(m.sites, f.variance.steps.size()), out);
-  std::vector<std::string> turns(m.sites.begin() + std::min<std::ptrdiff_t>(1, m.blocks()),
+  std::vector<std::string> turns(m.sites.begin() + std::min<std::ptrdiff_t>(1, m.steps()),
                                  m.sites.end());
   note_missing("curvature", f.variance.curvature, turns, out);
   note_missing("St1", {f.variance.st1}, {"the chain"}, out);
@@ -541,7 +552,7 @@ result measure(std::vector<capture> const& captures, options const& asked, progr
   result out;
   bool together = false;
   if (captures.size() == 2) {
-    out.why_no_cross = why_not_comparable(captures[0], captures[1]);
+    out.why_no_cross = why_not_comparable(captures[0], captures[1], asked.same_tokens);
     together = out.why_no_cross.empty();
     if (asked.cross_cka && !together)
       throw unusable(captures[0].path + ", " + captures[1].path,
@@ -600,6 +611,9 @@ result measure(std::vector<capture> const& captures, options const& asked, progr
     m.token_hash = c.token_hash();
     m.metadata = c.metadata;
     m.sites = c.sites.names();
+    m.positions = c.positions();
+    m.embedding = c.sites.layer(0) == 0;
+    for (std::string const& note : c.notes) m.warnings.push_back({false, note});
     m.tokens = chosen[k];
     chain_flow flow = with_stack(c, m.tokens, false, [&](auto const& stack) {
       return flow_of(stack, asked.normalize, true, on);

@@ -64,6 +64,8 @@ struct model_result {
   std::string path, label, dtype, token_hash;
   std::map<std::string, std::string> metadata;
   std::vector<std::string> sites;  // of the chain
+  std::vector<double> positions;   // l/L of each; empty: evenly from 0 to 1
+  bool embedding = true;           // the chain begins with it; else with a block
   std::string final_norm_name;     // empty if there is none
   token_choice tokens;
   rflow::flow_report flow;                    // pools the tokens of all sequences
@@ -75,7 +77,9 @@ struct model_result {
   std::optional<outlier_facts> outliers;      // unless it was
   std::vector<warning> warnings;
 
-  std::ptrdiff_t blocks() const { return static_cast<std::ptrdiff_t>(sites.size()) - 1; }
+  /// From site to site of the chain.
+  std::ptrdiff_t steps() const { return static_cast<std::ptrdiff_t>(sites.size()) - 1; }
+  std::ptrdiff_t blocks() const { return steps() + (embedding ? 0 : 1); }
   /// Whether per_sequence says more than flow.
   bool in_sequences() const { return shards || tokens.offsets.size() > 2; }
   bool has_final_norm() const { return !final_norm_name.empty(); }
@@ -86,7 +90,8 @@ struct model_result {
   }
   /// Normalised layer index l/L of a site of the chain.
   double position(std::size_t site) const {
-    return blocks() > 0 ? static_cast<double>(site) / static_cast<double>(blocks()) : 0;
+    if (!positions.empty()) return positions[site];
+    return steps() > 0 ? static_cast<double>(site) / static_cast<double>(steps()) : 0;
   }
   /// Mean of the adjacent cosines over the blocks that have one; and how many have.
   std::pair<rflow::measured, std::size_t> adjacent_mean() const {

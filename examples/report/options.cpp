@@ -3,9 +3,11 @@
 
 #include <CLI/CLI.hpp>
 
+#include <algorithm>
 #include <charconv>
 #include <cmath>
 #include <filesystem>
+#include <iterator>
 #include <memory>
 #include <stdexcept>
 #include <string_view>
@@ -120,6 +122,31 @@ class choice {
   std::unique_ptr<std::string> word_;  // CLI11 keeps its address
 };
 
+/// "sites,tokens,hidden" or "sth" as "sth".
+std::string axes_of(std::string const& text) {
+  std::string out;
+  if (text.find(',') == std::string::npos) {
+    out = text;
+  } else {
+    for (std::size_t at = 0; at <= text.size();) {
+      std::size_t const end = std::min(text.find(',', at), text.size());
+      std::string const word = text.substr(at, end - at);
+      constexpr std::string_view words[] = {"sites", "batch", "tokens", "hidden"};
+      auto const known = std::find(std::begin(words), std::end(words), word);
+      out += word.size() == 1 ? word.front() : known == std::end(words) ? '?' : known->front();
+      at = end + 1;
+    }
+  }
+  std::string sorted = out;
+  std::sort(sorted.begin(), sorted.end());
+  if (sorted != "ht" && sorted != "bht" && sorted != "hst" && sorted != "bhst")
+    throw CLI::ValidationError("--axes",
+                               "tokens and hidden, with sites, batch or both, each once, "
+                               "expected, found " +
+                                   text);
+  return out;
+}
+
 }  // namespace
 
 std::optional<options> parse(int argc, char const* const* argv) {
@@ -206,6 +233,9 @@ std::optional<options> parse(int argc, char const* const* argv) {
                "Two captures: fail unless they saw the same tokens (default: compare their layers "
                "if they did)")
       ->group("Metrics");
+  app.add_flag("--same-tokens", o.same_tokens,
+               "Two captures: they saw the same tokens, though the files do not say so")
+      ->group("Metrics");
   app.add_flag("--significance", o.significance,
                "CKA: p-values over shuffled tokens, without resampling (twice the time or more)")
       ->group("Metrics");
@@ -276,22 +306,39 @@ std::optional<options> parse(int argc, char const* const* argv) {
       ->type_name("N")
       ->group("Metrics");
 
-  app.add_option("--pattern-embed", o.pattern.embed, "Name of the embedding output")
-      ->default_str(o.pattern.embed)
+  choice const names(
+      app, "--names",
+      "Whose names are recognised, where the options below say nothing; auto: those of "
+      "many tools (docs/report.md). ",
+      {"auto", "rflow"}, "auto", "Names in the file");
+  app.add_option("--embed,--pattern-embed", o.pattern.embed,
+                 "Name of the embedding output; none: the file has blocks only")
       ->type_name("NAME")
       ->group("Names in the file");
   app.add_option("--pattern-block", o.pattern.block, "Name of a block's output; {} is its number")
-      ->default_str(o.pattern.block)
       ->type_name("NAME")
       ->group("Names in the file");
-  app.add_option("--pattern-final-norm", o.pattern.final_norm, "Name of the final norm's output")
-      ->default_str(o.pattern.final_norm)
+  app.add_option("--pattern-final-norm", o.pattern.final_norm,
+                 "Name of the final norm's output; none: none of the file's")
       ->type_name("NAME")
       ->group("Names in the file");
   app.add_option("--first-block", o.pattern.first_block, "Number of the first block")
       ->transform(whole_number(0))
-      ->default_str("1")
       ->type_name("N")
+      ->group("Names in the file");
+  app.add_flag("--subset", o.pattern.subset, "Blocks that are not there were left out on purpose")
+      ->group("Names in the file");
+  choice const last(app, "--last",
+                    "What a list of states, or an array, ends with: ", {"norm", "block"}, "",
+                    "Names in the file");
+  app.add_option_function<std::string>(
+         "--axes", [&o](std::string const& text) { o.pattern.axes = axes_of(text); },
+         "Order of the axes of arrays, slowest first: sites,tokens,hidden or with batch, "
+         "or the first letters (stbh)")
+      ->type_name("AXES")
+      ->group("Names in the file");
+  app.add_option("--array", o.pattern.array, "With --axes: which array of a file holds all sites")
+      ->type_name("NAME")
       ->group("Names in the file");
   choice const bits(app, "--npy-bits",
                     "What 16-bit integers or |V2 in .npy files really are: ", {"f16", "bf16"}, "",
@@ -323,8 +370,18 @@ std::optional<options> parse(int argc, char const* const* argv) {
   if (bits.is("bf16")) o.bits = rflow::reinterpret::as_bf16;
   if (o.cross_cka && o.inputs.size() != 2)
     throw std::invalid_argument("--cross-cka needs two captures");
+  o.pattern.own_names = names.is("rflow");
+  if (last.is("norm")) o.pattern.last = rflow::list_end::norm;
+  if (last.is("block")) o.pattern.last = rflow::list_end::block;
+  for (auto* const name : {&o.pattern.embed, &o.pattern.final_norm})
+    if (*name == "none") *name = "";
+  if (!o.pattern.array.empty() && o.pattern.axes.find('s') == std::string::npos)
+    throw std::invalid_argument("--array needs --axes with sites");
+  if (o.same_tokens && o.inputs.size() != 2)
+    throw std::invalid_argument("--same-tokens needs two captures");
   if (auto const mark = o.pattern.block.find("{}");
-      mark == std::string::npos || o.pattern.block.find("{}", mark + 2) != std::string::npos)
+      !o.pattern.block.empty() &&
+      (mark == std::string::npos || o.pattern.block.find("{}", mark + 2) != std::string::npos))
     throw std::invalid_argument("--pattern-block: '" + o.pattern.block + "' does not hold {} once");
   if (output->count() > 0 && o.output.empty())
     throw std::invalid_argument("--output: the name of a folder expected");

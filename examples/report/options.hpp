@@ -53,6 +53,7 @@ struct options {
   bool probe_standardize = false;
 
   rflow::site_pattern pattern;
+  bool same_tokens = false;  // two captures: by the user's word
   rflow::reinterpret bits = rflow::reinterpret::nothing;
 
   int threads = 0;

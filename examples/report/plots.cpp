@@ -49,7 +49,7 @@ struct token_map {
   std::vector<double> values;  // rows × columns; NaN where there is none
 
   explicit token_map(model_result const& m)
-      : rows(m.blocks()), columns(m.shards ? 0 : std::min<std::ptrdiff_t>(m.flow.tokens, 2048)) {
+      : rows(m.steps()), columns(m.shards ? 0 : std::min<std::ptrdiff_t>(m.flow.tokens, 2048)) {
     std::ptrdiff_t const n = m.flow.tokens;
     for (auto const& block : m.flow.adjacent)
       for (std::ptrdiff_t c = 0; c < columns; ++c) {

@@ -50,7 +50,9 @@ struct plan {
   std::vector<shard> shards;
   std::string label, dtype;
   std::map<std::string, std::string> metadata;
-  std::vector<std::string> sites;
+  std::vector<std::string> sites, notes;
+  std::vector<double> positions;
+  bool embedding = true;
   std::ptrdiff_t width = 0;
   rflow::dtype type{};
   token_choice all;  // of all shards, one after the other
@@ -67,12 +69,18 @@ std::string identity_of(std::string const& path) {
 plan plan_of(options const& asked) {
   plan out;
   token_rules rules(asked);
+  bool alike = true;
   for (std::string const& input : asked.inputs) {
     capture const c = load(input, asked);
+    if (!c.sites.one_width())
+      throw unusable(input, "its sites differ in width, which --shards does not read");
     if (out.shards.empty()) {
       out.label = c.label;
       out.metadata = c.metadata;
       out.sites = c.sites.names();
+      out.positions = c.positions();
+      out.embedding = c.sites.layer(0) == 0;
+      out.notes = c.notes;
       out.width = c.sites.width();
       out.type = c.sites.type();
       out.dtype = to_string(out.type);
@@ -91,7 +99,9 @@ plan plan_of(options const& asked) {
     }
     out.shards.push_back({input, rules.next(c), identity_of(input)});
     out.all.append(out.shards.back().tokens);
+    alike = alike && out.shards.back().tokens.stored == out.shards.front().tokens.stored;
   }
+  require_no_layers(asked.inputs, out.sites.size(), alike);
   rules.finish(out.shards.front().path, out.all);
   return out;
 }
@@ -563,6 +573,9 @@ result measure_shards(options const& asked, workers& all, progress const& tell) 
   model.metadata.erase("token_hash");  // of one shard
   model.dtype = p.dtype;
   model.sites = p.sites;
+  model.positions = p.positions;
+  model.embedding = p.embedding;
+  for (std::string const& note : p.notes) model.warnings.push_back({false, note});
   model.tokens = p.all;
   model.per_sequence = m.figures;
   model.flow = rflow::report_of(m.flow, asked.normalize);

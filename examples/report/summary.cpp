@@ -61,7 +61,7 @@ std::string summary(result const& r, options const& asked) {
     std::size_t const all = m.flow.adjacent.size();
     return number(mean) + (count == 0 || count == all ? std::string()
                                                       : " over " + std::to_string(count) + " of " +
-                                                            plural(m.blocks(), "block"));
+                                                            plural(m.steps(), "block"));
   });
   std::string const by = " (" + std::string(to_string(asked.normalize)) + ")";
   row("St1" + by, [](model_result const& m) { return number(m.flow.variance.st1); });
@@ -74,7 +74,7 @@ std::string summary(result const& r, options const& asked) {
   row("path energy", [](model_result const& m) { return number(m.flow.variance.path_energy, 4); });
   for (std::size_t c = 0; c < r.models.front().cka.size(); ++c)
     row(r.models.front().cka[c].kernel + " CKA, first to last", [&](model_result const& m) {
-      return number(m.cka[c].grid(asked.main_estimator).at(0, m.blocks()));
+      return number(m.cka[c].grid(asked.main_estimator).at(0, m.steps()));
     });
 
   if (!asked.labels.empty())

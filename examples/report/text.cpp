@@ -115,6 +115,7 @@ std::string_view explain(rflow::status why) {
     case status::not_requested: return "not computed";
     case status::dependent_tokens:
       return "neighbouring tokens resemble each other too far for so few of them";
+    case status::different_widths: return "sites of several widths have no common space";
   }
   return "unknown";
 }

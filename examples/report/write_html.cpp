@@ -104,7 +104,7 @@ std::string with_square(measured x) {
 
 std::string cka_ends(model_result const& m, std::string const& kernel, estimator e) {
   for (cka_result const& c : m.cka)
-    if (c.kernel == kernel) return html_number(c.grid(e).at(0, m.blocks()));
+    if (c.kernel == kernel) return html_number(c.grid(e).at(0, m.steps()));
   return "–";
 }
 
@@ -119,7 +119,8 @@ std::string summary_table(result const& r, options const& asked) {
       {"Inter-token cosine",
        [](model_result const& m) {
          return html_number(m.flow.inter_token.front()) + " → " +
-                html_number(m.flow.inter_token.back()) + " <small>embedding → last block</small>";
+                html_number(m.flow.inter_token.back()) + " <small>" +
+                (m.embedding ? "embedding" : "first block") + " → last block</small>";
        },
        "1: all tokens point the same way; 0: they are spread out"},
       {"&emsp;after the final norm",
@@ -133,7 +134,7 @@ std::string summary_table(result const& r, options const& asked) {
          auto const [mean, count] = m.adjacent_mean();
          if (count == 0 || count == m.flow.adjacent.size()) return html_number(mean);
          return html_number(mean) + " <small>over " + std::to_string(count) + " of " +
-                plural(m.blocks(), "block") + "</small>";
+                plural(m.steps(), "block") + "</small>";
        },
        "over blocks; 1: blocks do not turn tokens"},
       {"&emsp;least",
@@ -376,6 +377,10 @@ json grid_data(cka_grid const& g) {
   return {{"value", values}, {"chance", chances}, {"status", statuses}};
 }
 
+std::string layer_text(model_result const& m) {
+  return m.embedding ? "layer (0: embedding)" : "layer (0: " + html(m.sites.front()) + ")";
+}
+
 /// Both estimators of one kernel, one of them shown; adds the numbers to `data`. The title is HTML,
 /// the label plain text.
 std::string cka_figure(cka_result const& c, model_result const& a, model_result const& b,
@@ -420,10 +425,8 @@ std::string cka_figure(cka_result const& c, model_result const& a, model_result 
   }
   data[key] = std::move(entry);
 
-  axis const rows{c.debiased.rows, row_gap,
-                  crossed ? "layer of " + html(a.label) : "layer (0: embedding)"};
-  axis const cols{c.debiased.cols, col_gap,
-                  crossed ? "layer of " + html(b.label) : "layer (0: embedding)"};
+  axis const rows{c.debiased.rows, row_gap, crossed ? "layer of " + html(a.label) : layer_text(a)};
+  axis const cols{c.debiased.cols, col_gap, crossed ? "layer of " + html(b.label) : layer_text(b)};
   std::string body;
   for (estimator const e : {estimator::debiased, estimator::biased})
     body += heat_map(c.grid(e), rows, cols, key, std::string(to_string(e)),
@@ -603,7 +606,7 @@ std::string path_section(options const& asked, figures const& plots) {
   std::string const body = interval + steps + single;
   if (body.empty()) return "";
   return "<section>\n<h2>How far, and along what path?</h2>\n<p>Sums of squares over the chain, "
-         "embedding to last block, without the final norm.</p>\n" +
+         "its first site to the last block, without the final norm.</p>\n" +
          body + "</section>\n";
 }
 
@@ -639,7 +642,7 @@ std::string facts(result const& r, options const& asked, std::vector<std::string
                 (metadata("text_origin").empty() ? "" : " (" + metadata("text_origin") + ")")) +
         row("Token hash", m.token_hash.empty() ? "" : "<code>" + html(m.token_hash) + "</code>") +
         row("Sites", std::to_string(m.sites.size()) + " in the chain, " + html(m.sites.front()) +
-                         (m.blocks() > 0 ? " to " + html(m.sites.back()) : "") +
+                         (m.steps() > 0 ? " to " + html(m.sites.back()) : "") +
                          (m.has_final_norm() ? "; apart: " + html(m.final_norm_name)
                                              : "; no final norm in the file")) +
         row("Tokens",

@@ -132,6 +132,7 @@ enum class status : std::uint8_t {
   diverged,         ///< an optimisation ended in numbers that are not finite
   not_requested,    ///< the option that would compute it is off
   dependent_tokens,  ///< neighbouring tokens resemble each other too far for so few of them
+  different_widths,  ///< sites of several widths have no difference and no cosine
 };
 
 /// The reason in words, for reports.
@@ -150,6 +151,7 @@ constexpr std::string_view to_string(status why) {
     case status::diverged: return "diverged";
     case status::not_requested: return "not_requested";
     case status::dependent_tokens: return "dependent_tokens";
+    case status::different_widths: return "different_widths";
   }
   return "unknown";
 }

@@ -1,0 +1,189 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "facts.hpp"
+
+#include <algorithm>
+#include <charconv>
+#include <cmath>
+#include <iterator>
+#include <optional>
+
+#include "text.hpp"
+
+namespace report {
+namespace {
+
+/// Element i of a tensor of activations.
+double element(rflow::tensor const& x, std::ptrdiff_t i) {
+  switch (x.type) {
+    case rflow::dtype::f16: return x.elements<rflow::f16>()[i];
+    case rflow::dtype::bf16: return x.elements<rflow::bf16>()[i];
+    case rflow::dtype::f64: return x.elements<double>()[i];
+    default: return static_cast<double>(x.elements<float>()[i]);
+  }
+}
+
+/// Rows to look at: all of a few, else every so many.
+std::ptrdiff_t stride_of(std::ptrdiff_t rows, std::ptrdiff_t most) {
+  return std::max<std::ptrdiff_t>(1, rows / most);
+}
+
+/// (greatest − least) / mean of the norms of up to 256 rows; none with fewer than 4 rows, or where
+/// the norms are 0 or not finite.
+std::optional<double> spread_of_norms(rflow::tensor const& x) {
+  std::ptrdiff_t const rows = x.shape[0], step = stride_of(rows, 256);
+  if (rows < 4) return std::nullopt;
+  double least = HUGE_VAL, most = 0, sum = 0;
+  int count = 0;
+  for (std::ptrdiff_t i = 0; i < rows; i += step, ++count) {
+    double square = 0;
+    for (std::ptrdiff_t k = 0; k < x.shape[1]; ++k) {
+      double const v = element(x, i * x.strides[0] + k * x.strides[1]);
+      square += v * v;
+    }
+    double const norm = std::sqrt(square);
+    least = std::min(least, norm);
+    most = std::max(most, norm);
+    sum += norm;
+  }
+  if (!(sum > 0) || !std::isfinite(sum)) return std::nullopt;
+  return (most - least) / (sum / count);
+}
+
+/// Mean cosine of neighbours along an axis of three, over up to 64 pairs in each of up to 8 places;
+/// none if there is no pair.
+std::optional<double> neighbours(rflow::tensor const& x, std::size_t along) {
+  std::size_t const other = 1 - along;
+  double sum = 0;
+  int count = 0;
+  for (std::ptrdiff_t j = 0; j < x.shape[other]; j += stride_of(x.shape[other], 8))
+    for (std::ptrdiff_t i = 0; i + 1 < x.shape[along]; i += stride_of(x.shape[along], 64)) {
+      std::ptrdiff_t const at = i * x.strides[along] + j * x.strides[other];
+      double ab = 0, aa = 0, bb = 0;
+      for (std::ptrdiff_t k = 0; k < x.shape[2]; ++k) {
+        double const a = element(x, at + k * x.strides[2]);
+        double const b = element(x, at + x.strides[along] + k * x.strides[2]);
+        ab += a * b, aa += a * a, bb += b * b;
+      }
+      double const cosine = ab / std::sqrt(aa * bb);
+      if (std::isfinite(cosine)) sum += cosine, ++count;
+    }
+  return count > 0 ? std::optional(sum / count) : std::nullopt;
+}
+
+std::optional<std::ptrdiff_t> whole(std::string const& text) {
+  std::ptrdiff_t value = 0;
+  auto const [end, error] = std::from_chars(text.data(), text.data() + text.size(), value);
+  if (error != std::errc{} || end != text.data() + text.size()) return std::nullopt;
+  return value;
+}
+
+}  // namespace
+
+void require_clear_axes(std::string const& path, std::string const& stem, rflow::tensor const& x,
+                        options const& asked) {
+  if (!asked.pattern.axes.empty() || !rflow::is_viewable(x.type)) return;
+  auto const refuse = [&](std::string const& why, char const* orders) {
+    throw unusable(path, x.description() + ": " + why + "; --axes " + orders + " says so");
+  };
+  std::vector<std::ptrdiff_t> const& n = x.shape;
+  if (n.size() == 3) {
+    if (n[0] > 1 && rflow::numbered_like_a_layer(stem))
+      refuse("named like one layer of many, it may hold a batch or all sites",
+             "batch,tokens,hidden or --axes sites,tokens,hidden");
+    if (n[0] > n[1])
+      refuse("more sites than tokens, if the axes are sites, tokens, hidden",
+             "tokens,sites,hidden or --axes sites,tokens,hidden");
+  } else if (n.size() == 4) {
+    if (n[0] == 1 && n[1] > 1)
+      refuse("the first axis may be the batch or the sites",
+             "batch,sites,tokens,hidden or --axes sites,batch,tokens,hidden");
+    if (n[0] > n[2])
+      refuse("more sites than tokens, if the axes are sites, batch, tokens, hidden",
+             "batch,tokens,sites,hidden, --axes sites,batch,tokens,hidden or another order");
+  }
+}
+
+std::string axes_hint(rflow::tensor const& x) {
+  if (x.rank() != 3 || !rflow::is_viewable(x.type)) return "";
+  auto const first = neighbours(x, 0), second = neighbours(x, 1);
+  constexpr double clearly = 0.2;  // tokens of one text may resemble each other as sites do
+  if (!first || !second || *second < *first + clearly) return "";
+  return x.description() +
+         " was read as sites, tokens, hidden, but neighbours resemble each other " +
+         "more along the second axis (mean cosine " + number(*second) + ") than along the first (" +
+         number(*first) + "), as sites do: compare with --axes tokens,sites,hidden";
+}
+
+void compare_facts(capture& c) {
+  std::ptrdiff_t const last = c.sites.layer(c.sites.chain.size() - 1);
+  c.depth = last;
+  auto const said = [&](char const* key) -> std::optional<std::ptrdiff_t> {
+    auto const found = c.metadata.find(key);
+    if (found == c.metadata.end()) return std::nullopt;
+    auto const value = whole(found->second);
+    if (!value) c.notes.push_back("metadata '" + std::string(key) + "' is no whole number");
+    return value;
+  };
+  if (c.metadata.contains("rflow_capture")) {
+    if (auto const& version = c.metadata.at("rflow_capture"); version != "1")
+      c.notes.push_back("written as version " + version +
+                        " of captures, which this program does not know (it knows 1)");
+    auto const differ = [&](char const* key, std::ptrdiff_t there) {
+      if (auto const value = said(key); value && *value != there)
+        throw unusable(c.path, "its metadata say " + std::to_string(*value) + " for '" + key +
+                                   "', its tensors " + std::to_string(there));
+    };
+    differ("tokens", c.sites.tokens());
+    differ("hidden", c.sites.width());
+    if (auto const layers = said("layers")) {
+      if (*layers < last)
+        throw unusable(c.path, "its metadata say " + plural(*layers, "layer") + ", but " +
+                                   c.sites.chain.back().name + " is there");
+      if (*layers > last)
+        c.notes.push_back("its metadata say " + plural(*layers, "layer") + ", the last that is " +
+                          "there is " + c.sites.chain.back().name +
+                          ": is the file complete? Positions l/L are by the metadata");
+      c.depth = *layers;
+    }
+  }
+  if (!c.token_ids.empty() && std::ssize(c.token_ids) != c.sites.tokens())
+    throw unusable(c.path, "'token_ids' has " + plural(std::ssize(c.token_ids), "value") + " for " +
+                               plural(c.sites.tokens(), "token"));
+}
+
+void note_list_end(capture& c, options const& asked) {
+  if (asked.pattern.last != rflow::list_end::unsaid || c.sites.final_norm ||
+      c.sites.chain.size() < 2)
+    return;
+  rflow::tensor const& last = c.sites.chain.back();
+  // Behind a norm without weights all rows have one norm, up to the rounding of bfloat16; where
+  // all sites are so, the file was normalised as a whole.
+  constexpr double alike = 0.01;
+  auto const spread = spread_of_norms(last);
+  auto const before = spread_of_norms(c.sites.chain[c.sites.chain.size() - 2]);
+  if (spread && before && *spread<alike&& * before> 4 * alike) {
+    c.notes.push_back(last.name +
+                      ": all rows have the same norm, as behind a norm without weights. If it is "
+                      "the final norm's output, --last norm takes it out of the chain");
+    return;
+  }
+  if (!c.sites.is_list) return;
+  rflow::list_end end = rflow::list_end::unsaid;
+  std::string model;
+  for (char const* key : {"model_type", "architecture", "architectures", "model", "model_name"})
+    if (auto const found = c.metadata.find(key);
+        found != c.metadata.end() && end == rflow::list_end::unsaid) {
+      end = rflow::hugging_face_list_end(found->second);
+      model = found->second;
+    }
+  if (end == rflow::list_end::norm)
+    c.notes.push_back(last.name + ": Hugging Face's list of states ends with the final norm in " +
+                      model + ". --last norm takes it out of the chain, --last block keeps it");
+  else if (end == rflow::list_end::unsaid)
+    c.notes.push_back(last.name +
+                      ": Hugging Face's lists of states end with the final norm in most models "
+                      "(GPT-2, Llama, T5; not BERT, ViT). --last norm takes it out of the chain, "
+                      "--last block keeps it");
+}
+
+}  // namespace report
