@@ -35,6 +35,7 @@ using arguments = std::vector<std::string>;
 /// A chain of sites with what tools write beside them.
 struct capture {
   std::ptrdiff_t tokens, width;
+  std::ptrdiff_t batch = 0;  // rows of a batch axis; 0: none
   std::map<std::string, std::vector<float>> sites;
   std::map<std::string, integers> beside;
   std::map<std::string, std::vector<std::ptrdiff_t>> shapes;  // of those; else one axis
@@ -75,7 +76,10 @@ struct capture {
     std::map<std::string, std::vector<std::uint8_t>> bytes;
     std::vector<rflow::tensor> tensors;
     for (auto const& [name, x] : sites)
-      tensors.push_back(rflow::as_tensor(name, x, {tokens, width}));
+      tensors.push_back(
+          rflow::as_tensor(name, x,
+                           batch > 0 ? std::vector<std::ptrdiff_t>{batch, tokens / batch, width}
+                                     : std::vector<std::ptrdiff_t>{tokens, width}));
     for (auto const& [name, x] : beside) {
       std::vector<std::ptrdiff_t> shape{std::ssize(x)};
       if (shapes.contains(name)) shape = shapes.at(name);
@@ -755,6 +759,20 @@ TEST_CASE("a batch axis is sequences, and so are the rows of a mask") {
   CHECK(model(work, "none", {"rows.safetensors", "--sequences", "none"})
             .at("sequences")
             .at("count") == 1);
+
+  x.batch = 3;
+  x.write(work / "batch.safetensors");
+  for (arguments const& mode : {arguments{}, arguments{"--shards", "--cka-batch", "4"},
+                                arguments{"--skip-first", "1", "--skip-last", "1"}}) {
+    arguments one = mode, two = mode;
+    one.push_back("batch.safetensors"), two.push_back("alone.safetensors");
+    std::string const name = "batch-" + std::to_string(mode.size());
+    json with_axis = model(work, name, one), without = model(work, name + "-alone", two);
+    CHECK(with_axis.at("sequences").at("from") == "batch");
+    with_axis.erase("warnings"), without.erase("warnings");  // one says that a batch was read
+    c.all(with_axis, without);
+  }
+  x.batch = 0;
 
   report::options asked;
   report::capture file = report::load(work / "rows.safetensors", asked);
