@@ -309,7 +309,7 @@ TEST_CASE("a report is complete, opens without a network, and says where it is")
   CHECK(page.find("gnuplot_svg") == std::string::npos);
 
   json const m = metrics(report);
-  CHECK(m.at("schema_version") == "2.1");
+  CHECK(m.at("schema_version") == "2.2");
   CHECK(m.at("comparison").is_null());
   // The attention sink is pointed out.
   CHECK(m.at("models").at(0).at("warnings").dump().find("--skip-first 1") != std::string::npos);
