@@ -7,7 +7,6 @@
 #include <rflow/safetensors.hpp>
 #include <rflow/sites.hpp>
 
-#include <cstdint>
 #include <map>
 #include <memory>
 #include <stdexcept>
@@ -48,11 +47,6 @@ std::vector<capture> load_all(options const& asked);
 
 /// @throws unusable
 capture load(std::string const& path, options const& asked);
-
-/// One integer a token, from a .npy or from text: a number a line, perhaps below a header, or the
-/// column of that name.
-/// @throws unusable
-std::vector<std::int64_t> load_integers(std::string const& path, std::string const& column);
 
 /// What an exception from the library says about a file, without what the user knows already.
 std::string reason_of(std::exception const& error, std::string const& path);

@@ -7,6 +7,7 @@
 #include <cmath>
 #include <limits>
 
+#include "labels.hpp"
 #include "memory.hpp"
 #include "text.hpp"
 
@@ -110,28 +111,41 @@ void add_cka(char const* name, Kernel const& kernel, std::vector<capture> const&
   }
 }
 
-rflow::layer_probes probes_of(capture const& c, std::vector<std::int64_t> const& labels,
-                              std::vector<std::int64_t> const& groups, options const& asked,
+/// Of files for all captures, or one for each: the one for capture k.
+std::string file_of(std::vector<std::string> const& files, std::size_t k) {
+  return files[files.size() > 1 ? k : 0];
+}
+
+/// Labels of the tokens that count, from the files for capture k.
+probe_labels labels_of(std::vector<capture> const& captures, std::size_t k, options const& asked) {
+  capture const& c = captures[k];
+  labelling const labels = read_labels(file_of(asked.labels, k), c, asked, role::classes);
+  std::optional<labelling> groups;
+  if (!asked.label_groups.empty())
+    groups = read_labels(file_of(asked.label_groups, k), c, asked, role::groups);
+  auto const counted = with_stack(c, asked.skip_first, false, [](auto const& stack) {
+    std::vector<std::ptrdiff_t> out;
+    for (std::ptrdiff_t i = 0; i < stack.size(); ++i) out.push_back(stack.token(i));
+    return out;
+  });
+  return labels_of(c, counted, labels, groups ? &*groups : nullptr);
+}
+
+rflow::layer_probes probes_of(std::vector<capture> const& captures, std::size_t k,
+                              probe_labels const& labels, options const& asked,
                               rflow::on_cpu const& on) {
-  if (static_cast<std::ptrdiff_t>(labels.size()) != c.sites.tokens())
-    throw unusable(asked.labels, plural(static_cast<std::ptrdiff_t>(labels.size()), "label") +
-                                     " for " + plural(c.sites.tokens(), "token") + " in " + c.path);
-  if (!asked.label_groups.empty() && groups.size() != labels.size())
-    throw unusable(asked.label_groups, plural(static_cast<std::ptrdiff_t>(groups.size()), "group") +
-                                           " for " + plural(c.sites.tokens(), "token") + " in " +
-                                           c.path);
   rflow::probe_options const by{.epochs = asked.probe_epochs,
                                 .seeds = asked.probe_seeds,
-                                .groups = groups,
+                                .groups = labels.group,
                                 .standardize = asked.probe_standardize};
   try {
-    return with_stack(c, asked.skip_first, true, [&](auto const& stack) {
-      return rflow::probe_layers(stack, labels, by, on);
+    return with_stack(captures[k], asked.skip_first, true, [&](auto const& stack) {
+      return rflow::probe_layers(stack.tokens(labels.mask), labels.label, by, on);
     });
   } catch (std::invalid_argument const& error) {
-    std::string const why = reason_of(error, asked.labels);
-    bool const of_groups = !groups.empty() && why.find("group") != std::string::npos;
-    throw unusable(of_groups ? asked.label_groups : asked.labels, why);
+    std::string const why = with_class_names(reason_of(error, captures[k].path), labels.names);
+    bool const of_groups = !labels.group.empty() && why.find("group") != std::string::npos;
+    throw unusable(file_of(of_groups ? asked.label_groups : asked.labels, k), why);
   }
 }
 
@@ -362,16 +376,14 @@ result measure(std::vector<capture> const& captures, options const& asked, progr
     gram += work.gram;
   }
   // Read before anything that takes long: what is wrong with them is known at once.
-  std::vector<std::int64_t> labels, groups;
-  if (!asked.labels.empty()) labels = load_integers(asked.labels, "label");
-  if (!asked.label_groups.empty()) groups = load_integers(asked.label_groups, "group");
-  double probes = 0;  // of one capture, about
-  if (!labels.empty()) {
-    double const columns =
-        static_cast<double>(*std::max_element(labels.begin(), labels.end()) + 1) *
-        asked.probe_seeds;
-    probes = 2 * columns * asked.probe_epochs * cost(captures[0], asked.skip_first).flow / 10;
-    total += probes * static_cast<double>(captures.size());
+  std::vector<probe_labels> labels;
+  std::vector<double> probes;  // cost
+  for (std::size_t k = 0; k < captures.size() && !asked.labels.empty(); ++k) {
+    labels.push_back(labels_of(captures, k, asked));
+    double const columns = static_cast<double>(labels.back().names.size()) * asked.probe_seeds;
+    probes.push_back(2 * columns * asked.probe_epochs * cost(captures[k], asked.skip_first).flow /
+                     10);
+    total += probes.back();
   }
   tell(0, total);
 
@@ -412,9 +424,13 @@ result measure(std::vector<capture> const& captures, options const& asked, progr
     tell(done += gram, total);
   }
 
-  for (std::size_t k = 0; k < captures.size() && !asked.labels.empty(); ++k) {
-    out.models[k].probes = probes_of(captures[k], labels, groups, asked, on);
-    tell(done += probes, total);
+  for (std::size_t k = 0; k < labels.size(); ++k) {
+    model_result& m = out.models[k];
+    m.probes = probes_of(captures, k, labels[k], asked, on);
+    m.classes =
+        probe_classes{labels[k].from, labels[k].names, labels[k].tokens, labels[k].left_out};
+    for (std::string const& text : labels[k].notes) m.warnings.push_back({false, text});
+    tell(done += probes[k], total);
   }
 
   for (model_result& m : out.models) require_finite(m);

@@ -17,7 +17,7 @@ namespace report {
 
 /// Version of the layout of metrics.json (docs/metrics.schema.json). The first number changes when a
 /// field is removed or changes its meaning, the second when one is added.
-inline constexpr char const* schema_version = "2.1";
+inline constexpr char const* schema_version = "2.2";
 
 std::string version_text();
 

@@ -1,0 +1,56 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+// Classes and groups of tokens, for the probes: what the words in a file mean, and which tokens they
+// leave out.
+
+#include <cstddef>
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "cells.hpp"
+#include "load.hpp"
+#include "options.hpp"
+
+namespace report {
+
+enum class role { classes, groups };
+
+/// What a file says of each token, understood.
+struct labelling {
+  static constexpr std::int64_t left_out = -1, missing = -2;
+
+  cells read;
+  std::vector<std::string> names;      // in order: numbers by value, words by bytes
+  std::vector<std::int64_t> of_token;  // places in names, or one of the above
+  std::vector<std::string> notes;      // on what could have been meant otherwise
+};
+
+/// Classes: whole numbers, however written (1, 01, 1.0, 1e0 are one), or words, not both; −100 and what
+/// --ignore-label says are left out. Groups may be both, then each as it is written.
+/// @param named  a file, or a tensor of the capture
+/// @throws unusable, naming the line
+labelling read_labels(std::string const& named, capture const& c, options const& asked, role what);
+
+/// What the probes of one capture are trained on. Classes are 0 … C − 1 in the order of their names.
+struct probe_labels {
+  std::string from;                        // file or tensor, and the column's name
+  std::vector<std::int64_t> label, group;  // one a token of the file; group may be empty
+  std::vector<bool> mask;                  // which of them take part
+  std::vector<std::string> names;          // of the classes that occur
+  std::vector<std::ptrdiff_t> tokens;      // of each class
+  std::ptrdiff_t left_out = 0;             // tokens that count elsewhere, but not here
+  std::vector<std::string> notes;
+};
+
+/// @param counted  the tokens that metrics are over, counted in the file
+/// @param groups   may be null
+/// @throws unusable if labels and tokens do not fit together, or classes cannot be told apart
+probe_labels labels_of(capture const& c, std::vector<std::ptrdiff_t> const& counted,
+                       labelling const& labels, labelling const* groups);
+
+/// What the library says of the labels, with classes by name.
+std::string with_class_names(std::string text, std::vector<std::string> const& names);
+
+}  // namespace report
