@@ -232,13 +232,14 @@ TEST_CASE("a missing value is refused with the remedy, where its token counts") 
       {"NA", "--ignore-label NA"},       {"None", "--ignore-label None"},
       {"<NA>", "--ignore-label '<NA>'"}, {"\"\"", "--ignore-label ''"},
       {"-nan", "--ignore-label=-nan"},   {"null", "--ignore-label null"}};
-  for (auto const& [cell, remedy] : cases) {
+  for (auto const& one : cases) {
+    std::string const cell = one.first, remedy = one.second;
     CAPTURE(cell);
     for (std::string const other : {"0\n1\n0\n", "B\nI\nB\n"}) {
       r.asked.ignore_labels.clear();
       std::string const text = three_times(other + cell + "\n");
       check_holds(r.refused(text), {"y.csv: line 4: ", "missing value", remedy});
-      r.asked.ignore_labels = {cell == std::string("\"\"") ? "" : cell};
+      r.asked.ignore_labels = {cell == "\"\"" ? "" : cell};
       CHECK(r.used(r.of_text(text)).left_out == 3);
     }
   }
@@ -552,8 +553,8 @@ TEST_CASE("the program: what is left out of the probes is in every other metric"
   CHECK(probe.at("left_out") == 2);
   CHECK(probe.at("labels") == "y.npy");
   CHECK(said.find("2, 10 (2 left out)") != std::string::npos);
-  for (auto const& [key, value] : plain.items())
-    if (key != "probe") CHECK_MESSAGE(some.at(key) == value, key);
+  for (auto const& one : plain.items())
+    if (one.key() != "probe") CHECK_MESSAGE(some.at(one.key()) == one.value(), one.key());
   std::string const page = program::read(work.path / "r/report.html");
   CHECK(page.find("<b>0</b> 5, <b>1</b> 5") != std::string::npos);
   CHECK(page.find("2 tokens with a label of −100 or of <code>--ignore-label</code> are left out of "
