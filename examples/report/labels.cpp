@@ -231,10 +231,10 @@ class reader {
 };
 
 /// What may explain a number of labels other than that of tokens.
-std::string why_not_as_many(cells const& read, std::ptrdiff_t tokens, std::ptrdiff_t counted,
+std::string why_not_as_many(cells const& read, token_choice const& chosen,
                             std::string const& option) {
-  auto const there = std::ssize(read.of_token);
-  if (there == counted)
+  auto const there = std::ssize(read.of_token), tokens = chosen.stored;
+  if (there == chosen.used)
     return "; as many as count, but one is expected for every token of the file, those left out "
            "too";
   std::string out;
@@ -253,15 +253,15 @@ std::string why_not_as_many(cells const& read, std::ptrdiff_t tokens, std::ptrdi
   return out;
 }
 
-void require_as_many(capture const& c, std::ptrdiff_t counted, labelling const& l, role what) {
-  auto const tokens = c.sites.tokens();
-  if (std::ssize(l.of_token) == tokens) return;
+void require_as_many(std::string const& model, token_choice const& chosen, labelling const& l,
+                     role what) {
+  if (std::ssize(l.of_token) == chosen.stored) return;
   bool const classes = what == role::classes;
   throw unusable(
       l.read.source,
       l.read.shape + plural(std::ssize(l.of_token), classes ? "label" : "group") + " for " +
-          plural(tokens, "token") + " in " + c.path +
-          why_not_as_many(l.read, tokens, counted, classes ? "--label-column" : "--group-column"));
+          plural(chosen.stored, "token") + " in " + model +
+          why_not_as_many(l.read, chosen, classes ? "--label-column" : "--group-column"));
 }
 
 }  // namespace
@@ -281,10 +281,10 @@ labelling read_labels(std::string const& named, capture const& c, options const&
   return out;
 }
 
-probe_labels labels_of(capture const& c, std::vector<std::ptrdiff_t> const& counted,
+probe_labels labels_of(std::string const& model, token_choice const& chosen,
                        labelling const& labels, labelling const* groups) {
-  require_as_many(c, std::ssize(counted), labels, role::classes);
-  if (groups != nullptr) require_as_many(c, std::ssize(counted), *groups, role::groups);
+  require_as_many(model, chosen, labels, role::classes);
+  if (groups != nullptr) require_as_many(model, chosen, *groups, role::groups);
   probe_labels out;
   out.from = labels.read.source;
   if (!labels.read.heading.empty()) out.from += ", column " + in_quotes(labels.read.heading);
@@ -293,8 +293,7 @@ probe_labels labels_of(capture const& c, std::vector<std::ptrdiff_t> const& coun
   out.mask.assign(all, false);
   out.label.assign(all, 0);
   std::vector<std::ptrdiff_t> tokens(labels.names.size());
-  for (std::ptrdiff_t const token : counted) {
-    auto const i = static_cast<std::size_t>(token);
+  auto const take = [&](std::size_t i) {
     std::int64_t const label = labels.of_token[i];
     auto const cell = [&](labelling const& l) { return l.read.distinct[l.read.of_token[i]]; };
     if (label == labelling::missing)
@@ -304,7 +303,7 @@ probe_labels labels_of(capture const& c, std::vector<std::ptrdiff_t> const& coun
                                              " leaves such tokens out of the probes");
     if (label == labelling::left_out) {
       ++out.left_out;
-      continue;
+      return;
     }
     if (groups != nullptr && groups->of_token[i] < 0)
       throw unusable(groups->read.source, groups->read.place(i) + ": " + in_quotes(cell(*groups)) +
@@ -312,7 +311,9 @@ probe_labels labels_of(capture const& c, std::vector<std::ptrdiff_t> const& coun
                                               "one of its own");
     out.mask[i] = true;
     ++tokens[static_cast<std::size_t>(label)];
-  }
+  };
+  for (token_run const& run : chosen.runs)
+    for (std::ptrdiff_t i = run.begin; i < run.end; ++i) take(static_cast<std::size_t>(i));
 
   std::vector<std::int64_t> place(tokens.size());
   for (std::size_t k = 0; k < tokens.size(); ++k) {
@@ -328,7 +329,7 @@ probe_labels labels_of(capture const& c, std::vector<std::ptrdiff_t> const& coun
     out.notes.insert(out.notes.end(), groups->notes.begin(), groups->notes.end());
   }
 
-  std::ptrdiff_t const used = std::ssize(counted) - out.left_out, classes = std::ssize(out.names);
+  std::ptrdiff_t const used = chosen.used - out.left_out, classes = std::ssize(out.names);
   std::string const of = " of the " + plural(used, "token") + " with a label";
   if (used == 0)
     throw unusable(labels.read.source, "no token is left: all " + plural(out.left_out, "label") +

@@ -12,6 +12,7 @@
 #include "cells.hpp"
 #include "load.hpp"
 #include "options.hpp"
+#include "tokens.hpp"
 
 namespace report {
 
@@ -44,10 +45,10 @@ struct probe_labels {
   std::vector<std::string> notes;
 };
 
-/// @param counted  the tokens that metrics are over, counted in the file
-/// @param groups   may be null
+/// @param model   its file, for messages
+/// @param groups  may be null
 /// @throws unusable if labels and tokens do not fit together, or classes cannot be told apart
-probe_labels labels_of(capture const& c, std::vector<std::ptrdiff_t> const& counted,
+probe_labels labels_of(std::string const& model, token_choice const& chosen,
                        labelling const& labels, labelling const* groups);
 
 /// What the library says of the labels, with classes by name.

@@ -20,15 +20,72 @@ using rflow::status;
 
 /// Calls f with a stack in the type of the capture: the chain, or the chain and the final norm.
 template <class F>
-auto with_stack(capture const& c, std::ptrdiff_t skip_first, bool final_norm, F&& f) {
+auto with_stack(capture const& c, token_choice const& chosen, bool final_norm, F&& f) {
   rflow::site_set sites = c.sites;
   if (final_norm && sites.final_norm) sites.chain.push_back(*sites.final_norm);
-  return rflow::visit(sites, [&]<class T>(layer_stack<T> const& stack) {
-    if (skip_first == 0) return f(stack);
-    std::vector<bool> mask(static_cast<std::size_t>(stack.all_tokens()), true);
-    std::fill_n(mask.begin(), skip_first, false);
-    return f(stack.tokens(mask));
-  });
+  return rflow::visit(
+      sites, [&]<class T>(layer_stack<T> const& stack) { return f(counted(stack, chosen)); });
+}
+
+/// The figures of a chain: all tokens pooled, and each sequence by itself.
+struct chain_flow {
+  rflow::flow_report pooled;
+  rflow::sequence_figures per_sequence;
+};
+
+/// One sequence after the other, each read once, as rflow::flow_monitor does it for rows that stream.
+/// @param per_token  whether to keep cosines and norms of each token
+template <class T>
+chain_flow flow_of(layer_stack<T> const& stack, rflow::normalization by, bool per_token,
+                   rflow::on_cpu const& on) {
+  std::ptrdiff_t const sites = stack.sites(), n = stack.size();
+  auto const count = [](std::ptrdiff_t x) { return static_cast<std::size_t>(x); };
+  rflow::flow_moments sum(sites, stack.width());
+  chain_flow out{{}, rflow::sequence_figures(sites)};
+  std::vector<std::vector<double>> norms, cosines;
+  if (per_token) {
+    norms.assign(count(sites), std::vector<double>(count(n)));
+    cosines.assign(count(sites - 1), std::vector<double>(count(n)));
+  }
+  std::vector<double> norm, cosine;
+  std::vector<std::ptrdiff_t> const ends = stack.boundaries();
+  for (std::size_t q = 0; q + 1 < ends.size(); ++q) {
+    std::ptrdiff_t const begin = ends[q], size = ends[q + 1] - begin;
+    if (size == 0) continue;
+    // Its rows, from the first that counts to the last.
+    std::ptrdiff_t const row = stack.token(begin), rows = stack.token(ends[q + 1] - 1) + 1 - row;
+    std::vector<rflow::view<T>> views;
+    for (std::ptrdiff_t l = 0; l < sites; ++l) {
+      rflow::view<T> const& x = stack[l];
+      views.emplace_back(x.data + row * x.row_stride, rows, x.cols, x.row_stride, x.col_stride);
+    }
+    layer_stack<T> part(views);
+    if (rows != size) {
+      std::vector<bool> keep(count(rows));
+      for (std::ptrdiff_t i = begin; i < ends[q + 1]; ++i) keep[count(stack.token(i) - row)] = true;
+      part = part.tokens(keep);
+    }
+    rflow::flow_sink sink;
+    if (per_token) {
+      norm.resize(count(sites * size));
+      cosine.resize(count((sites - 1) * size));
+      sink.norm = norm.data();
+      sink.cosine = cosine.data();
+    }
+    rflow::flow_moments const m = on.flow(part, sink);
+    out.per_sequence.add(m, by);
+    sum.merge(m, row);
+    for (std::ptrdiff_t l = 0; l < sites && per_token; ++l) {
+      std::copy_n(norm.begin() + l * size, size, norms[count(l)].begin() + begin);
+      if (l + 1 < sites)
+        std::copy_n(cosine.begin() + l * size, size, cosines[count(l)].begin() + begin);
+    }
+  }
+  out.pooled = rflow::report_of(sum, by);
+  out.pooled.norms = std::move(norms);
+  for (std::size_t l = 0; l < cosines.size(); ++l)
+    out.pooled.adjacent[l].per_token = std::move(cosines[l]);
+  return out;
 }
 
 cka_grid part_of(rflow::cka_table const& table, std::ptrdiff_t row, std::ptrdiff_t rows,
@@ -73,8 +130,8 @@ cka_result part_of(std::string const& kernel, rflow::cka_table const& debiased,
 struct cost {
   double flow = 0, gram = 0;
 
-  cost(capture const& c, std::ptrdiff_t skip_first) {
-    double const n = static_cast<double>(c.sites.tokens() - skip_first);
+  cost(capture const& c, token_choice const& chosen) {
+    double const n = static_cast<double>(chosen.used);
     double const d = static_cast<double>(c.sites.width());
     double const sites = static_cast<double>(c.sites.chain.size() + 1);
     flow = 10 * sites * n * d;
@@ -82,33 +139,109 @@ struct cost {
   }
 };
 
+/// What the groups of outliers hold of the linear kernel matrices.
+/// @param first  of the model's sites in the moments
+void add_kernel_shares(capture const& c, rflow::gram_moments const& m, std::ptrdiff_t first,
+                       model_result& model) {
+  outlier_facts& o = *model.outliers;
+  if (o.none()) return;
+  with_stack(c, model.tokens, false, [&](auto const& stack) {
+    for (std::ptrdiff_t l = 0; l < stack.sites(); ++l) {
+      auto const s = static_cast<std::size_t>(l);
+      o.kernel_share[s] = finite(kernel_share(stack, l, o.groups[s], m, first + l));
+    }
+    return 0;
+  });
+}
+
 /// Adds the CKA tables of the captures to their models, or of both together, with what is between.
 template <class Kernel>
 void add_cka(char const* name, Kernel const& kernel, std::vector<capture> const& captures,
-             bool together, options const& asked, rflow::on_cpu const& on, result& out) {
-  std::ptrdiff_t const skip = asked.skip_first;
-  auto const stored = [skip](std::ptrdiff_t token) { return token + skip; };
+             bool together, rflow::on_cpu const& on, result& out) {
+  constexpr bool linear = std::same_as<Kernel, rflow::linear>;
+  auto const stored = [&](std::size_t k) {
+    return [&chosen = out.models[k].tokens](std::ptrdiff_t token) {
+      return chosen.stored_token(token);
+    };
+  };
   auto const sites = [&](std::size_t k) {
     return static_cast<std::ptrdiff_t>(out.models[k].cka_sites().size());
   };
   if (together) {
-    rflow::gram_moments const m = with_stack(captures[0], skip, true, [&](auto const& a) {
-      return with_stack(captures[1], skip, true,
-                        [&](auto const& b) { return on.gram(kernel, a, b); });
-    });
+    rflow::gram_moments const m =
+        with_stack(captures[0], out.models[0].tokens, true, [&](auto const& a) {
+          return with_stack(captures[1], out.models[1].tokens, true,
+                            [&](auto const& b) { return on.gram(kernel, a, b); });
+        });
     auto const debiased = rflow::cka_matrix(m, rflow::debiased{});
     auto const biased = rflow::cka_matrix(m, rflow::biased{});
     std::ptrdiff_t const a = sites(0), b = sites(1);
-    out.models[0].cka.push_back(part_of(name, debiased, biased, 0, a, 0, a, stored));
-    out.models[1].cka.push_back(part_of(name, debiased, biased, a, b, a, b, stored));
-    out.cross.push_back(part_of(name, debiased, biased, 0, a, a, b, stored));
+    out.models[0].cka.push_back(part_of(name, debiased, biased, 0, a, 0, a, stored(0)));
+    out.models[1].cka.push_back(part_of(name, debiased, biased, a, b, a, b, stored(1)));
+    out.cross.push_back(part_of(name, debiased, biased, 0, a, a, b, stored(0)));
+    if (linear) add_kernel_shares(captures[0], m, 0, out.models[0]);
+    if (linear) add_kernel_shares(captures[1], m, a, out.models[1]);
     return;
   }
   for (std::size_t k = 0; k < captures.size(); ++k) {
-    rflow::gram_moments const m = with_stack(
-        captures[k], skip, true, [&](auto const& stack) { return on.gram(kernel, stack); });
-    out.models[k].cka.push_back(cka_of(name, m, stored));
+    rflow::gram_moments const m =
+        with_stack(captures[k], out.models[k].tokens, true,
+                   [&](auto const& stack) { return on.gram(kernel, stack); });
+    out.models[k].cka.push_back(cka_of(name, m, stored(k)));
+    if (linear) add_kernel_shares(captures[k], m, 0, out.models[k]);
   }
+}
+
+/// First to last and adjacent sites of a chain of so many.
+headline_cka headline_of(cka_grid const& g, std::ptrdiff_t sites) {
+  headline_cka out{g.at(0, sites - 1), {}};
+  for (std::ptrdiff_t l = 0; l + 1 < sites; ++l) out.adjacent.push_back(g.at(l, l + 1));
+  return out;
+}
+
+headline headline_of(rflow::flow_report const& f, cka_result const& c) {
+  return {f.tokens,
+          f.inter_token,
+          f.variance.st1,
+          f.variance.st2,
+          c.kernel,
+          headline_of(c.debiased, f.sites),
+          headline_of(c.biased, f.sites)};
+}
+
+/// Headline numbers with outlying tokens and without, where they hold much: another pass over the rest.
+void compare_without_outliers(capture const& c, options const& asked, rflow::on_cpu on,
+                              model_result& m) {
+  outlier_facts& o = *m.outliers;
+  choose_outliers(o, m.flow.norms);
+  auto const n = static_cast<std::size_t>(m.flow.tokens);
+  bool const few =
+      static_cast<double>(o.tokens.size()) <= outlier_facts::most * static_cast<double>(n);
+  if (!o.tokens.empty() && few && !m.cka.empty()) {
+    on.significance = on.shifts = false;
+    with_stack(c, m.tokens, false, [&](auto const& stack) {
+      std::vector<bool> keep = m.tokens.mask();
+      for (outlier const& x : o.tokens)
+        keep[static_cast<std::size_t>(stack.token(x.token))] = false;
+      auto const rest = stack.tokens(keep);
+      chain_flow flow = flow_of(rest, asked.normalize, false, on);
+      auto const nowhere = [](std::ptrdiff_t token) { return token; };
+      cka_result cka =
+          asked.linear
+              ? cka_of("linear", on.gram(rflow::linear{}, rest), nowhere)
+              : cka_of("rbf", on.gram(rflow::rbf{.fraction = asked.rbf_fraction}, rest), nowhere);
+      require_finite(cka);
+      o.without = headline_of(flow.pooled, cka);
+      return 0;
+    });
+    o.with = headline_of(m.flow, m.cka.front());
+    for (headline* const h : {&*o.with, &*o.without}) {
+      h->st1 = finite(h->st1), h->st2 = finite(h->st2);
+      for (measured& x : h->inter_token) x = finite(x);
+    }
+    o.matter = o.matter || changes_much(o);
+  }
+  for (outlier& x : o.tokens) x.token = m.tokens.stored_token(x.token);
 }
 
 /// Of files for all captures, or one for each: the one for capture k.
@@ -117,29 +250,25 @@ std::string file_of(std::vector<std::string> const& files, std::size_t k) {
 }
 
 /// Labels of the tokens that count, from the files for capture k.
-probe_labels labels_of(std::vector<capture> const& captures, std::size_t k, options const& asked) {
+probe_labels labels_of(std::vector<capture> const& captures, std::size_t k,
+                       token_choice const& chosen, options const& asked) {
   capture const& c = captures[k];
   labelling const labels = read_labels(file_of(asked.labels, k), c, asked, role::classes);
   std::optional<labelling> groups;
   if (!asked.label_groups.empty())
     groups = read_labels(file_of(asked.label_groups, k), c, asked, role::groups);
-  auto const counted = with_stack(c, asked.skip_first, false, [](auto const& stack) {
-    std::vector<std::ptrdiff_t> out;
-    for (std::ptrdiff_t i = 0; i < stack.size(); ++i) out.push_back(stack.token(i));
-    return out;
-  });
-  return labels_of(c, counted, labels, groups ? &*groups : nullptr);
+  return labels_of(c.path, chosen, labels, groups ? &*groups : nullptr);
 }
 
 rflow::layer_probes probes_of(std::vector<capture> const& captures, std::size_t k,
-                              probe_labels const& labels, options const& asked,
-                              rflow::on_cpu const& on) {
+                              token_choice const& chosen, probe_labels const& labels,
+                              options const& asked, rflow::on_cpu const& on) {
   rflow::probe_options const by{.epochs = asked.probe_epochs,
                                 .seeds = asked.probe_seeds,
                                 .groups = labels.group,
                                 .standardize = asked.probe_standardize};
   try {
-    return with_stack(captures[k], asked.skip_first, true, [&](auto const& stack) {
+    return with_stack(captures[k], chosen, true, [&](auto const& stack) {
       return rflow::probe_layers(stack.tokens(labels.mask), labels.label, by, on);
     });
   } catch (std::invalid_argument const& error) {
@@ -205,6 +334,75 @@ void note_non_finite(std::vector<rflow::position> const& at, std::vector<std::st
                                "; whatever this site takes part in has no answer (non_finite)"});
 }
 
+/// "3, 17, 40" of tokens, shortened.
+std::string list_tokens(std::vector<outlier> const& tokens) {
+  constexpr std::size_t most = 20;
+  std::string out;
+  for (std::size_t i = 0; i < std::min(tokens.size(), most); ++i)
+    join(out, ", ", std::to_string(tokens[i].token));
+  return out + (tokens.size() > most ? " …" : "");
+}
+
+/// The ranges of --tokens that leave some tokens out, besides what is left out already.
+std::string ranges_without(std::vector<outlier> const& tokens, std::ptrdiff_t stored,
+                           options const& asked) {
+  std::vector<bool> keep(static_cast<std::size_t>(stored), asked.tokens.empty());
+  for (auto const& [begin, end] : asked.tokens)
+    std::fill(keep.begin() + begin, keep.begin() + std::min(end, stored), true);
+  for (outlier const& x : tokens) keep[static_cast<std::size_t>(x.token)] = false;
+  std::string out;
+  for (auto at = keep.begin(); (at = std::find(at, keep.end(), true)) != keep.end();) {
+    auto const end = std::find(at, keep.end(), false);
+    std::ptrdiff_t const first = at - keep.begin(), last = end - keep.begin();
+    join(out, ",", std::to_string(first) + (last - first > 1 ? ":" + std::to_string(last) : ""));
+    at = end;
+  }
+  return out;
+}
+
+/// A group of tokens that decides headline numbers; of one token there is a note already.
+void note_outliers(model_result const& m, options const& asked, std::vector<warning>& out) {
+  if (!m.outliers || !m.outliers->matter || m.outliers->tokens.size() < 2) return;
+  outlier_facts const& o = *m.outliers;
+  double least = o.tokens.front().ratio, largest = least, share = 0;
+  for (outlier const& x : o.tokens)
+    least = std::min(least, x.ratio), largest = std::max(largest, x.ratio);
+  bool const linear = asked.linear;
+  for (std::size_t const l : o.sites)
+    if (measured const s = linear ? o.kernel_share[l] : o.norm_share[l]; s.ok())
+      share = std::max(share, s.value);
+  std::string text =
+      list_sites(m.sites, o.sites) + ": " + plural(std::ssize(o.tokens), "token") +
+      " with norms of " + number(least) + " to " + number(largest) +
+      " times the median make up as much as " + number(100 * share) +
+      (linear ? " % of the linear kernel matrix" : " % of the sum of squared norms") + ": " +
+      list_tokens(o.tokens);
+  if (o.with && o.without) {
+    headline_cka const& with = o.with->cka(asked.main_estimator);
+    headline_cka const& without = o.without->cka(asked.main_estimator);
+    text += "; " + o.with->kernel + " CKA of " + m.sites.front() + " to " + m.sites.back() +
+            " is " + number(with.first_to_last) + " with them, " + number(without.first_to_last) +
+            " without";
+    // The neighbours that change most speak for all.
+    double largest_change = 0;
+    std::size_t which = with.adjacent.size();
+    for (std::size_t l = 0; l < with.adjacent.size(); ++l)
+      if (measured const x = with.adjacent[l], y = without.adjacent[l];
+          x.ok() && y.ok() && std::abs(x.value - y.value) > largest_change) {
+        largest_change = std::abs(x.value - y.value);
+        which = l;
+      }
+    if (which < with.adjacent.size() && with.adjacent.size() > 1)
+      text += ", of " + m.sites[which] + " to " + m.sites[which + 1] + " " +
+              number(with.adjacent[which]) + " and " + number(without.adjacent[which]);
+  }
+  constexpr std::size_t most_ranges = 20;
+  if (o.tokens.size() <= most_ranges)
+    text += "; --tokens " + ranges_without(o.tokens, m.tokens.stored, asked) +
+            " leaves them out of everything";
+  out.push_back({false, std::move(text)});
+}
+
 /// Names of what lies between neighbouring sites.
 std::vector<std::string> pairs_of(std::vector<std::string> const& names, std::size_t count) {
   std::vector<std::string> out;
@@ -253,8 +451,7 @@ void require_finite(cka_result& c) {
     for (measured& x : *xs) x = finite(x);
 }
 
-void add_warnings(model_result& m, rflow::flow_report const& final_norm,
-                  std::ptrdiff_t skip_first) {
+void add_warnings(model_result& m, rflow::flow_report const& final_norm, options const& asked) {
   std::vector<std::string> const all = m.cka_sites();
   std::vector<warning>& out = m.warnings;
   rflow::flow_report const& f = m.flow;
@@ -267,6 +464,7 @@ void add_warnings(model_result& m, rflow::flow_report const& final_norm,
     inter_token.push_back(final_norm.inter_token[0]);
     zero_rows.push_back(final_norm.zero_rows[0]);
   }
+  for (std::string const& note : m.tokens.notes) out.push_back({false, note});
   note_non_finite(non_finite, all, out);
   note_missing("inter-token cosine", inter_token, all, out);
 
@@ -324,16 +522,18 @@ void add_warnings(model_result& m, rflow::flow_report const& final_norm,
         r.largest = std::max(r.largest, share.value);
       }
   for (auto const& [token, r] : rules) {
-    std::string const advice = token == skip_first
-                                   ? ". It may be an attention sink: compare with --skip-first " +
-                                         std::to_string(token + 1)
-                                   : "";
+    // Following it has to leave out that token and nothing that is measured besides.
+    bool const first = m.tokens.begins_sequence(token) && asked.tokens.empty();
+    std::string const advice = first ? ". It may be an attention sink: compare with --skip-first " +
+                                           std::to_string(asked.skip_first + 1)
+                                     : "";
     out.push_back({false, list_sites(all, r.sites) + ": token " + std::to_string(token) +
                               " makes up more than half of the linear kernel matrix (up to " +
                               number(100 * r.largest) +
                               " %), so linear CKA there, and perhaps St1 " +
                               "and St2, speak of that token" + advice});
   }
+  note_outliers(m, asked, out);
 }
 
 result measure(std::vector<capture> const& captures, options const& asked, progress const& tell) {
@@ -358,6 +558,17 @@ result measure(std::vector<capture> const& captures, options const& asked, progr
                      "--cross-cka: " + out.why_no_cross);
   }
 
+  std::vector<token_choice> chosen;
+  for (capture const& c : captures) chosen.push_back(choose_tokens(c, asked));
+  if (together && !chosen[0].same_tokens(chosen[1])) {
+    together = false;
+    out.why_no_cross =
+        "masks leave out other tokens of " + captures[0].path + " than of " + captures[1].path;
+    if (asked.cross_cka)
+      throw unusable(captures[0].path + ", " + captures[1].path,
+                     "--cross-cka: " + out.why_no_cross);
+  }
+
   double needed = 0;
   for (capture const& c : captures) {
     double const sites = static_cast<double>(c.sites.chain.size() + 1);
@@ -370,8 +581,8 @@ result measure(std::vector<capture> const& captures, options const& asked, progr
   double total = 0, done = 0;
   int const kernels = (asked.linear ? 1 : 0) + (asked.rbf ? 1 : 0);
   double gram = 0;
-  for (capture const& c : captures) {
-    cost const work(c, asked.skip_first);
+  for (std::size_t k = 0; k < captures.size(); ++k) {
+    cost const work(captures[k], chosen[k]);
     total += work.flow + kernels * work.gram;
     gram += work.gram;
   }
@@ -379,16 +590,16 @@ result measure(std::vector<capture> const& captures, options const& asked, progr
   std::vector<probe_labels> labels;
   std::vector<double> probes;  // cost
   for (std::size_t k = 0; k < captures.size() && !asked.labels.empty(); ++k) {
-    labels.push_back(labels_of(captures, k, asked));
+    labels.push_back(labels_of(captures, k, chosen[k], asked));
     double const columns = static_cast<double>(labels.back().names.size()) * asked.probe_seeds;
-    probes.push_back(2 * columns * asked.probe_epochs * cost(captures[k], asked.skip_first).flow /
-                     10);
+    probes.push_back(2 * columns * asked.probe_epochs * cost(captures[k], chosen[k]).flow / 10);
     total += probes.back();
   }
   tell(0, total);
 
   std::vector<rflow::flow_report> final_norms;
-  for (capture const& c : captures) {
+  for (std::size_t k = 0; k < captures.size(); ++k) {
+    capture const& c = captures[k];
     model_result m;
     m.path = c.path;
     m.label = c.label;
@@ -396,47 +607,52 @@ result measure(std::vector<capture> const& captures, options const& asked, progr
     m.token_hash = c.token_hash();
     m.metadata = c.metadata;
     m.sites = c.sites.names();
-    m.stored_tokens = c.sites.tokens();
-    m.flow = with_stack(c, asked.skip_first, false, [&](auto const& stack) {
-      return rflow::flow(stack, {.normalize = asked.normalize, .per_token = true}, on);
+    m.tokens = chosen[k];
+    chain_flow flow = with_stack(c, m.tokens, false, [&](auto const& stack) {
+      return flow_of(stack, asked.normalize, true, on);
     });
+    m.flow = std::move(flow.pooled);
+    m.per_sequence = std::move(flow.per_sequence);
+    m.outliers = find_outliers(m.flow.norms);
     final_norms.emplace_back();
     if (c.sites.final_norm) {
       m.final_norm_name = c.sites.final_norm->name;
       rflow::site_set alone;
       alone.chain.push_back(*c.sites.final_norm);
       capture const last{c.path, c.label, {}, {}, std::move(alone)};
-      final_norms.back() = with_stack(last, asked.skip_first, false, [&](auto const& stack) {
-        return rflow::flow(stack, {}, on);
+      final_norms.back() = with_stack(last, m.tokens, false, [&](auto const& stack) {
+        return flow_of(stack, rflow::normalization::none, false, on).pooled;
       });
       m.final_inter_token = final_norms.back().inter_token[0];
     }
     out.models.push_back(std::move(m));
-    tell(done += cost(c, asked.skip_first).flow, total);
+    tell(done += cost(c, chosen[k]).flow, total);
   }
 
   if (asked.linear) {
-    add_cka("linear", rflow::linear{}, captures, together, asked, on, out);
+    add_cka("linear", rflow::linear{}, captures, together, on, out);
     tell(done += gram, total);
   }
   if (asked.rbf) {
-    add_cka("rbf", rflow::rbf{.fraction = asked.rbf_fraction}, captures, together, asked, on, out);
+    add_cka("rbf", rflow::rbf{.fraction = asked.rbf_fraction}, captures, together, on, out);
     tell(done += gram, total);
   }
 
   for (std::size_t k = 0; k < labels.size(); ++k) {
     model_result& m = out.models[k];
-    m.probes = probes_of(captures, k, labels[k], asked, on);
+    m.probes = probes_of(captures, k, chosen[k], labels[k], asked, on);
     m.classes =
         probe_classes{labels[k].from, labels[k].names, labels[k].tokens, labels[k].left_out};
     for (std::string const& text : labels[k].notes) m.warnings.push_back({false, text});
     tell(done += probes[k], total);
   }
 
+  for (std::size_t k = 0; k < captures.size(); ++k)
+    compare_without_outliers(captures[k], asked, on, out.models[k]);
   for (model_result& m : out.models) require_finite(m);
   for (cka_result& c : out.cross) require_finite(c);
   for (std::size_t k = 0; k < out.models.size(); ++k)
-    add_warnings(out.models[k], final_norms[k], asked.skip_first);
+    add_warnings(out.models[k], final_norms[k], asked);
   if (out.models.size() == 2) {
     auto const& a = out.models[0].flow.variance.path_energy;
     auto const& b = out.models[1].flow.variance.path_energy;

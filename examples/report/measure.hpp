@@ -17,6 +17,8 @@
 
 #include "load.hpp"
 #include "options.hpp"
+#include "outliers.hpp"
+#include "tokens.hpp"
 
 namespace report {
 
@@ -54,9 +56,8 @@ struct warning {
 
 /// What is known besides of a model that was read in shards.
 struct shard_facts {
-  std::ptrdiff_t files = 0, sequences = 0;
+  std::ptrdiff_t files = 0;
   std::ptrdiff_t batches = 0, left_out = 0;  // of minibatch CKA
-  rflow::sequence_figures figures;           // each sequence by itself: mean and spread
   double memory_bound = 0, memory_peak = 0;  // bytes beside the mapped files: stated, measured
 };
 
@@ -76,16 +77,20 @@ struct model_result {
   std::map<std::string, std::string> metadata;
   std::vector<std::string> sites;  // of the chain
   std::string final_norm_name;     // empty if there is none
-  std::ptrdiff_t stored_tokens = 0;
-  rflow::flow_report flow;
+  token_choice tokens;
+  rflow::flow_report flow;                    // pools the tokens of all sequences
+  rflow::sequence_figures per_sequence;       // each sequence by itself: mean and spread
   rflow::measured final_inter_token;          // not_requested if there is none
   std::vector<cka_result> cka;                // rows and columns: the chain, then the final norm
   std::optional<rflow::layer_probes> probes;  // sites: the chain, then the final norm
   std::optional<probe_classes> classes;       // that they tell apart
   std::optional<shard_facts> shards;          // if it was read in shards
+  std::optional<outlier_facts> outliers;      // unless it was
   std::vector<warning> warnings;
 
   std::ptrdiff_t blocks() const { return static_cast<std::ptrdiff_t>(sites.size()) - 1; }
+  /// Whether per_sequence says more than flow.
+  bool in_sequences() const { return shards || tokens.offsets.size() > 2; }
   bool has_final_norm() const { return !final_norm_name.empty(); }
   std::vector<std::string> cka_sites() const {
     std::vector<std::string> out = sites;
@@ -131,7 +136,8 @@ struct result {
 /// Multiply-adds so far and in all.
 using progress = std::function<void(double done, double total)>;
 
-/// @throws unusable if the captures cannot be compared though --cross-cka asks for it
+/// @throws unusable if the captures cannot be compared though --cross-cka asks for it, or masks,
+///         sequences or labels do not fit
 result measure(std::vector<capture> const& captures, options const& asked, progress const& tell);
 
 /// Both estimators' tables of all sites of one model.
@@ -148,6 +154,6 @@ void require_finite(cka_result& c);
 
 /// Notes what has no answer, and what to be careful with.
 /// @param final_norm  of one site; looked at only if the model has a final norm
-void add_warnings(model_result& m, rflow::flow_report const& final_norm, std::ptrdiff_t skip_first);
+void add_warnings(model_result& m, rflow::flow_report const& final_norm, options const& asked);
 
 }  // namespace report

@@ -8,6 +8,7 @@
 #include <filesystem>
 #include <memory>
 #include <stdexcept>
+#include <string_view>
 #include <system_error>
 
 #include "text.hpp"
@@ -65,6 +66,38 @@ CLI::Validator number_text(bool zero_too) {
                " expected, found " + text;
       },
       "");
+}
+
+/// "3:200,250": half-open ranges and single tokens, counted from 0.
+std::vector<std::pair<std::ptrdiff_t, std::ptrdiff_t>> token_ranges(std::string const& text) {
+  std::vector<std::pair<std::ptrdiff_t, std::ptrdiff_t>> out;
+  auto const refuse = [&](std::string const& part) {
+    throw std::invalid_argument("--tokens: ranges such as 3:200,250 expected, found '" + part +
+                                "'");
+  };
+  std::string_view rest = text;
+  for (bool more = true; more;) {
+    std::size_t const comma = rest.find(',');
+    std::string const part(rest.substr(0, comma));
+    more = comma != std::string_view::npos;
+    if (more) rest.remove_prefix(comma + 1);
+    std::size_t const colon = part.find(':');
+    auto const number = [&](std::string_view digits) {
+      std::ptrdiff_t x = -1;
+      auto const [end, error] = std::from_chars(digits.data(), digits.data() + digits.size(), x);
+      if (error != std::errc{} || end != digits.data() + digits.size() || x < 0 || x > most_counted)
+        refuse(part);
+      return x;
+    };
+    std::string_view const all = part, left = all.substr(0, colon);
+    std::ptrdiff_t const begin = colon == 0 ? 0 : number(left);
+    std::ptrdiff_t end = begin + 1;
+    if (colon != std::string::npos)
+      end = colon + 1 == part.size() ? options::to_the_end : number(all.substr(colon + 1));
+    if (begin >= end) refuse(part);
+    out.emplace_back(begin, end);
+  }
+  return out;
 }
 
 /// An option that takes one of a few words.
@@ -125,10 +158,38 @@ std::optional<options> parse(int argc, char const* const* argv) {
   app.add_flag("-q,--quiet", o.quiet, "No summary, no progress; errors only")->group("Output");
 
   app.add_option("--skip-first", o.skip_first,
-                 "Leave the first K tokens out of every metric (BOS, attention sinks)")
+                 "Leave the first K tokens of each sequence out of every metric (BOS, attention "
+                 "sinks), of those that masks leave")
       ->transform(whole_number(0))
       ->type_name("K")
-      ->group("Metrics");
+      ->group("Tokens");
+  app.add_option("--skip-last", o.skip_last, "The same for the last K")
+      ->transform(whole_number(0))
+      ->type_name("K")
+      ->group("Tokens");
+  CLI::Option const* const tokens =
+      app.add_option(
+             "--tokens", o.tokens_text,
+             "Only these tokens of the file, counted from 0: ranges without their ends, and "
+             "single ones, such as 3:200,250")
+          ->type_name("RANGES")
+          ->group("Tokens");
+  app.add_option("--mask", o.masks,
+                 "A tensor of the file, or a .npy: 0 leaves a token out, 1 keeps it. May be given "
+                 "more than once, and holds besides the file's attention_mask and "
+                 "special_tokens_mask (whose 1 leaves out)")
+      ->allow_extra_args(false)
+      ->type_name("NAME")
+      ->group("Tokens");
+  bool no_mask = false;
+  app.add_flag("--no-mask", no_mask, "Do not use the file's attention_mask and special_tokens_mask")
+      ->group("Tokens");
+  app.add_option("--sequences", o.sequences,
+                 "Tensor that says where sequences begin: offsets from 0 to the number of tokens, "
+                 "positions that start anew, or a number at each token; none: all is one. Default: "
+                 "the file's sequences or cu_seqlens, else a batch axis")
+      ->type_name("NAME")
+      ->group("Tokens");
   choice const normalization(app, "--normalization", "What St1, St2 and the path are divided by: ",
                              {"none", "per_token", "per_element", "relative"}, "per_element");
   choice const main_estimator(
@@ -270,6 +331,8 @@ std::optional<options> parse(int argc, char const* const* argv) {
                                                 : rflow::normalization::per_element;
   o.main_estimator = main_estimator.is("biased") ? estimator::biased : estimator::debiased;
   o.plots = !no_plots;
+  o.own_masks = !no_mask;
+  if (tokens->count() > 0) o.tokens = token_ranges(o.tokens_text);
   o.linear = !kernel.is("rbf");
   o.rbf = !kernel.is("linear");
   if (bits.is("f16")) o.bits = rflow::reinterpret::as_f16;

@@ -7,8 +7,13 @@
 #include <rflow/sites.hpp>
 #include <rflow/variance.hpp>
 
+#include <cstddef>
+#include <filesystem>
+#include <limits>
 #include <optional>
 #include <string>
+#include <system_error>
+#include <utility>
 #include <vector>
 
 namespace report {
@@ -21,7 +26,13 @@ struct options {
   std::string output;               // directory; made from the inputs' names if not given
   bool force = false;
 
-  std::ptrdiff_t skip_first = 0;
+  static constexpr std::ptrdiff_t to_the_end = std::numeric_limits<std::ptrdiff_t>::max();
+  std::ptrdiff_t skip_first = 0, skip_last = 0;                   // of each sequence
+  std::vector<std::pair<std::ptrdiff_t, std::ptrdiff_t>> tokens;  // half-open; all if empty
+  std::string tokens_text;                                        // as given
+  std::vector<std::string> masks;  // tensors or files, besides the file's own
+  bool own_masks = true;           // attention_mask and special_tokens_mask of the file
+  std::string sequences;           // a tensor's name, or none; empty: what the file says
   rflow::normalization normalize = rflow::normalization::per_element;
   estimator main_estimator = estimator::debiased;
   bool linear = true, rbf = true;
@@ -59,6 +70,9 @@ struct options {
     out.insert(out.end(), labels.begin(), labels.end());
     out.insert(out.end(), label_groups.begin(), label_groups.end());
     if (!checkpoint.empty()) out.push_back(checkpoint);
+    std::error_code ignored;
+    for (std::string const& mask : masks)
+      if (std::filesystem::is_regular_file(mask, ignored)) out.push_back(mask);
     return out;
   }
 

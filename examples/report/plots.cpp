@@ -84,7 +84,7 @@ std::string whole_ticks(std::ptrdiff_t count) {
 }
 
 /// @param low  the end of the ramp, the same for all models
-std::string draw(token_map const& map, std::ptrdiff_t n, std::ptrdiff_t skip_first, double low) {
+std::string draw(token_map const& map, std::ptrdiff_t n, token_choice const& chosen, double low) {
   std::ptrdiff_t const rows = map.rows, columns = map.columns;
   // gnuplot draws no image of a single row or column: such a cell is halved.
   std::ptrdiff_t const down = rows == 1 ? 2 : 1, across = columns == 1 ? 2 : 1;
@@ -110,13 +110,14 @@ std::string draw(token_map const& map, std::ptrdiff_t n, std::ptrdiff_t skip_fir
             "object 1 rectangle from graph 0,0 to graph 1,1 behind fs solid noborder fc rgb '") +
         hole_ink.script + "'");
   double const step = static_cast<double>(n) / static_cast<double>(columns * across);
-  double const first = static_cast<double>(skip_first);
+  bool const one_run = chosen.runs.size() == 1;  // else numbers of the file would have gaps
+  double const first = one_run ? static_cast<double>(chosen.runs.front().begin) : 0;
   f.set("xrange [" + digits(first - 0.5) + ":" + digits(first + static_cast<double>(n) - 0.5) +
         "]");
   f.set("yrange [0.5:" + digits(static_cast<double>(rows) + 0.5) + "]");
   f.set("xtics " + whole_ticks(n));
   f.set("ytics " + whole_ticks(rows));
-  f.axis_label('x', "token");
+  f.axis_label('x', one_run ? "token" : "token, of those that count");
   f.axis_label('y', "block");
   f.draw(f.data(matrix) + " matrix using (" + digits(first) + " + ($1 + 0.5)*" + digits(step) +
          " - 0.5):(0.5 + ($2 + 0.5)/" + std::to_string(down) + "):3 with image");
@@ -259,7 +260,7 @@ figures plot(result const& r, options const& asked) {
     for (std::size_t k = 0; k < r.models.size(); ++k)
       if (maps[k].low())
         out["tokens_" + std::to_string(k)] =
-            draw(maps[k], r.models[k].flow.tokens, asked.skip_first, *low);
+            draw(maps[k], r.models[k].flow.tokens, r.models[k].tokens, *low);
   }
 
   {

@@ -42,7 +42,7 @@ constexpr std::ptrdiff_t tokens_at_once = 2048;
 /// What a shard is known by before it is read.
 struct shard {
   std::string path;
-  std::ptrdiff_t tokens;
+  token_choice tokens;
   std::string identity;  // size and time of last change
 };
 
@@ -53,11 +53,7 @@ struct plan {
   std::vector<std::string> sites;
   std::ptrdiff_t width = 0;
   rflow::dtype type{};
-  std::ptrdiff_t tokens() const {
-    std::ptrdiff_t n = 0;
-    for (shard const& s : shards) n += s.tokens;
-    return n;
-  }
+  token_choice all;  // of all shards, one after the other
 };
 
 std::string identity_of(std::string const& path) {
@@ -70,6 +66,7 @@ std::string identity_of(std::string const& path) {
 /// Opens every shard for a moment: all must hold the same sites.
 plan plan_of(options const& asked) {
   plan out;
+  token_rules rules(asked);
   for (std::string const& input : asked.inputs) {
     capture const c = load(input, asked);
     if (out.shards.empty()) {
@@ -92,30 +89,10 @@ plan plan_of(options const& asked) {
                          shape(out.sites.size(), out.width, out.dtype) +
                          (c.sites.chain.size() == out.sites.size() ? " (or other names)" : ""));
     }
-    out.shards.push_back({input, c.sites.tokens(), identity_of(input)});
+    out.shards.push_back({input, rules.next(c), identity_of(input)});
+    out.all.append(out.shards.back().tokens);
   }
-  return out;
-}
-
-/// Where the sequences of a shard begin and end: its tensor "sequences" of ascending offsets from 0
-/// to its tokens; one sequence if it has none.
-std::vector<std::ptrdiff_t> sequences_of(capture const& c) {
-  std::ptrdiff_t const n = c.sites.tokens();
-  auto const* const file = std::get_if<std::unique_ptr<rflow::safetensors_file>>(&c.file);
-  if (file == nullptr || !(*file)->contains("sequences")) return {0, n};
-  std::vector<std::ptrdiff_t> out;
-  try {
-    rflow::tensor const x = (**file)["sequences"];
-    if (x.rank() != 1)
-      throw unusable(c.path, "one axis of offsets expected, found " + x.description());
-    for (std::int64_t const offset : x.integers()) out.push_back(offset);
-  } catch (std::invalid_argument const& error) {
-    throw unusable(c.path, reason_of(error, c.path));
-  }
-  if (out.size() < 2 || out.front() != 0 || out.back() != n ||
-      !std::is_sorted(out.begin(), out.end()))
-    throw unusable(c.path,
-                   "the tensor 'sequences' does not ascend from 0 to its " + plural(n, "token"));
+  rules.finish(out.shards.front().path, out.all);
   return out;
 }
 
@@ -139,18 +116,6 @@ void remove_unfinished(std::string const& checkpoint) {
                     });
 }
 
-/// All that the numbers in a checkpoint depend on.
-std::string fingerprint(plan const& p, options const& asked, workers const& all) {
-  std::string out = "rank " + std::to_string(all.rank()) + " of " + std::to_string(all.size()) +
-                    "; " + std::string(to_string(asked.normalize)) + ", skip " +
-                    std::to_string(asked.skip_first) +
-                    (asked.minibatch_cka ? ", batch " + std::to_string(asked.cka_batch) : "") +
-                    "; " + p.dtype + ", " + std::to_string(p.width) + " features";
-  for (std::string const& site : p.sites) out += ", " + site;
-  for (shard const& s : p.shards) out += "; " + s.path + ": " + s.identity;
-  return out;
-}
-
 /// A checksum of all that a checkpoint says: FNV-1a, 64 bits (Fowler, Noll, Vo,
 /// draft-eastlake-fnv). Each step is one to one, so that no change of a single byte goes unseen.
 std::string checksum(std::string_view of, std::string_view shard, std::string_view sequence,
@@ -169,6 +134,24 @@ std::string checksum(std::string_view of, std::string_view shard, std::string_vi
   char text[17];
   std::snprintf(text, sizeof text, "%016" PRIx64, sum);
   return text;
+}
+
+/// All that the numbers in a checkpoint depend on.
+std::string fingerprint(plan const& p, options const& asked, workers const& all) {
+  std::string out = "rank " + std::to_string(all.rank()) + " of " + std::to_string(all.size()) +
+                    "; " + std::string(to_string(asked.normalize)) +
+                    (asked.minibatch_cka ? ", batch " + std::to_string(asked.cka_batch) : "") +
+                    "; " + p.dtype + ", " + std::to_string(p.width) + " features";
+  for (std::string const& site : p.sites) out += ", " + site;
+  for (shard const& s : p.shards) {
+    // Masks may be in other files, so the tokens themselves are what counts.
+    std::vector<double> numbers;
+    for (token_run const& run : s.tokens.runs)
+      for (std::ptrdiff_t const x : {run.begin, run.end}) numbers.push_back(static_cast<double>(x));
+    numbers.insert(numbers.end(), s.tokens.offsets.begin(), s.tokens.offsets.end());
+    out += "; " + s.path + ": " + s.identity + ", tokens " + checksum("", "", "", numbers);
+  }
+  return out;
 }
 
 constexpr char const* checkpoint_version = "2";
@@ -240,7 +223,7 @@ double cost_of_token(plan const& p, options const& asked) {
 /// Multiply-adds of full CKA with one kernel, by the cheaper way if there are two.
 double cost_of_full_cka(plan const& p, bool linear) {
   double const s = static_cast<double>(p.sites.size()), d = static_cast<double>(p.width);
-  double const n = static_cast<double>(p.tokens()), tiles = s * n * n * (d + s) / 2;
+  double const n = static_cast<double>(p.all.used), tiles = s * n * n * (d + s) / 2;
   return linear ? std::min(tiles, s * d * s * d * n / 2) : tiles;
 }
 
@@ -250,7 +233,7 @@ struct work {
 
   work(plan const& p, options const& asked, workers const& all) {
     double const ranks = all.size();
-    stream = cost_of_token(p, asked) * static_cast<double>(p.tokens()) / ranks;
+    stream = cost_of_token(p, asked) * static_cast<double>(p.all.used) / ranks;
     if (asked.minibatch_cka) return;
     if (asked.linear) linear = cost_of_full_cka(p, true) / ranks;
     if (asked.rbf) rbf = cost_of_full_cka(p, false) / ranks;
@@ -263,14 +246,12 @@ template <class T>
 rflow::monitor_moments stream(plan const& p, std::size_t first, std::size_t last,
                               options const& asked, workers const& all, progress const& tell) {
   auto const sites = static_cast<std::ptrdiff_t>(p.sites.size());
-  rflow::flow_monitor<T> monitor(sites, p.width,
-                                 {.normalize = asked.normalize,
-                                  .skip_first = asked.skip_first,
-                                  .cka = asked.minibatch_cka,
-                                  .cka_batch = asked.cka_batch},
-                                 rflow::on_cpu{.threads = threads_of(asked, all)});
+  rflow::flow_monitor<T> monitor(
+      sites, p.width,
+      {.normalize = asked.normalize, .cka = asked.minibatch_cka, .cka_batch = asked.cka_batch},
+      rflow::on_cpu{.threads = threads_of(asked, all)});
   std::ptrdiff_t longest = 1;
-  for (std::size_t i = first; i < last; ++i) longest = std::max(longest, p.shards[i].tokens);
+  for (std::size_t i = first; i < last; ++i) longest = std::max(longest, p.shards[i].tokens.used);
   monitor.reserve(std::min(longest, tokens_at_once));
 
   std::string const of = asked.checkpoint.empty() ? "" : fingerprint(p, asked, all);
@@ -296,15 +277,15 @@ rflow::monitor_moments stream(plan const& p, std::size_t first, std::size_t last
 
   work const costs(p, asked, all);
   double mine = 0, so_far = 0;
-  for (std::size_t i = first; i < last; ++i) mine += static_cast<double>(p.shards[i].tokens);
+  for (std::size_t i = first; i < last; ++i) mine += static_cast<double>(p.shards[i].tokens.stored);
   for (std::size_t i = first; i < done.shard; ++i)
-    so_far += static_cast<double>(p.shards[i].tokens);
+    so_far += static_cast<double>(p.shards[i].tokens.stored);
   for (; done.shard < last; done = {done.shard + 1, 0}) {
     capture const c = load(p.shards[done.shard].path, asked);
-    std::vector<std::ptrdiff_t> const offsets = sequences_of(c);
+    token_choice const& chosen = p.shards[done.shard].tokens;
+    std::vector<std::ptrdiff_t> const& offsets = chosen.offsets;
     rflow::layer_stack<T> const stack = c.sites.stack<T>();
-    if (stack.sites() != sites || stack.width() != p.width ||
-        stack.all_tokens() != p.shards[done.shard].tokens)
+    if (stack.sites() != sites || stack.width() != p.width || stack.all_tokens() != chosen.stored)
       throw unusable(c.path, "changed while the report was made");
     if (done.sequence >= offsets.size())
       throw unusable(keep, "the checkpoint is damaged (no sequence " +
@@ -313,17 +294,26 @@ rflow::monitor_moments stream(plan const& p, std::size_t first, std::size_t last
     so_far += static_cast<double>(offsets[done.sequence]);
     for (; done.sequence + 1 < offsets.size(); ++done.sequence) {
       std::ptrdiff_t const begin = offsets[done.sequence], end = offsets[done.sequence + 1];
-      for (std::ptrdiff_t at = begin; at < end; at += tokens_at_once) {
-        std::ptrdiff_t const count = std::min(tokens_at_once, end - at);
-        for (std::ptrdiff_t l = 0; l < sites; ++l) {
-          rflow::view<T> const x = stack[l];
-          monitor.push(l, at - begin,
-                       rflow::view<T>(x.data + at * x.row_stride, count, x.cols, x.row_stride,
-                                      x.col_stride));
+      // Only tokens that count are pushed: batches of minibatch CKA are of those.
+      std::ptrdiff_t pushed = 0;
+      auto run = std::partition_point(chosen.runs.begin(), chosen.runs.end(),
+                                      [&](token_run const& r) { return r.end <= begin; });
+      for (; run != chosen.runs.end() && run->begin < end; ++run) {
+        std::ptrdiff_t const last = std::min(run->end, end);
+        for (std::ptrdiff_t at = std::max(run->begin, begin); at < last; at += tokens_at_once) {
+          std::ptrdiff_t const count = std::min(tokens_at_once, last - at);
+          for (std::ptrdiff_t l = 0; l < sites; ++l) {
+            rflow::view<T> const x = stack[l];
+            monitor.push(l, pushed,
+                         rflow::view<T>(x.data + at * x.row_stride, count, x.cols, x.row_stride,
+                                        x.col_stride));
+          }
+          pushed += count;
+          tell(costs.stream * (so_far + static_cast<double>(at + count - begin)) / mine,
+               costs.total());
         }
-        so_far += static_cast<double>(count);
-        tell(costs.stream * so_far / mine, costs.total());
       }
+      so_far += static_cast<double>(end - begin);
       monitor.end_sequence();
       if (!monitor.error().empty()) throw unusable(c.path, std::string(monitor.error()));
       save_if_due({done.shard, done.sequence + 1}, false);
@@ -345,30 +335,20 @@ void short_of_memory(plan const& p, F const& f) {
 
 // ---- CKA over all tokens ------------------------------------------------------------------------
 
-/// Every shard at once, mapped, without the first tokens of its sequences.
+/// Every shard at once, mapped, with the tokens that count.
 template <class T>
 struct all_tokens {
   std::vector<capture> captures;
   std::vector<rflow::layer_stack<T>> stacks;
-  std::vector<std::ptrdiff_t> stored;  // where a token that counts stands in all shards
 
   all_tokens(plan const& p, options const& asked) {
-    std::ptrdiff_t before = 0;
     for (shard const& s : p.shards) {
+      if (s.tokens.used == 0) continue;
       captures.push_back(load(s.path, asked));
       rflow::layer_stack<T> const stack = captures.back().sites.template stack<T>();
-      std::ptrdiff_t const n = stack.all_tokens();
-      if (n != s.tokens) throw unusable(s.path, "changed while the report was made");
-      std::vector<bool> counts(static_cast<std::size_t>(n), true);
-      std::vector<std::ptrdiff_t> const offsets = sequences_of(captures.back());
-      for (std::size_t q = 0; q + 1 < offsets.size(); ++q)
-        for (std::ptrdiff_t i = offsets[q];
-             i < std::min(offsets[q + 1], offsets[q] + asked.skip_first); ++i)
-          counts[static_cast<std::size_t>(i)] = false;
-      for (std::ptrdiff_t i = 0; i < n; ++i)
-        if (counts[static_cast<std::size_t>(i)]) stored.push_back(before + i);
-      stacks.push_back(asked.skip_first > 0 ? stack.tokens(counts) : stack);
-      before += n;
+      if (stack.all_tokens() != s.tokens.stored)
+        throw unusable(s.path, "changed while the report was made");
+      stacks.push_back(counted(stack, s.tokens));
     }
   }
 };
@@ -377,7 +357,7 @@ struct all_tokens {
 std::size_t scratch_bytes(plan const& p, options const& asked) {
   std::size_t const tiles = rflow::on_cpu{}.memory_bound;
   if (!asked.significance) return tiles;
-  double const n = static_cast<double>(p.tokens()), c = p.type == rflow::dtype::f64 ? 8 : 4;
+  double const n = static_cast<double>(p.all.used), c = p.type == rflow::dtype::f64 ? 8 : 4;
   return std::max(tiles, static_cast<std::size_t>(c * n * (1.5 * n + 512)));
 }
 
@@ -387,7 +367,7 @@ rflow::gram_moments share_of_products(plan const& p, all_tokens<T> const& tokens
                                       Kernel const& kernel, options const& asked,
                                       workers const& all, std::function<void(double)> const& tell) {
   // Each piece looks at all tokens once more, which is little beside the products of so many.
-  auto const n = static_cast<std::ptrdiff_t>(tokens.stored.size());
+  std::ptrdiff_t const n = p.all.used;
   int const pieces = static_cast<int>(std::clamp<std::ptrdiff_t>(n / (16384 * all.size()), 1, 8));
   rflow::on_cpu on{.threads = threads_of(asked, all),
                    .memory_bound = scratch_bytes(p, asked),
@@ -412,9 +392,7 @@ std::vector<cka_result> full_cka(plan const& p, options const& asked, workers& a
   std::optional<all_tokens<T>> tokens;
   all.together([&] { tokens.emplace(p, asked); });
   work const costs(p, asked, all);
-  auto const stored = [&](std::ptrdiff_t token) {
-    return tokens->stored[static_cast<std::size_t>(token)];
-  };
+  auto const stored = [&](std::ptrdiff_t token) { return p.all.stored_token(token); };
   std::vector<cka_result> out;
   double before = costs.stream;
   auto const add = [&](char const* name, auto const& kernel, double cost) {
@@ -454,19 +432,20 @@ cka_result minibatch_result(rflow::minibatch_moments const& m) {
 double bytes_needed(plan const& p, options const& asked, workers const& all) {
   double const s = static_cast<double>(p.sites.size()), d = static_cast<double>(p.width);
   std::ptrdiff_t longest = 1;
-  for (shard const& one : p.shards) longest = std::max(longest, one.tokens);
+  for (shard const& one : p.shards) longest = std::max(longest, one.tokens.used);
   double const batch = static_cast<double>(asked.cka_batch);
   double const n = static_cast<double>(std::min(longest, tokens_at_once));
   double const c = p.type == rflow::dtype::f64 ? 8 : 4;
   double const t = static_cast<double>(rflow::bits(p.type)) / 8;
   double const rows = n * d * (2 * t + c);  // two rows, the mean
-  double const fixed = rows + 8 * s * (3 * d + 8 * s) + 32e6 + bytes_of_tables(s, asked) +
+  double const choice = 48 * static_cast<double>(p.all.runs.size() + p.all.offsets.size());
+  double const fixed = rows + choice + 8 * s * (3 * d + 8 * s) + 32e6 + bytes_of_tables(s, asked) +
                        bytes_of_threads(threads_of(asked, all));
   if (!asked.minibatch_cka) {
     // Scratch; norms, sums per token of a share and of all, and of one rank at a time on the way.
     double const sums = 10 + (all.size() > 1 ? 16 : 0);
     return fixed + static_cast<double>(scratch_bytes(p, asked)) +
-           8 * s * static_cast<double>(p.tokens()) * sums;
+           8 * s * static_cast<double>(p.all.used) * sums;
   }
   double const kernels = s * (n / batch + 2) * batch * batch / 2 * c * 1.05;
   double const unfinished = s * batch * d * t;  // rows of short batches
@@ -573,6 +552,8 @@ result measure_shards(options const& asked, workers& all, progress const& tell) 
     });
   });
   all.merge(m);
+  for (rflow::position& at : m.flow.non_finite)  // counted among the tokens that were pushed
+    if (at.found()) at.token = p.all.stored_token(at.token);
 
   result out;
   model_result model;
@@ -582,22 +563,18 @@ result measure_shards(options const& asked, workers& all, progress const& tell) 
   model.metadata.erase("token_hash");  // of one shard
   model.dtype = p.dtype;
   model.sites = p.sites;
-  model.stored_tokens = p.tokens();
+  model.tokens = p.all;
+  model.per_sequence = m.figures;
   model.flow = rflow::report_of(m.flow, asked.normalize);
   if (asked.minibatch_cka)
     model.cka.push_back(minibatch_result(m.cka));
   else
     model.cka = in_type(p, [&]<class T>(T) { return full_cka<T>(p, asked, all, tell_first); });
   watch.reset();
-  model.shards = shard_facts{static_cast<std::ptrdiff_t>(p.shards.size()),
-                             m.sequences,
-                             m.cka.batches,
-                             m.cka.left_out,
-                             m.figures,
-                             bytes_needed(p, asked, all),
-                             peak};
+  model.shards = shard_facts{static_cast<std::ptrdiff_t>(p.shards.size()), m.cka.batches,
+                             m.cka.left_out, bytes_needed(p, asked, all), peak};
   require_finite(model);
-  add_warnings(model, {}, asked.skip_first);
+  add_warnings(model, {}, asked);
   if (asked.minibatch_cka)
     model.warnings.push_back(
         {false,

@@ -35,6 +35,21 @@ std::string summary(result const& r, options const& asked) {
     return std::to_string(m.blocks()) + " x " + std::to_string(m.flow.tokens) + " x " +
            std::to_string(m.flow.width) + ", " + m.dtype;
   });
+  bool const left_out = std::any_of(r.models.begin(), r.models.end(),
+                                    [](model_result const& m) { return !m.tokens.all(); });
+  if (left_out)
+    row("  tokens left out", [](model_result const& m) {
+      return m.tokens.all()
+                 ? std::string("-")
+                 : one_line(list_of(m.tokens.reasons)) + ", of " + std::to_string(m.tokens.stored);
+    });
+  bool const sequences = std::any_of(r.models.begin(), r.models.end(),
+                                     [](model_result const& m) { return m.in_sequences(); });
+  if (sequences)
+    row("sequences", [](model_result const& m) {
+      return std::to_string(m.tokens.sequences()) +
+             (m.tokens.sequences_from.empty() ? "" : ", by " + one_line(m.tokens.sequences_from));
+    });
   row("inter-token cosine", [](model_result const& m) {
     return number(m.flow.inter_token.front()) + " -> " + number(m.flow.inter_token.back());
   });
@@ -77,20 +92,21 @@ std::string summary(result const& r, options const& asked) {
              (left_out > 0 ? " (" + std::to_string(left_out) + " left out)" : "");
     });
 
-  if (asked.shards) {
+  if (sequences) {
     auto const row_of = [&](std::string const& name,
                             rflow::running_stat rflow::sequence_figures::*which) {
-      row(name, [&](model_result const& m) {
-        rflow::running_stat const& s = m.shards->figures.*which;
-        return s.count > 0 ? number(finite(s.mean)) + " +- " + number(finite(s.stddev()))
-                           : std::string("-");
+      row(name, [=](model_result const& m) {
+        rflow::running_stat const& s = m.per_sequence.*which;
+        return m.in_sequences() && s.count > 0
+                   ? number(finite(s.mean)) + " +- " + number(finite(s.stddev()))
+                   : std::string("-");
       });
     };
-    row("shards, sequences", [](model_result const& m) {
-      return std::to_string(m.shards->files) + ", " + std::to_string(m.shards->sequences);
-    });
     row_of("St1 per sequence", &rflow::sequence_figures::st1);
     row_of("St2 per sequence", &rflow::sequence_figures::st2);
+  }
+  if (asked.shards) {
+    row("shards", [](model_result const& m) { return std::to_string(m.shards->files); });
     row("memory beside the files", [](model_result const& m) {
       return "at most " + number(m.shards->memory_bound / 1048576, 4) + " MiB; was " +
              // The texts of the report are still there.

@@ -150,33 +150,89 @@ json over_sequences(std::vector<rflow::running_stat> const& stats) {
           {"sequences", as_text(count.dump(), true)}};
 }
 
-json shards(shard_facts const& s, options const& asked) {
+/// Each sequence by itself; the CKA of those of minibatch CKA alone.
+json per_sequence(rflow::sequence_figures const& figures) {
+  return {{"inter_token_cosine", over_sequences(figures.inter_token)},
+          {"adjacent_cosine", over_sequences(figures.adjacent)},
+          {"rms_norm", over_sequences(figures.rms_norm)},
+          {"st1", over_sequences(figures.st1)},
+          {"st2", over_sequences(figures.st2)},
+          {"path_energy", over_sequences(figures.path_energy)},
+          {"path_length", over_sequences(figures.path_length)},
+          {"steps", over_sequences(figures.steps)},
+          {"curvature", over_sequences(figures.curvature)}};
+}
+
+json shards(model_result const& m, options const& asked) {
+  shard_facts const& s = *m.shards;
   std::vector<std::string> files;
   for (std::string const& path : asked.inputs) files.push_back(report::utf8(path));
   json pairs = json::array();  // of minibatch CKA alone
-  std::vector<rflow::running_stat> const& cka = s.figures.cka;
-  std::size_t const sites = s.figures.inter_token.size();
+  std::vector<rflow::running_stat> const& cka = m.per_sequence.cka;
+  std::size_t const sites = m.sites.size();
   for (std::size_t i = 0; i < sites && !cka.empty(); ++i)
     pairs.push_back(over_sequences({cka.begin() + static_cast<std::ptrdiff_t>(i * sites),
                                     cka.begin() + static_cast<std::ptrdiff_t>((i + 1) * sites)}));
+  json by_sequence = per_sequence(m.per_sequence);
+  by_sequence["cka"] = std::move(pairs);
   return {{"files", files},
-          {"sequences", s.sequences},
+          {"sequences", m.tokens.sequences()},
           {"cka", asked.minibatch_cka ? json{{"estimator", "minibatch"},
                                              {"batch", asked.cka_batch},
                                              {"batches", s.batches},
                                              {"left_out", s.left_out}}
                                       : json()},
-          {"per_sequence",
-           {{"inter_token_cosine", over_sequences(s.figures.inter_token)},
-            {"adjacent_cosine", over_sequences(s.figures.adjacent)},
-            {"rms_norm", over_sequences(s.figures.rms_norm)},
-            {"st1", over_sequences(s.figures.st1)},
-            {"st2", over_sequences(s.figures.st2)},
-            {"path_energy", over_sequences(s.figures.path_energy)},
-            {"path_length", over_sequences(s.figures.path_length)},
-            {"steps", over_sequences(s.figures.steps)},
-            {"curvature", over_sequences(s.figures.curvature)},
-            {"cka", std::move(pairs)}}}};
+          {"per_sequence", std::move(by_sequence)}};
+}
+
+json tokens(model_result const& m, options const& asked) {
+  json reasons = json::array();
+  for (left_out const& r : m.tokens.reasons)
+    reasons.push_back({{"why", report::utf8(r.why)}, {"tokens", r.tokens}});
+  return {{"stored", m.tokens.stored},
+          {"skip_first", asked.skip_first},
+          {"used", m.flow.tokens},
+          {"left_out", std::move(reasons)}};
+}
+
+json sequences(model_result const& m) {
+  return {{"count", m.tokens.sequences()},
+          {"from",
+           m.tokens.sequences_from.empty() ? json() : json(report::utf8(m.tokens.sequences_from))},
+          {"per_sequence", m.in_sequences() ? per_sequence(m.per_sequence) : json()}};
+}
+
+json headline_numbers(headline const& h) {
+  auto const cka = [](headline_cka const& c) {
+    return json{{"first_to_last", scalar(c.first_to_last)}, {"adjacent", series(c.adjacent)}};
+  };
+  return {
+      {"tokens", h.tokens},
+      {"inter_token_cosine", series(h.inter_token)},
+      {"st1", scalar(h.st1)},
+      {"st2", scalar(h.st2)},
+      {"cka", {{"kernel", h.kernel}, {"debiased", cka(h.debiased)}, {"biased", cka(h.biased)}}}};
+}
+
+json outliers(outlier_facts const& o, std::vector<std::string> const& sites) {
+  json counts = json::array(), numbers = json::array(), ratios = json::array(),
+       where = json::array();
+  for (auto const& group : o.groups) counts.push_back(group.size());
+  for (outlier const& x : o.tokens) {
+    numbers.push_back(x.token);
+    ratios.push_back(value_of(x.ratio));
+  }
+  for (std::size_t const l : o.sites) where.push_back(sites[l]);
+  return {{"factor", outlier_facts::factor},
+          {"count", std::move(counts)},
+          {"norm_share", series(o.norm_share)},
+          {"kernel_share", series(o.kernel_share)},
+          {"tokens", std::move(numbers)},
+          {"ratio", std::move(ratios)},
+          {"sites", std::move(where)},
+          {"matter", o.matter},
+          {"with", o.with ? headline_numbers(*o.with) : json()},
+          {"without", o.without ? headline_numbers(*o.without) : json()}};
 }
 
 json model(model_result const& m, options const& asked) {
@@ -188,8 +244,7 @@ json model(model_result const& m, options const& asked) {
   for (auto const& [key, value] : m.metadata) metadata[report::utf8(key)] = report::utf8(value);
   out["metadata"] = std::move(metadata);
   out["token_hash"] = m.token_hash.empty() ? json() : json(report::utf8(m.token_hash));
-  out["tokens"] = {
-      {"stored", m.stored_tokens}, {"skip_first", asked.skip_first}, {"used", m.flow.tokens}};
+  out["tokens"] = tokens(m, asked);
   out["hidden"] = m.flow.width;
   out["blocks"] = m.blocks();
   out["sites"] = utf8(m.sites);
@@ -233,7 +288,9 @@ json model(model_result const& m, options const& asked) {
   for (cka_result const& c : m.cka)
     tables.push_back(cka(c, asked, utf8(m.cka_sites()), utf8(m.cka_sites())));
   out["cka"] = std::move(tables);
-  out["shards"] = m.shards ? shards(*m.shards, asked) : json();
+  out["sequences"] = sequences(m);
+  out["outliers"] = m.outliers ? outliers(*m.outliers, utf8(m.sites)) : json();
+  out["shards"] = m.shards ? shards(m, asked) : json();
   out["probe"] = m.probes ? probe(*m.probes, *m.classes, utf8(m.cka_sites())) : json();
   json warnings = json::array();
   for (warning const& w : m.warnings)
@@ -314,7 +371,17 @@ std::string metrics_json(result const& r, options const& asked) {
   json kernels = json::array();
   if (asked.linear) kernels.push_back("linear");
   if (asked.rbf) kernels.push_back("rbf");
+  json masks = json::array();
+  for (std::string const& mask : asked.masks) masks.push_back(report::utf8(mask));
+  auto const text_or_null = [](std::string const& text) {
+    return text.empty() ? json() : json(report::utf8(text));
+  };
   out["options"] = {{"skip_first", asked.skip_first},
+                    {"skip_last", asked.skip_last},
+                    {"tokens", text_or_null(asked.tokens_text)},
+                    {"masks", std::move(masks)},
+                    {"own_masks", asked.own_masks},
+                    {"sequences", text_or_null(asked.sequences)},
                     {"normalization", to_string(asked.normalize)},
                     {"estimator", to_string(asked.main_estimator)},
                     {"kernels", kernels},

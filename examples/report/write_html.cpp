@@ -40,9 +40,10 @@ std::string model_name(result const& r, std::size_t k) {
 
 std::string facts_line(model_result const& m) {
   std::string out = plural(m.blocks(), "block") + " · " + plural(m.flow.tokens, "token");
-  if (m.flow.tokens != m.stored_tokens)
-    out += " (the first " + std::to_string(m.stored_tokens - m.flow.tokens) + " of " +
-           std::to_string(m.stored_tokens) + " left out)";
+  if (!m.tokens.all())
+    out += " (of " + std::to_string(m.tokens.stored) +
+           "; left out: " + html(list_of(m.tokens.reasons)) + ")";
+  if (m.tokens.sequences() > 1) out += " in " + plural(m.tokens.sequences(), "sequence");
   return out + " · " + plural(m.flow.width, "feature") + " · " + m.dtype;
 }
 
@@ -57,14 +58,26 @@ std::string header(result const& r) {
          "</header>\n";
 }
 
-/// A note as HTML, with the option that it may name on one line.
+/// A note as HTML, with options and their values on one line.
 std::string note(std::string const& text) {
-  std::string const option = " --skip-first ";
-  auto const at = text.find(option);
-  if (at == std::string::npos) return html(text);
-  auto const end = std::min(text.find_first_not_of("0123456789", at + option.size()), text.size());
-  return html(text.substr(0, at)) + " <code>" + html(text.substr(at + 1, end - at - 1)) +
-         "</code>" + html(text.substr(end));
+  std::string out;
+  std::size_t at = 0;
+  for (std::size_t dash; (dash = text.find(" --", at)) != std::string::npos;) {
+    std::size_t end = std::min(text.find_first_of(" :,;.", dash + 1), text.size());
+    // A value that follows: a number, ranges of tokens, a name.
+    if (end < text.size() && text[end] == ' ') {
+      std::size_t const stop = std::min(text.find_first_of(" ;", end + 1), text.size());
+      std::string const value = text.substr(end + 1, stop - end - 1);
+      bool const said = text.compare(dash, 12, " --sequences") == 0 ||
+                        (!value.empty() && value.front() >= '0' && value.front() <= '9');
+      if (said) end = stop;
+    }
+    std::size_t const last = text[end - 1] == ',' ? end - 1 : end;
+    out += html(text.substr(at, dash - at)) + " <code>" +
+           html(text.substr(dash + 1, last - dash - 1)) + "</code>";
+    at = last;
+  }
+  return out + html(text.substr(at));
 }
 
 std::string warnings(result const& r) {
@@ -154,14 +167,16 @@ std::string summary_table(result const& r, options const& asked) {
        "sum of steps, in the unit of St1"},
   };
   std::string const name(to_string(asked.main_estimator));
-  if (r.models.front().shards) {
+  if (std::any_of(r.models.begin(), r.models.end(),
+                  [](model_result const& m) { return m.in_sequences(); })) {
     auto const row = [&](char const* title, rflow::running_stat rflow::sequence_figures::*which) {
       rows.push_back({title,
                       [which](model_result const& m) {
-                        rflow::running_stat const& s = m.shards->figures.*which;
-                        return s.count > 0 ? html_number(finite(s.mean)) + " ± " +
-                                                 html_number(finite(s.stddev()))
-                                           : std::string("–");
+                        rflow::running_stat const& s = m.per_sequence.*which;
+                        return m.in_sequences() && s.count > 0
+                                   ? html_number(finite(s.mean)) + " ± " +
+                                         html_number(finite(s.stddev()))
+                                   : std::string("–");
                       },
                       "each sequence by itself: mean and standard deviation over sequences"});
     };
@@ -204,6 +219,69 @@ std::string summary_table(result const& r, options const& asked) {
            ".</p>\n";
   }
   return out + "</section>\n";
+}
+
+// ---- outliers -----------------------------------------------------------------------------------
+
+/// Headline numbers with and without outlying tokens, where there are some that hold much.
+std::string outlier_section(result const& r, options const& asked) {
+  std::string out;
+  for (std::size_t k = 0; k < r.models.size(); ++k) {
+    model_result const& m = r.models[k];
+    if (!m.outliers || !m.outliers->without) continue;
+    outlier_facts const& o = *m.outliers;
+    headline const &with = *o.with, &without = *o.without;
+    std::string rows;
+    auto const row = [&](std::string const& name, measured a, measured b) {
+      rows += "<tr><th>" + name + "</th><td class=\"value\">" + html_number(a) +
+              "</td><td class=\"value\">" + html_number(b) + "</td></tr>\n";
+    };
+    row("Inter-token cosine, " + html(m.sites.front()), with.inter_token.front(),
+        without.inter_token.front());
+    row("Inter-token cosine, " + html(m.sites.back()), with.inter_token.back(),
+        without.inter_token.back());
+    row("St1", with.st1, without.st1);
+    row("St2", with.st2, without.st2);
+    headline_cka const &cka = with.cka(asked.main_estimator),
+                       &rest = without.cka(asked.main_estimator);
+    std::string const kernel = with.kernel == "rbf" ? "RBF CKA, " : "Linear CKA, ";
+    row(kernel + "first to last", cka.first_to_last, rest.first_to_last);
+    // Of many pairs those that change most, in the order of layers.
+    constexpr std::size_t most = 12;
+    std::vector<std::size_t> pairs;
+    for (std::size_t l = 0; l < cka.adjacent.size(); ++l) pairs.push_back(l);
+    auto const change = [&](std::size_t l) {
+      measured const a = cka.adjacent[l], b = rest.adjacent[l];
+      return a.ok() && b.ok() ? std::abs(a.value - b.value) : 0.0;
+    };
+    bool const some = pairs.size() > most;
+    if (some) {
+      std::stable_sort(pairs.begin(), pairs.end(),
+                       [&](std::size_t a, std::size_t b) { return change(a) > change(b); });
+      pairs.resize(most);
+      std::sort(pairs.begin(), pairs.end());
+    }
+    for (std::size_t const l : pairs)
+      row(kernel + html(m.sites[l]) + " to " + html(m.sites[l + 1]), cka.adjacent[l],
+          rest.adjacent[l]);
+    std::string list;
+    for (std::size_t i = 0; i < std::min<std::size_t>(o.tokens.size(), 50); ++i)
+      join(list, ", ",
+           std::to_string(o.tokens[i].token) + " (" + html_number(o.tokens[i].ratio) + ")");
+    if (o.tokens.size() > 50) list += " …";
+    out += (r.models.size() > 1 ? "<h3>" + model_name(r, k) + "</h3>\n" : "") + "<p>" +
+           plural(std::ssize(o.tokens), "token") + " with norms of more than " +
+           html_number(outlier_facts::factor) +
+           " times the median of a site, by how many times in parentheses: " + list +
+           "</p>\n<div class=\"scroll\"><table>\n<thead><tr><th></th><th>with them</th>"
+           "<th>without</th></tr></thead>\n<tbody>\n" +
+           rows + "</tbody>\n</table></div>\n" +
+           (some ? "<p>Of pairs of neighbouring sites, those that change most; metrics.json has "
+                   "all.</p>\n"
+                 : "");
+  }
+  if (out.empty()) return "";
+  return "<section>\n<h2>With and without outlying tokens</h2>\n" + out + "</section>\n";
 }
 
 // ---- CKA ----------------------------------------------------------------------------------------
@@ -565,9 +643,14 @@ std::string facts(result const& r, options const& asked, std::vector<std::string
                              ? " and " + plural(m.shards->files - 1, "further shard")
                              : "")) +
         row("Sequences",
-            m.shards ? std::to_string(m.shards->sequences) +
-                           "; figures without &ldquo;per sequence&rdquo; pool the tokens of all"
-                     : "") +
+            m.in_sequences()
+                ? std::to_string(m.tokens.sequences()) +
+                      (m.tokens.sequences_from.empty()
+                           ? ""
+                           : ", by <code>" + html(m.tokens.sequences_from) + "</code>") +
+                      "; figures without &ldquo;per sequence&rdquo; pool the tokens of all, but "
+                      "cosines between tokens are within sequences"
+                : "") +
         row("Revision", metadata("revision")) + row("Architecture", metadata("architecture")) +
         row("Text",
             metadata("text_title") +
@@ -578,10 +661,9 @@ std::string facts(result const& r, options const& asked, std::vector<std::string
                          (m.has_final_norm() ? "; apart: " + html(m.final_norm_name)
                                              : "; no final norm in the file")) +
         row("Tokens",
-            std::to_string(m.flow.tokens) + " of " + std::to_string(m.stored_tokens) +
-                (asked.skip_first > 0
-                     ? ", the first " + std::to_string(asked.skip_first) + " left out of everything"
-                     : ", none left out")) +
+            std::to_string(m.flow.tokens) + " of " + std::to_string(m.tokens.stored) +
+                (m.tokens.all() ? ", none left out"
+                                : "; left out of everything: " + html(list_of(m.tokens.reasons)))) +
         row("Features", std::to_string(m.flow.width)) + row("Stored as", m.dtype) +
         row("Captured with", metadata("captured_with")) + "</table>\n";
   }
@@ -641,8 +723,9 @@ std::string report_html(result const& r, options const& asked, figures const& pl
     numbers.replace(at, 1, "\\u003c");
   return html_page(
       "Representation flow: " + title, "rflow_report",
-      header(r) + warnings(r) + summary_table(r, asked) + token_section(r, plots) + cka +
-          path_section(asked, plots) + probe_section(r, asked, plots) + facts(r, asked, files) +
+      header(r) + warnings(r) + summary_table(r, asked) + outlier_section(r, asked) +
+          token_section(r, plots) + cka + path_section(asked, plots) +
+          probe_section(r, asked, plots) + facts(r, asked, files) +
           "<footer>Made by rflow_report. What each figure means and where it comes from stands in "
           "docs/report.md of rflow.</footer>\n",
       "<div id=\"tip\" role=\"status\"></div>\n<script type=\"application/json\" id=\"cka-data\">" +

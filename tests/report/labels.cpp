@@ -99,9 +99,10 @@ class reading {
   report::probe_labels used(report::labelling const& labels,
                             report::labelling const* groups = nullptr,
                             std::ptrdiff_t skip = 0) const {
-    std::vector<std::ptrdiff_t> counted;
-    for (std::ptrdiff_t i = skip; i < tokens; ++i) counted.push_back(i);
-    return report::labels_of(capture(), counted, labels, groups);
+    report::options by;
+    by.skip_first = skip;
+    report::capture const c = capture();
+    return report::labels_of("x.safetensors", report::choose_tokens(c, by), labels, groups);
   }
   report::capture capture() const { return report::load(work / "x.safetensors", {}); }
 
