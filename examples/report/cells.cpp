@@ -507,10 +507,45 @@ std::string in_quotes(std::string_view cell) {
   return "'" + one_line(text) + (cell.size() > 40 ? "…'" : "'");
 }
 
-cells read_cells(std::string const& named, capture const& c, column const& which) {
+std::string cells::place(std::size_t token) const {
+  std::string out;
+  std::size_t begin = 0;
+  for (part const& one : parts)
+    if (one.begin <= token) out = one.source + ", ", begin = one.begin;
+  return out + (lines.empty() || lines[token] == 0 ? "token " + std::to_string(token - begin)
+                                                   : "line " + std::to_string(lines[token]));
+}
+
+cells joined(std::vector<cells> const& files) {
+  if (files.size() == 1) return files.front();
+  cells out;
+  out.source = files.front().source + " and " + std::to_string(files.size() - 1) + " more";
+  out.heading = files.front().heading;
+  std::map<std::string_view, std::size_t> places;
+  for (cells const& file : files) {
+    out.parts.push_back({file.source, out.of_token.size()});
+    std::vector<std::size_t> here;  // places of its distinct cells in all
+    for (std::string const& cell : file.distinct) {
+      auto const [found, added] = places.emplace(cell, out.distinct.size());
+      if (added) out.distinct.push_back(cell);
+      here.push_back(found->second);
+    }
+    for (std::size_t const k : file.of_token) out.of_token.push_back(here[k]);
+    out.lines.insert(out.lines.end(), file.lines.begin(), file.lines.end());
+    out.lines.resize(out.of_token.size());
+    out.blank_lines += file.blank_lines;
+  }
+  return out;
+}
+
+bool is_tensor(std::string const& named, capture const& c) {
+  return tensor_of(c, named).has_value();
+}
+
+cells read_cells(std::string const& named, capture const& c, std::ptrdiff_t tokens,
+                 column const& which) {
   cells out;
   out.source = named;
-  std::ptrdiff_t const tokens = c.sites.tokens();
   std::error_code ignored;
   bool const is_file =
       std::filesystem::exists(named, ignored) && !std::filesystem::is_directory(named, ignored);

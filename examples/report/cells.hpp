@@ -20,7 +20,7 @@ struct column {
   std::string option;                   // that sets it, for messages
 };
 
-/// One cell a token. Cells have neither white space around them nor quotes, and are valid UTF-8.
+/// One cell a token, from one file or from several in a row. Cells have neither white space around them nor quotes, and are valid UTF-8.
 struct cells {
   std::string source;                 // file, or file and tensor
   std::vector<std::string> distinct;  // in order of appearance
@@ -30,19 +30,30 @@ struct cells {
   std::ptrdiff_t blank_lines = 0;     // between others
   std::string shape;                  // of an array of more than one axis: "4 x 6 = "
 
-  /// "line 7", "token 6": where a token's cell stands.
-  std::string place(std::size_t token) const {
-    return lines.empty() ? "token " + std::to_string(token)
-                         : "line " + std::to_string(lines[token]);
-  }
+  struct part {
+    std::string source;
+    std::size_t begin;  // token
+  };
+  std::vector<part> parts = {};  // of several files; then an array's lines are 0
+
+  /// "line 7", "token 6", "b.csv, line 7": where a token's cell stands.
+  std::string place(std::size_t token) const;
 };
+
+/// The cells of several files, one after the other.
+cells joined(std::vector<cells> const& files);
 
 /// A cell or a name in a message: in quotes, short, on one line.
 std::string in_quotes(std::string_view cell);
 
+/// Whether there is a tensor of that name in the capture's file.
+bool is_tensor(std::string const& named, capture const& c);
+
 /// Reads `named`: a file (text, .npy, .safetensors), or else a tensor of the capture. A .npy or a tensor
 /// has one value a token, in whatever axes, or as its last axis one 1 among zeros for the class.
+/// @param tokens  how many are expected; arrays of more than one axis are understood by it
 /// @throws unusable, naming the line
-cells read_cells(std::string const& named, capture const& c, column const& which);
+cells read_cells(std::string const& named, capture const& c, std::ptrdiff_t tokens,
+                 column const& which);
 
 }  // namespace report

@@ -253,38 +253,58 @@ std::string why_not_as_many(cells const& read, token_choice const& chosen,
   return out;
 }
 
-void require_as_many(std::string const& model, token_choice const& chosen, labelling const& l,
+void require_as_many(std::string const& model, token_choice const& chosen, cells const& read,
                      role what) {
-  if (std::ssize(l.of_token) == chosen.stored) return;
+  if (std::ssize(read.of_token) == chosen.stored) return;
   bool const classes = what == role::classes;
-  throw unusable(
-      l.read.source,
-      l.read.shape + plural(std::ssize(l.of_token), classes ? "label" : "group") + " for " +
-          plural(chosen.stored, "token") + " in " + model +
-          why_not_as_many(l.read, chosen, classes ? "--label-column" : "--group-column"));
+  throw unusable(read.source,
+                 read.shape + plural(std::ssize(read.of_token), classes ? "label" : "group") +
+                     " for " + plural(chosen.stored, "token") + " in " + model +
+                     why_not_as_many(read, chosen, classes ? "--label-column" : "--group-column"));
+}
+
+column column_of(options const& asked, role what) {
+  if (what == role::classes)
+    return {asked.label_column,
+            {"label", "labels", "class", "target", "category", "tag"},
+            "--label-column"};
+  return {asked.group_column, {"group", "groups", "document", "doc", "context"}, "--group-column"};
+}
+
+labelling understood(cells read, options const& asked, role what) {
+  labelling out;
+  out.read = std::move(read);
+  reader(out, asked, what).read();
+  return out;
 }
 
 }  // namespace
 
 labelling read_labels(std::string const& named, capture const& c, options const& asked, role what) {
-  labelling out;
-  out.read = what == role::classes
-                 ? read_cells(named, c,
-                              {asked.label_column,
-                               {"label", "labels", "class", "target", "category", "tag"},
-                               "--label-column"})
-                 : read_cells(named, c,
-                              {asked.group_column,
-                               {"group", "groups", "document", "doc", "context"},
-                               "--group-column"});
-  reader(out, asked, what).read();
-  return out;
+  return understood(read_cells(named, c, c.sites.tokens(), column_of(asked, what)), asked, what);
+}
+
+labelling read_labels(std::vector<std::string> const& named, std::vector<capture> const& shards,
+                      std::vector<token_choice> const& chosen, options const& asked, role what) {
+  column const which = column_of(asked, what);
+  if (named.size() == 1 && !is_tensor(named.front(), shards.front())) {
+    std::ptrdiff_t all = 0;
+    for (token_choice const& one : chosen) all += one.stored;
+    return understood(read_cells(named.front(), shards.front(), all, which), asked, what);
+  }
+  std::vector<cells> files;
+  for (std::size_t k = 0; k < shards.size(); ++k) {
+    std::string const& name = named[named.size() > 1 ? k : 0];
+    files.push_back(read_cells(name, shards[k], chosen[k].stored, which));
+    require_as_many(shards[k].path, chosen[k], files.back(), what);
+  }
+  return understood(joined(files), asked, what);
 }
 
 probe_labels labels_of(std::string const& model, token_choice const& chosen,
                        labelling const& labels, labelling const* groups) {
-  require_as_many(model, chosen, labels, role::classes);
-  if (groups != nullptr) require_as_many(model, chosen, *groups, role::groups);
+  require_as_many(model, chosen, labels.read, role::classes);
+  if (groups != nullptr) require_as_many(model, chosen, groups->read, role::groups);
   probe_labels out;
   out.from = labels.read.source;
   if (!labels.read.heading.empty()) out.from += ", column " + in_quotes(labels.read.heading);
@@ -345,16 +365,33 @@ probe_labels labels_of(std::string const& model, token_choice const& chosen,
   return out;
 }
 
-std::string with_class_names(std::string text, std::vector<std::string> const& names) {
+double bytes_of_probes(probe_labels const& labels, std::size_t sites, std::ptrdiff_t width,
+                       options const& asked, int threads) {
+  auto const classes = static_cast<double>(labels.names.size());
+  double const n = static_cast<double>(labels.mask.size()), d = static_cast<double>(width);
+  double const seeds = asked.probe_seeds, columns = classes * seeds + 64,
+               l = static_cast<double>(sites);
+  double const at_once = std::min(l, static_cast<double>(threads));
+  // Weights with two moments, residuals, predictions; what is packed; curves and confusion.
+  return at_once * (8 * (3 * d + n + 256) * columns + 4 * n * seeds) + 4e6 * threads +
+         l * seeds * (8 * classes * classes + 64 * (asked.probe_epochs + 1.)) +
+         n * (3 * seeds + 100);
+}
+
+unusable blame(std::exception const& error, probe_labels const& labels, std::string const& file,
+               std::string const& groups) {
+  std::string text = reason_of(error, file);
+  bool const of_groups = !labels.group.empty() && text.find("group") != std::string::npos;
   constexpr std::string_view before = "class ";
-  std::size_t const at = text.find(before);
-  if (at == std::string::npos) return text;
-  std::size_t number = 0;
-  char const* const digits = text.data() + at + before.size();
-  auto const [end, error] = std::from_chars(digits, text.data() + text.size(), number);
-  if (error != std::errc{} || number >= names.size()) return text;
-  std::string name = in_quotes(names[number]);
-  return text.replace(at + before.size(), static_cast<std::size_t>(end - digits), name);
+  if (std::size_t const at = text.find(before); at != std::string::npos) {
+    std::size_t number = 0;
+    char const* const digits = text.data() + at + before.size();
+    auto const [end, failed] = std::from_chars(digits, text.data() + text.size(), number);
+    if (failed == std::errc{} && number < labels.names.size())
+      text.replace(at + before.size(), static_cast<std::size_t>(end - digits),
+                   in_quotes(labels.names[number]));
+  }
+  return unusable(of_groups ? groups : file, text);
 }
 
 }  // namespace report

@@ -34,6 +34,12 @@ struct labelling {
 /// @throws unusable, naming the line
 labelling read_labels(std::string const& named, capture const& c, options const& asked, role what);
 
+/// The same of the tokens of all shards: one name a shard, or one file for all tokens, or the name of a
+/// tensor that every shard has.
+/// @param chosen  of each shard
+labelling read_labels(std::vector<std::string> const& named, std::vector<capture> const& shards,
+                      std::vector<token_choice> const& chosen, options const& asked, role what);
+
 /// What the probes of one capture are trained on. Classes are 0 … C − 1 in the order of their names.
 struct probe_labels {
   std::string from;                        // file or tensor, and the column's name
@@ -51,7 +57,12 @@ struct probe_labels {
 probe_labels labels_of(std::string const& model, token_choice const& chosen,
                        labelling const& labels, labelling const* groups);
 
-/// What the library says of the labels, with classes by name.
-std::string with_class_names(std::string text, std::vector<std::string> const& names);
+/// A bound on what the probes take, in bytes.
+double bytes_of_probes(probe_labels const& labels, std::size_t sites, std::ptrdiff_t width,
+                       options const& asked, int threads);
+
+/// What the library says of the labels, with classes by name; on the file that it is about.
+unusable blame(std::exception const& error, probe_labels const& labels, std::string const& file,
+               std::string const& groups);
 
 }  // namespace report

@@ -263,18 +263,15 @@ probe_labels labels_of(std::vector<capture> const& captures, std::size_t k,
 rflow::layer_probes probes_of(std::vector<capture> const& captures, std::size_t k,
                               token_choice const& chosen, probe_labels const& labels,
                               options const& asked, rflow::on_cpu const& on) {
-  rflow::probe_options const by{.epochs = asked.probe_epochs,
-                                .seeds = asked.probe_seeds,
-                                .groups = labels.group,
-                                .standardize = asked.probe_standardize};
   try {
     return with_stack(captures[k], chosen, true, [&](auto const& stack) {
-      return rflow::probe_layers(stack.tokens(labels.mask), labels.label, by, on);
+      return rflow::probe_layers(stack.tokens(labels.mask), labels.label,
+                                 training_of(asked, labels.group), on);
     });
   } catch (std::invalid_argument const& error) {
-    std::string const why = with_class_names(reason_of(error, captures[k].path), labels.names);
-    bool const of_groups = !labels.group.empty() && why.find("group") != std::string::npos;
-    throw unusable(file_of(of_groups ? asked.label_groups : asked.labels, k), why);
+    bool const grouped = !asked.label_groups.empty();
+    throw blame(error, labels, file_of(asked.labels, k),
+                grouped ? file_of(asked.label_groups, k) : "");
   }
 }
 
@@ -411,6 +408,13 @@ std::vector<std::string> pairs_of(std::vector<std::string> const& names, std::si
 }
 
 }  // namespace
+
+rflow::probe_options training_of(options const& asked, std::vector<std::int64_t> groups) {
+  return {.epochs = asked.probe_epochs,
+          .seeds = asked.probe_seeds,
+          .groups = std::move(groups),
+          .standardize = asked.probe_standardize};
+}
 
 cka_result cka_of(std::string const& kernel, rflow::gram_moments const& m,
                   std::function<std::ptrdiff_t(std::ptrdiff_t)> const& stored) {
@@ -591,6 +595,10 @@ result measure(std::vector<capture> const& captures, options const& asked, progr
   std::vector<double> probes;  // cost
   for (std::size_t k = 0; k < captures.size() && !asked.labels.empty(); ++k) {
     labels.push_back(labels_of(captures, k, chosen[k], asked));
+    require_memory(file_of(asked.labels, k),
+                   bytes_of_probes(labels.back(), captures[k].sites.chain.size() + 1,
+                                   captures[k].sites.width(), asked, on.thread_count()),
+                   asked);
     double const columns = static_cast<double>(labels.back().names.size()) * asked.probe_seeds;
     probes.push_back(2 * columns * asked.probe_epochs * cost(captures[k], chosen[k]).flow / 10);
     total += probes.back();

@@ -145,6 +145,10 @@ result measure(std::vector<capture> const& captures, options const& asked, progr
 cka_result cka_of(std::string const& kernel, rflow::gram_moments const& m,
                   std::function<std::ptrdiff_t(std::ptrdiff_t)> const& stored);
 
+/// How the probes are trained.
+/// @param groups  of the tokens, or none
+rflow::probe_options training_of(options const& asked, std::vector<std::int64_t> groups);
+
 /// What is said to be a value and is none has left the range of double.
 rflow::measured finite(rflow::measured x);
 

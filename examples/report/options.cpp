@@ -218,7 +218,8 @@ std::optional<options> parse(int argc, char const* const* argv) {
   app.add_option("--labels", o.labels,
                  "A class for each token, a word or a whole number: a .npy, a text file with one a "
                  "line or a column called label, or a tensor of the capture by its name. Adds "
-                 "softmax probes of every layer. Two captures: one for both, or one each")
+                 "softmax probes of every layer. Two captures: one for both, or one each. Shards: "
+                 "one for all tokens in their order, or one each")
       ->allow_extra_args(false)
       ->type_name("FILE")
       ->group("Probes");
@@ -375,8 +376,7 @@ std::optional<options> parse(int argc, char const* const* argv) {
       (batch->count() > 0 || app.count("--cka") > 0 || !o.checkpoint.empty() || o.memory_limit > 0))
     throw std::invalid_argument(
         "--cka, --cka-batch, --checkpoint and --memory-limit need --shards");
-  if (o.shards && (o.cross_cka || !o.labels.empty()))
-    throw std::invalid_argument("--shards does not go with --cross-cka or --labels");
+  if (o.shards && o.cross_cka) throw std::invalid_argument("--shards does not go with --cross-cka");
   o.minibatch_cka = o.shards && over.is("minibatch");
   if (o.shards && o.shifts)
     throw std::invalid_argument(

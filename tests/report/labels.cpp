@@ -657,3 +657,97 @@ TEST_CASE("the program: options that need another, and one file for each capture
            "-o", "s"},
           {"n.csv: class 'z' of 3 has no token to train on", "all are held out"});
 }
+
+// ---- shards -------------------------------------------------------------------------------------
+
+TEST_CASE("shards: probes over the tokens of all of them, as over one file") {
+  folder const work;
+  std::vector<std::ptrdiff_t> const cuts{0, 10, 17, 30};
+  std::vector<std::vector<float>> values(3, std::vector<float>(30 * width));
+  std::vector<std::int64_t> y, document;
+  std::uint32_t state = 3;
+  for (std::size_t i = 0; i < 30; ++i) {
+    y.push_back(i % 7 == 4 ? -100 : static_cast<std::int64_t>(i % 3) * 5 - 5);
+    document.push_back(static_cast<std::int64_t>(i / 3));
+    for (auto& site : values)
+      for (std::size_t j = 0; j < width; ++j) {
+        state = state * 1664525u + 1013904223u;
+        site[i * width + j] = static_cast<float>(state >> 8) / 16777216.0f - 0.5f +
+                              (j == 0 ? static_cast<float>(i % 3) : 0.f);
+      }
+  }
+  char const* const names[] = {"embed", "block.1", "block.2"};
+  auto const write = [&](std::string const& name, std::ptrdiff_t begin, std::ptrdiff_t end,
+                         std::vector<rflow::tensor> more = {}) {
+    std::vector<std::vector<float>> part;
+    for (auto const& site : values)
+      part.emplace_back(site.begin() + begin * width, site.begin() + end * width);
+    for (std::size_t l = 0; l < 3; ++l)
+      more.push_back(rflow::as_tensor(names[l], part[l], {end - begin, width}));
+    rflow::write_safetensors(work / name, more);
+  };
+  write("all.safetensors", 0, 30, {rflow::as_tensor("sequences", cuts, {4})});
+  std::string lines, groups;
+  for (std::size_t k = 0; k < 3; ++k) {
+    std::vector<std::int64_t> const own(y.begin() + cuts[k], y.begin() + cuts[k + 1]);
+    std::string const number = std::to_string(k + 1);
+    std::string text = "label\n";
+    for (std::int64_t const label : own) text += std::to_string(label) + "\n";
+    if (k == 1)  // of another kind
+      rflow::write_npy(work.path / "y2.npy", own, {7});
+    else
+      put(work, "y" + number + ".csv", text);
+    rflow::tensor const labels = rflow::as_tensor("y", own, {cuts[k + 1] - cuts[k]});
+    write("part" + number + ".safetensors", cuts[k], cuts[k + 1], {labels});
+  }
+  for (std::size_t i = 0; i < 30; ++i) {
+    lines += std::to_string(y[i]) + "\n";
+    groups += "d" + std::to_string(document[i]) + "\n";
+  }
+  put(work, "y.csv", lines);
+  put(work, "g.csv", groups);
+
+  auto const probe = [&](texts arguments) {
+    arguments.insert(arguments.end(),
+                     {"--no-plots", "-o", "r", "--force", "-q", "--probe-epochs", "9"});
+    outcome const o = program::run(RFLOW_REPORT, work, arguments);
+    CAPTURE(o.err);
+    REQUIRE(o.status == 0);
+    json const m = json::parse(program::read(work.path / "r/metrics.json")).at("models").at(0);
+    if (!m.at("shards").is_null()) CHECK(m.at("shards").at("files") == 3);
+    json out = m.at("probe");
+    out.erase("labels");
+    return out;
+  };
+  texts const shards{"--shards", "part1.safetensors", "part2.safetensors", "part3.safetensors"};
+  auto const in_shards = [&](texts const& more) {
+    texts arguments = shards;
+    arguments.insert(arguments.end(), more.begin(), more.end());
+    return probe(arguments);
+  };
+  json const one = probe({"all.safetensors", "--labels", "y.csv"});
+  CHECK(one.at("class_names") == json({"-5", "0", "5"}));
+  CHECK(one.at("left_out") == 4);
+  CHECK(in_shards({"--labels", "y.csv"}) == one);
+  CHECK(in_shards({"--labels", "y.csv", "--cka", "full"}) == one);
+  CHECK(in_shards({"--labels", "y1.csv", "--labels", "y2.npy", "--labels", "y3.csv"}) == one);
+  CHECK(in_shards({"--labels", "y"}) == one);
+  json const more = probe(
+      {"all.safetensors", "--labels", "y.csv", "--label-groups", "g.csv", "--skip-first", "2"});
+  CHECK(more != one);
+  CHECK(in_shards({"--labels", "y", "--label-groups", "g.csv", "--skip-first", "2"}) == more);
+
+  auto const refused = [&](texts const& more_arguments, texts const& why) {
+    texts arguments = shards;
+    arguments.insert(arguments.end(), more_arguments.begin(), more_arguments.end());
+    fs::remove_all(work.path / "r");
+    program::check_refused(RFLOW_REPORT, work, arguments, why);
+  };
+  refused({"--labels", "y1.csv"}, {"y1.csv: 10 labels for 30 tokens in 3 shards"});
+  refused({"--labels", "y1.csv", "--labels", "y3.csv", "--labels", "y3.csv"},
+          {"y3.csv: 13 labels for 7 tokens in part2.safetensors"});
+  refused({"--labels", "y1.csv", "--labels", "y2.npy"}, {"--labels: one for all", "found 2"});
+  put(work, "y3.csv", "label\n0\nNaN\n5\n0\n5\n0\n5\n0\n5\n0\n5\n0\n5\n");
+  refused({"--labels", "y1.csv", "--labels", "y2.npy", "--labels", "y3.csv"},
+          {"y1.csv and 2 more: y3.csv, line 3: 'NaN'", "--ignore-label NaN"});
+}
