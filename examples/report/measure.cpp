@@ -139,15 +139,15 @@ struct cost {
   }
 };
 
-/// What the groups of outliers hold of the linear kernel matrices.
+/// Completes the groups of outliers, and says what they hold of the linear kernel matrices.
 /// @param first  of the model's sites in the moments
 void add_kernel_shares(capture const& c, rflow::gram_moments const& m, std::ptrdiff_t first,
                        model_result& model) {
   outlier_facts& o = *model.outliers;
-  if (o.none()) return;
   with_stack(c, model.tokens, false, [&](auto const& stack) {
     for (std::ptrdiff_t l = 0; l < stack.sites(); ++l) {
       auto const s = static_cast<std::size_t>(l);
+      add_far_from_mean(o, s, model.flow.norms[s], m, first + l);
       o.kernel_share[s] = finite(kernel_share(stack, l, o.groups[s], m, first + l));
     }
     return 0;
@@ -213,7 +213,7 @@ headline headline_of(rflow::flow_report const& f, cka_result const& c) {
 void compare_without_outliers(capture const& c, options const& asked, rflow::on_cpu on,
                               model_result& m) {
   outlier_facts& o = *m.outliers;
-  choose_outliers(o, m.flow.norms);
+  choose_outliers(o);
   auto const n = static_cast<std::size_t>(m.flow.tokens);
   bool const few =
       static_cast<double>(o.tokens.size()) <= outlier_facts::most * static_cast<double>(n);

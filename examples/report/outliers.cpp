@@ -2,7 +2,6 @@
 #include "outliers.hpp"
 
 #include <algorithm>
-#include <limits>
 #include <map>
 
 namespace report {
@@ -19,6 +18,44 @@ double median_of(std::vector<double> x) {
   return (*middle + *std::max_element(x.begin(), middle)) / 2;
 }
 
+/// Tokens of more than factor times the median; none if they are too many.
+std::vector<outlier> beyond_median(std::vector<double> const& norms) {
+  std::vector<outlier> out;
+  bool const finite =
+      std::all_of(norms.begin(), norms.end(), [](double x) { return std::isfinite(x); });
+  double const median = finite ? median_of(norms) : 0;
+  if (!(median > 0) || std::ssize(norms) < outlier_facts::least) return out;
+  for (std::size_t i = 0; i < norms.size(); ++i)
+    if (norms[i] > outlier_facts::factor * median)
+      out.push_back({static_cast<std::ptrdiff_t>(i), norms[i] / median});
+  double const share = static_cast<double>(out.size()) / static_cast<double>(norms.size());
+  return share > outlier_facts::most ? std::vector<outlier>{} : out;
+}
+
+/// The tokens of both, each with the greater ratio.
+std::vector<outlier> joined(std::vector<outlier> const& a, std::vector<outlier> const& b) {
+  std::map<std::ptrdiff_t, double> ratios;
+  for (auto const* const group : {&a, &b})
+    for (outlier const& x : *group) ratios[x.token] = std::max(ratios[x.token], x.ratio);
+  std::vector<outlier> out;
+  for (auto const& [token, ratio] : ratios) out.push_back({token, ratio});
+  return out;
+}
+
+measured share_of_squares(std::vector<double> const& norms, std::vector<outlier> const& group) {
+  double largest = 0;
+  for (double const x : norms) {
+    if (!std::isfinite(x)) return rflow::status::non_finite;
+    largest = std::max(largest, x);
+  }
+  if (!(largest > 0)) return rflow::status::zero_rows;
+  auto const square = [&](double x) { return (x / largest) * (x / largest); };
+  double all = 0, mine = 0;
+  for (double const x : norms) all += square(x);
+  for (outlier const& x : group) mine += square(norms[static_cast<std::size_t>(x.token)]);
+  return mine / all;
+}
+
 bool differ(measured a, measured b, double by) {
   return a.ok() && b.ok() && std::abs(a.value - b.value) > by;
 }
@@ -28,51 +65,45 @@ bool differ(measured a, measured b, double by) {
 outlier_facts find_outliers(std::vector<std::vector<double>> const& norms) {
   outlier_facts out;
   for (std::vector<double> const& site : norms) {
-    auto& group = out.groups.emplace_back();
-    double const median = median_of(site);
-    bool const finite =
-        std::all_of(site.begin(), site.end(), [](double x) { return std::isfinite(x); });
-    if (!finite) {
-      out.norm_share.push_back(rflow::status::non_finite);
-      continue;
-    }
-    std::ptrdiff_t const n = std::ssize(site);
-    if (median > 0 && n >= outlier_facts::least)
-      for (std::ptrdiff_t i = 0; i < n; ++i)
-        if (site[static_cast<std::size_t>(i)] > outlier_facts::factor * median) group.push_back(i);
-    if (static_cast<double>(group.size()) > outlier_facts::most * static_cast<double>(n))
-      group.clear();
-    double const largest = site.empty() ? 0 : *std::max_element(site.begin(), site.end());
-    double all = 0, mine = 0;
-    for (double const x : site) all += (x / largest) * (x / largest);
-    for (std::ptrdiff_t const i : group) {
-      double const x = site[static_cast<std::size_t>(i)] / largest;
-      mine += x * x;
-    }
-    out.norm_share.push_back(largest > 0 ? measured(mine / all)
-                                         : measured(rflow::status::zero_rows));
+    out.groups.push_back(beyond_median(site));
+    out.norm_share.push_back(share_of_squares(site, out.groups.back()));
   }
   out.kernel_share.assign(norms.size(), rflow::status::not_requested);
   return out;
 }
 
-void choose_outliers(outlier_facts& o, std::vector<std::vector<double>> const& norms) {
-  std::map<std::ptrdiff_t, double> ratios;
+void add_far_from_mean(outlier_facts& o, std::size_t l, std::vector<double> const& norms,
+                       rflow::gram_moments const& m, std::ptrdiff_t site) {
+  if (m.why[static_cast<std::size_t>(site)] != rflow::status::ok) return;
+  // The diagonal of HKH holds squared distances from the mean.
+  auto const n = static_cast<std::size_t>(m.tokens);
+  double const* const diagonal = m.diagonal.data() + static_cast<std::size_t>(site) * n;
+  double const* const rows = m.row_sums.data() + static_cast<std::size_t>(site) * n;
+  double const count = static_cast<double>(n);
+  double total = 0;
+  for (std::size_t i = 0; i < n; ++i) total += rows[i] + diagonal[i];
+  std::vector<double> distances;
+  for (std::size_t i = 0; i < n; ++i) {
+    double const square = diagonal[i] - 2 * (rows[i] + diagonal[i]) / count + total / count / count;
+    distances.push_back(std::sqrt(std::max(square, 0.0)));
+  }
+  std::vector<outlier> const both = joined(o.groups[l], beyond_median(distances));
+  if (static_cast<double>(both.size()) > outlier_facts::most * count) return;
+  o.groups[l] = both;
+  o.norm_share[l] = share_of_squares(norms, both);
+}
+
+void choose_outliers(outlier_facts& o) {
   for (std::size_t l = 0; l < o.groups.size(); ++l) {
     measured const kernel = o.kernel_share[l], norm = o.norm_share[l];
-    bool const holds_much = (kernel.ok() && kernel.value > outlier_facts::looked_at) ||
-                            (norm.ok() && norm.value > outlier_facts::looked_at);
-    if (o.groups[l].empty() || !holds_much) continue;
+    auto const holds = [&](double share) {
+      return (kernel.ok() && kernel.value > share) || (norm.ok() && norm.value > share);
+    };
+    if (o.groups[l].empty() || !holds(outlier_facts::looked_at)) continue;
     o.sites.push_back(l);
-    double const median = median_of(norms[l]);
-    for (std::ptrdiff_t const i : o.groups[l]) {
-      double& ratio = ratios[i];
-      ratio = std::max(ratio, norms[l][static_cast<std::size_t>(i)] / median);
-    }
-    o.matter = o.matter || (kernel.ok() && kernel.value > outlier_facts::large) ||
-               (norm.ok() && norm.value > outlier_facts::large);
+    o.tokens = joined(o.tokens, o.groups[l]);
+    o.matter = o.matter || holds(outlier_facts::large);
   }
-  for (auto const& [token, ratio] : ratios) o.tokens.push_back({token, ratio});
 }
 
 bool changes_much(outlier_facts const& o) {

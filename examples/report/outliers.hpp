@@ -38,8 +38,8 @@ struct headline {
 };
 
 struct outlier {
-  std::ptrdiff_t token;  // in the file
-  double ratio;          // its norm over the median, at the site where that is greatest
+  std::ptrdiff_t token;  // in a group among those that count, in the result as in the file
+  double ratio;          // its norm over the median; of several sites, the greatest
 };
 
 struct outlier_facts {
@@ -49,28 +49,28 @@ struct outlier_facts {
   static constexpr double looked_at = 0.1;  // share from which on a site's group is left out
   static constexpr double large = 0.5;      // share that matters
 
-  std::vector<std::vector<std::ptrdiff_t>> groups;  // a site of the chain: among tokens that count
-  std::vector<rflow::measured> norm_share;          // a site: of Σ‖x‖²
-  std::vector<rflow::measured> kernel_share;        // of the linear kernel matrix, as top_share
-  std::vector<outlier> tokens;                      // of all sites whose share is looked at
-  std::vector<std::size_t> sites;                   // those sites
-  std::optional<headline> with, without;            // if there are such tokens, and not too many
-  bool matter = false;                              // a share or a change is large
-
-  bool none() const {
-    for (auto const& group : groups)
-      if (!group.empty()) return false;
-    return true;
-  }
+  std::vector<std::vector<outlier>> groups;   // a site of the chain
+  std::vector<rflow::measured> norm_share;    // a site: of Σ‖x‖²
+  std::vector<rflow::measured> kernel_share;  // of the linear kernel matrix, as top_share
+  std::vector<outlier> tokens;                // of all sites whose share is looked at
+  std::vector<std::size_t> sites;             // those sites
+  std::optional<headline> with, without;      // if there are such tokens, and not too many
+  bool matter = false;                        // a share or a change is large
 };
 
 /// The groups of each site, by norms.
 /// @param norms  sites × tokens that count
 outlier_facts find_outliers(std::vector<std::vector<double>> const& norms);
 
+/// Adds to the group of a site what is far out from the mean token, which a large mean hides from norms.
+/// @param norms  as they are, of that site
+/// @param site   in the moments, of the linear kernel
+void add_far_from_mean(outlier_facts& o, std::size_t l, std::vector<double> const& norms,
+                       rflow::gram_moments const& m, std::ptrdiff_t site);
+
 /// Which tokens are to be left out for comparison: fills sites and tokens (with `token` counted among
 /// those that count) from the groups and their shares.
-void choose_outliers(outlier_facts& o, std::vector<std::vector<double>> const& norms);
+void choose_outliers(outlier_facts& o);
 
 /// Whether any headline number changes much between with and without.
 bool changes_much(outlier_facts const& o);
@@ -78,13 +78,13 @@ bool changes_much(outlier_facts const& o);
 /// The share of ‖K̃‖² of a site, K̃ the linear kernel matrix of centred features without its diagonal,
 /// that pairs with a token of the group make up. Exact: rows of the kernel from the moments where they
 /// hold all of them, else from a pass; pairs within the group, which two rows have, from a pass.
-/// @param x      rows of the site
-/// @param stack  for which of them count
-/// @param group  among those
+/// @param stack  with the tokens that count
+/// @param l      the site in it
+/// @param group  among the tokens that count
 /// @param site   in the moments
 template <class T>
 rflow::measured kernel_share(rflow::layer_stack<T> const& stack, std::ptrdiff_t l,
-                             std::vector<std::ptrdiff_t> const& group, rflow::gram_moments const& m,
+                             std::vector<outlier> const& group, rflow::gram_moments const& m,
                              std::ptrdiff_t site) {
   auto const p = static_cast<std::size_t>(site);
   if (m.why[p] != rflow::status::ok) return m.why[p];
@@ -114,7 +114,7 @@ rflow::measured kernel_share(rflow::layer_stack<T> const& stack, std::ptrdiff_t 
     return sum * sum;
   };
   double pairs = 0;
-  for (std::ptrdiff_t const g : group) {
+  for (auto const& [g, ratio] : group) {
     for (std::ptrdiff_t j = 0; j < d; ++j) {
       auto const k = static_cast<std::size_t>(j);
       row[k] = at(g, j) - mean[k];
@@ -122,8 +122,8 @@ rflow::measured kernel_share(rflow::layer_stack<T> const& stack, std::ptrdiff_t 
     double with_all = 0, within = 0;
     for (std::ptrdiff_t i = 0; i < n && !has_rows; ++i)
       if (i != g) with_all += square_with(i);
-    for (std::ptrdiff_t const h : group)
-      if (h != g) within += square_with(h);
+    for (outlier const& h : group)
+      if (h.token != g) within += square_with(h.token);
     pairs +=
         (has_rows ? 2 * m.squares[p * static_cast<std::size_t>(n) + static_cast<std::size_t>(g)]
                   : unit(2 * with_all)) -

@@ -302,9 +302,9 @@ rflow::monitor_moments stream(plan const& p, std::size_t first, std::size_t last
       auto run = std::partition_point(chosen.runs.begin(), chosen.runs.end(),
                                       [&](token_run const& r) { return r.end <= begin; });
       for (; run != chosen.runs.end() && run->begin < end; ++run) {
-        std::ptrdiff_t const last = std::min(run->end, end);
-        for (std::ptrdiff_t at = std::max(run->begin, begin); at < last; at += tokens_at_once) {
-          std::ptrdiff_t const count = std::min(tokens_at_once, last - at);
+        std::ptrdiff_t const stop = std::min(run->end, end);
+        for (std::ptrdiff_t at = std::max(run->begin, begin); at < stop; at += tokens_at_once) {
+          std::ptrdiff_t const count = std::min(tokens_at_once, stop - at);
           for (std::ptrdiff_t l = 0; l < sites; ++l) {
             rflow::view<T> const x = stack[l];
             monitor.push(l, pushed,

@@ -270,7 +270,8 @@ std::string outlier_section(result const& r, options const& asked) {
            std::to_string(o.tokens[i].token) + " (" + html_number(o.tokens[i].ratio) + ")");
     if (o.tokens.size() > 50) list += " …";
     out += (r.models.size() > 1 ? "<h3>" + model_name(r, k) + "</h3>\n" : "") + "<p>" +
-           plural(std::ssize(o.tokens), "token") + " with norms of more than " +
+           plural(std::ssize(o.tokens), "token") +
+           " with norms, or distances from the mean token, of more than " +
            html_number(outlier_facts::factor) +
            " times the median of a site, by how many times in parentheses: " + list +
            "</p>\n<div class=\"scroll\"><table>\n<thead><tr><th></th><th>with them</th>"

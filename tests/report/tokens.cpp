@@ -597,7 +597,11 @@ TEST_CASE("shards: a mask of all tokens, positions in the file, ranks") {
 TEST_CASE("a group of outliers is found, summed, and set apart") {
   folder const work;
   // Few tokens for their width take the way over kernel matrices, many the other.
-  for (auto const& [n, d] : {std::pair<std::ptrdiff_t, std::ptrdiff_t>{60, 24}, {700, 3}}) {
+  struct extents {
+    std::ptrdiff_t tokens, width;
+  };
+  for (extents const size : {extents{60, 24}, extents{700, 3}}) {
+    std::ptrdiff_t const n = size.tokens, d = size.width;
     CAPTURE(n);
     capture x(3, n, d, 13);
     std::vector<std::ptrdiff_t> const group{2, 9, 17, 23, 31, 38, 44, 59};
@@ -704,6 +708,27 @@ TEST_CASE("outliers beside masks, and where there are none") {
   CHECK(m.at("warnings").dump().find(": 20, 30, 70; ") != std::string::npos);
   json const shards = model(work, "shards", {"--shards", "masked.safetensors"});
   CHECK(shards.at("outliers").is_null());
+
+  // A large mean does not hide what is far from it.
+  capture shifted(3, 80, 16, 16);
+  for (std::ptrdiff_t i = 0; i < 80; ++i)
+    for (std::ptrdiff_t j = 0; j < 16; ++j) {
+      float& v = shifted.at("block.2", i, j);
+      v = 50 + (i % 16 == 3 ? 20 : 1) * v;
+    }
+  shifted.write(work / "shifted.safetensors");
+  json const far_out = model(work, "shifted", {"shifted.safetensors"}).at("outliers");
+  CHECK(far_out.at("count") == json{0, 0, 5, 0});
+  CHECK(far_out.at("tokens") == json{3, 19, 35, 51, 67});
+  CHECK(far_out.at("kernel_share").at("values").at(2) > 0.5);
+
+  // All tokens alike but for rounding: none is far out.
+  for (std::ptrdiff_t i = 0; i < 80; ++i)
+    for (std::ptrdiff_t j = 0; j < 16; ++j) shifted.at("block.2", i, j) = 50.3f;
+  shifted.write(work / "constant.safetensors");
+  json const constant = model(work, "constant", {"constant.safetensors"}).at("outliers");
+  CHECK(constant.at("count") == json{0, 0, 0, 0});
+  CHECK(constant.at("kernel_share").at("status").at(2) == "constant_layer");
 
   // A quarter of the tokens and more are no outliers.
   for (std::ptrdiff_t i = 0; i < 30; ++i)
