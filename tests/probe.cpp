@@ -942,3 +942,54 @@ TEST_CASE("probe: what it refuses") {
   CHECK_THROWS_AS(rflow::probe_layers(rflow::layer_stack<float>{x}, labels{0, 1}),
                   std::invalid_argument);
 }
+
+TEST_CASE("tokens in several stacks, one after the other, are as those of one") {
+  std::mt19937 bits(4);
+  std::normal_distribution<float> normal;
+  constexpr std::ptrdiff_t n = 157, d = 23;
+  std::vector<dense<float>> sites(3, dense<float>(n, d));
+  for (auto& x : sites)
+    for (std::ptrdiff_t i = 0; i < x.size(); ++i) x.data()[i] = normal(bits);
+  labels y;
+  std::vector<bool> counts;
+  for (std::ptrdiff_t i = 0; i < n; ++i) {
+    y.push_back(static_cast<int>(bits() % 3));
+    sites[1](i, y.back()) += 2;
+    counts.push_back(bits() % 5 != 0);
+  }
+  sites[2](140, 3) = std::numeric_limits<float>::quiet_NaN();
+  counts[140] = true;
+  auto const part = [&](std::ptrdiff_t begin, std::ptrdiff_t end) {
+    std::vector<rflow::view<float>> views;
+    for (auto const& x : sites) views.emplace_back(x.data() + begin * d, end - begin, d);
+    return rflow::layer_stack<float>(views, {"a", "b", "c"})
+        .tokens(std::vector<bool>(counts.begin() + begin, counts.begin() + end));
+  };
+  for (bool const by_group : {false, true}) {
+    probe_options o{.epochs = 20, .seeds = 2, .keep_weights = true};
+    if (by_group)
+      for (std::ptrdiff_t i = 0; i < n; ++i) o.groups.push_back(i / 10);
+    rflow::layer_probes const one = rflow::probe_layers(part(0, n), y, o);
+    rflow::layer_probes const many = rflow::probe_layers(
+        std::vector{part(0, 1), part(1, 64), part(64, 65), part(65, 150), part(150, n)}, y, o);
+    CHECK(many.table() == one.table());
+    CHECK(many.best == 1);
+    for (std::size_t l = 0; l < 2; ++l)
+      for (std::size_t p = 0; p < 2; ++p) {
+        CHECK(many.layers[l].seeds[p].weight == one.layers[l].seeds[p].weight);
+        CHECK(many.layers[l].seeds[p].confusion == one.layers[l].seeds[p].confusion);
+      }
+    CHECK(many.layers[2].why == status::non_finite);
+    CHECK(many.layers[2].non_finite.token == 140);
+    CHECK(many.layers[2].non_finite.feature == 3);
+  }
+  using stacks = std::vector<rflow::layer_stack<float>>;
+  CHECK_THROWS_WITH_AS(rflow::probe_layers(stacks{}, y), "rflow::probe_layers: no stacks",
+                       std::invalid_argument);
+  CHECK_THROWS_WITH_AS(rflow::probe_layers(stacks{part(0, 10), part(10, 20)}, y),
+                       "rflow::probe_layers: 157 labels for 20 tokens", std::invalid_argument);
+  std::vector<rflow::view<float>> const narrow(3, {sites[0].data(), 10, d - 1, d});
+  CHECK_THROWS_AS(
+      rflow::probe_layers(stacks{part(0, n - 10), rflow::layer_stack<float>(narrow)}, y),
+      std::invalid_argument);
+}

@@ -5,9 +5,9 @@
 
 #include <rflow/sites.hpp>
 
-#include <cstdint>
 #include <map>
 #include <memory>
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -43,6 +43,12 @@ struct capture {
     return out;
   }
 
+  /// The tensor of that name that came with the sites, if there is one.
+  std::optional<rflow::tensor> tensor(std::string const& name) const {
+    if (file->is_single_array() || !file->contains(name)) return std::nullopt;
+    return (*file)[name];
+  }
+
   /// Identifies the tokens that the model saw; empty if the file does not say.
   std::string token_hash() const {
     auto const found = metadata.find("token_hash");
@@ -72,11 +78,6 @@ std::vector<capture> load_all(options const& asked);
 
 /// @throws unusable
 capture load(std::string const& path, options const& asked);
-
-/// One integer a token, from a .npy or from text: a number a line, perhaps below a header, or the
-/// column of that name.
-/// @throws unusable
-std::vector<std::int64_t> load_integers(std::string const& path, std::string const& column);
 
 /// What an exception from the library says about a file, without what the user knows already.
 std::string reason_of(std::exception const& error, std::string const& path);

@@ -7,6 +7,7 @@
 #include <cmath>
 #include <limits>
 
+#include "labels.hpp"
 #include "memory.hpp"
 #include "text.hpp"
 #include "widths.hpp"
@@ -246,28 +247,34 @@ void compare_without_outliers(capture const& c, options const& asked, rflow::on_
   for (outlier& x : o.tokens) x.token = m.tokens.stored_token(x.token);
 }
 
-rflow::layer_probes probes_of(capture const& c, std::vector<std::int64_t> const& labels,
-                              std::vector<std::int64_t> const& groups, token_choice const& chosen,
+/// Of files for all captures, or one for each: the one for capture k.
+std::string file_of(std::vector<std::string> const& files, std::size_t k) {
+  return files[files.size() > 1 ? k : 0];
+}
+
+/// Labels of the tokens that count, from the files for capture k.
+probe_labels labels_of(std::vector<capture> const& captures, std::size_t k,
+                       token_choice const& chosen, options const& asked) {
+  capture const& c = captures[k];
+  labelling const labels = read_labels(file_of(asked.labels, k), c, asked, role::classes);
+  std::optional<labelling> groups;
+  if (!asked.label_groups.empty())
+    groups = read_labels(file_of(asked.label_groups, k), c, asked, role::groups);
+  return labels_of(c.path, chosen, labels, groups ? &*groups : nullptr);
+}
+
+rflow::layer_probes probes_of(std::vector<capture> const& captures, std::size_t k,
+                              token_choice const& chosen, probe_labels const& labels,
                               options const& asked, rflow::on_cpu const& on) {
-  if (static_cast<std::ptrdiff_t>(labels.size()) != c.sites.tokens())
-    throw unusable(asked.labels, plural(static_cast<std::ptrdiff_t>(labels.size()), "label") +
-                                     " for " + plural(c.sites.tokens(), "token") + " in " + c.path);
-  if (!asked.label_groups.empty() && groups.size() != labels.size())
-    throw unusable(asked.label_groups, plural(static_cast<std::ptrdiff_t>(groups.size()), "group") +
-                                           " for " + plural(c.sites.tokens(), "token") + " in " +
-                                           c.path);
-  rflow::probe_options const by{.epochs = asked.probe_epochs,
-                                .seeds = asked.probe_seeds,
-                                .groups = groups,
-                                .standardize = asked.probe_standardize};
   try {
-    return with_stack(c, chosen, true, [&](auto const& stack) {
-      return rflow::probe_layers(stack, labels, by, on);
+    return with_stack(captures[k], chosen, true, [&](auto const& stack) {
+      return rflow::probe_layers(stack.tokens(labels.mask), labels.label,
+                                 training_of(asked, labels.group), on);
     });
   } catch (std::invalid_argument const& error) {
-    std::string const why = reason_of(error, asked.labels);
-    bool const of_groups = !groups.empty() && why.find("group") != std::string::npos;
-    throw unusable(of_groups ? asked.label_groups : asked.labels, why);
+    bool const grouped = !asked.label_groups.empty();
+    throw blame(error, labels, file_of(asked.labels, k),
+                grouped ? file_of(asked.label_groups, k) : "");
   }
 }
 
@@ -412,6 +419,13 @@ std::vector<std::string> pairs_of(std::vector<std::string> const& names, std::si
 }
 
 }  // namespace
+
+rflow::probe_options training_of(options const& asked, std::vector<std::int64_t> groups) {
+  return {.epochs = asked.probe_epochs,
+          .seeds = asked.probe_seeds,
+          .groups = std::move(groups),
+          .standardize = asked.probe_standardize};
+}
 
 cka_result cka_of(std::string const& kernel, rflow::gram_moments const& m,
                   std::function<std::ptrdiff_t(std::ptrdiff_t)> const& stored) {
@@ -588,16 +602,17 @@ result measure(std::vector<capture> const& captures, options const& asked, progr
     gram += work.gram;
   }
   // Read before anything that takes long: what is wrong with them is known at once.
-  std::vector<std::int64_t> labels, groups;
-  if (!asked.labels.empty()) labels = load_integers(asked.labels, "label");
-  if (!asked.label_groups.empty()) groups = load_integers(asked.label_groups, "group");
-  double probes = 0;  // of one capture, about
-  if (!labels.empty()) {
-    double const columns =
-        static_cast<double>(*std::max_element(labels.begin(), labels.end()) + 1) *
-        asked.probe_seeds;
-    probes = 2 * columns * asked.probe_epochs * cost(captures[0], chosen[0]).flow / 10;
-    total += probes * static_cast<double>(captures.size());
+  std::vector<probe_labels> labels;
+  std::vector<double> probes;  // cost
+  for (std::size_t k = 0; k < captures.size() && !asked.labels.empty(); ++k) {
+    labels.push_back(labels_of(captures, k, chosen[k], asked));
+    require_memory(file_of(asked.labels, k),
+                   bytes_of_probes(labels.back(), captures[k].sites.chain.size() + 1,
+                                   captures[k].sites.width(), asked, on.thread_count()),
+                   asked);
+    double const columns = static_cast<double>(labels.back().names.size()) * asked.probe_seeds;
+    probes.push_back(2 * columns * asked.probe_epochs * cost(captures[k], chosen[k]).flow / 10);
+    total += probes.back();
   }
   tell(0, total);
 
@@ -645,9 +660,13 @@ result measure(std::vector<capture> const& captures, options const& asked, progr
     tell(done += gram, total);
   }
 
-  for (std::size_t k = 0; k < captures.size() && !asked.labels.empty(); ++k) {
-    out.models[k].probes = probes_of(captures[k], labels, groups, chosen[k], asked, on);
-    tell(done += probes, total);
+  for (std::size_t k = 0; k < labels.size(); ++k) {
+    model_result& m = out.models[k];
+    m.probes = probes_of(captures, k, chosen[k], labels[k], asked, on);
+    m.classes =
+        probe_classes{labels[k].from, labels[k].names, labels[k].tokens, labels[k].left_out};
+    for (std::string const& text : labels[k].notes) m.warnings.push_back({false, text});
+    tell(done += probes[k], total);
   }
 
   for (std::size_t k = 0; k < captures.size(); ++k)

@@ -9,6 +9,7 @@
 #include <rflow/probe.hpp>
 
 #include <functional>
+#include <numeric>
 #include <optional>
 #include <string>
 #include <utility>
@@ -60,6 +61,17 @@ struct shard_facts {
   double memory_bound = 0, memory_peak = 0;  // bytes beside the mapped files: stated, measured
 };
 
+/// What the probes tell apart.
+struct probe_classes {
+  std::string from;                    // file, or tensor, and column
+  std::vector<std::string> names;      // in order
+  std::vector<std::ptrdiff_t> tokens;  // of each
+  std::ptrdiff_t left_out = 0;         // tokens without a class, in all other metrics
+  std::ptrdiff_t used() const {
+    return std::accumulate(tokens.begin(), tokens.end(), std::ptrdiff_t{0});
+  }
+};
+
 struct model_result {
   std::string path, label, dtype, token_hash;
   std::map<std::string, std::string> metadata;
@@ -73,6 +85,7 @@ struct model_result {
   rflow::measured final_inter_token;          // not_requested if there is none
   std::vector<cka_result> cka;                // rows and columns: the chain, then the final norm
   std::optional<rflow::layer_probes> probes;  // sites: the chain, then the final norm
+  std::optional<probe_classes> classes;       // that they tell apart
   std::optional<shard_facts> shards;          // if it was read in shards
   std::optional<outlier_facts> outliers;      // unless it was
   std::vector<warning> warnings;
@@ -136,6 +149,10 @@ result measure(std::vector<capture> const& captures, options const& asked, progr
 /// @param stored  where a token that counts stands in the file
 cka_result cka_of(std::string const& kernel, rflow::gram_moments const& m,
                   std::function<std::ptrdiff_t(std::ptrdiff_t)> const& stored);
+
+/// How the probes are trained.
+/// @param groups  of the tokens, or none
+rflow::probe_options training_of(options const& asked, std::vector<std::int64_t> groups);
 
 /// What is said to be a value and is none has left the range of double.
 rflow::measured finite(rflow::measured x);

@@ -247,15 +247,32 @@ std::optional<options> parse(int argc, char const* const* argv) {
          "is fast)")
       ->group("Metrics");
   app.add_option("--labels", o.labels,
-                 "One class a token, from 0 on: a .npy of integers, or a text file with one a line "
-                 "(or with a column called label). Adds softmax probes of every layer")
+                 "A class for each token, a word or a whole number: a .npy, a text file with one a "
+                 "line or a column called label, or a tensor of the capture by its name. Adds "
+                 "softmax probes of every layer. Two captures: one for both, or one each. Shards: "
+                 "one for all tokens in their order, or one each")
+      ->allow_extra_args(false)
       ->type_name("FILE")
+      ->group("Probes");
+  app.add_option("--label-column", o.label_column,
+                 "Which column of the text: its name in the first line, or its number from 1 on")
+      ->type_name("NAME")
+      ->group("Probes");
+  app.add_option("--ignore-label", o.ignore_labels,
+                 "Leave tokens with this label out of the probes, besides -100 (other metrics keep "
+                 "them); may be given several times")
+      ->allow_extra_args(false)
+      ->type_name("LABEL")
       ->group("Probes");
   app.add_option(
          "--label-groups", o.label_groups,
          "The same for the group (document, context) of each token: no group is trained and "
          "validated on (column group)")
+      ->allow_extra_args(false)
       ->type_name("FILE")
+      ->group("Probes");
+  app.add_option("--group-column", o.group_column, "Which column holds the groups")
+      ->type_name("NAME")
       ->group("Probes");
   app.add_option("--probe-seeds", o.probe_seeds, "Splits and starts of each probe")
       ->transform(whole_number(1, 1000))
@@ -388,9 +405,22 @@ std::optional<options> parse(int argc, char const* const* argv) {
     throw std::invalid_argument("--pattern-block: '" + o.pattern.block + "' does not hold {} once");
   if (output->count() > 0 && o.output.empty())
     throw std::invalid_argument("--output: the name of a folder expected");
-  if (o.labels.empty() && (!o.label_groups.empty() || o.probe_standardize ||
-                           app.count("--probe-seeds") > 0 || app.count("--probe-epochs") > 0))
-    throw std::invalid_argument("--label-groups and --probe-… need --labels");
+  if (o.labels.empty() &&
+      (!o.label_groups.empty() || !o.label_column.empty() || !o.ignore_labels.empty() ||
+       o.probe_standardize || app.count("--probe-seeds") > 0 || app.count("--probe-epochs") > 0))
+    throw std::invalid_argument(
+        "--label-groups, --label-column, --ignore-label and --probe-… need --labels");
+  if (o.label_groups.empty() && !o.group_column.empty())
+    throw std::invalid_argument("--group-column needs --label-groups");
+  for (auto const& [option, files] :
+       {std::pair{"--labels", &o.labels}, std::pair{"--label-groups", &o.label_groups}}) {
+    if (files->size() > 1 && files->size() != o.inputs.size())
+      throw std::invalid_argument(std::string(option) + ": one for all, or one for each of the " +
+                                  plural(std::ssize(o.inputs), "capture") + ", expected, found " +
+                                  std::to_string(files->size()));
+    for (std::string const& file : *files)
+      if (file.empty()) throw std::invalid_argument(std::string(option) + ": a name expected");
+  }
   if (!o.shards && o.inputs.size() > 2)
     throw std::invalid_argument("one or two captures expected, not " +
                                 std::to_string(o.inputs.size()) +
@@ -406,8 +436,7 @@ std::optional<options> parse(int argc, char const* const* argv) {
       (batch->count() > 0 || app.count("--cka") > 0 || !o.checkpoint.empty() || o.memory_limit > 0))
     throw std::invalid_argument(
         "--cka, --cka-batch, --checkpoint and --memory-limit need --shards");
-  if (o.shards && (o.cross_cka || !o.labels.empty()))
-    throw std::invalid_argument("--shards does not go with --cross-cka or --labels");
+  if (o.shards && o.cross_cka) throw std::invalid_argument("--shards does not go with --cross-cka");
   o.minibatch_cka = o.shards && over.is("minibatch");
   if (o.shards && o.shifts)
     throw std::invalid_argument(

@@ -48,7 +48,11 @@ struct options {
   double checkpoint_seconds = 30;
   std::ptrdiff_t memory_limit = 0;  // MiB; 0: none
 
-  std::string labels, label_groups;  // files of one integer a token; no probes without labels
+  // Files or tensors with a label or group for each token, one for all captures or one each; no probes
+  // without labels.
+  std::vector<std::string> labels, label_groups;
+  std::string label_column, group_column;
+  std::vector<std::string> ignore_labels;
   int probe_seeds = 5, probe_epochs = 150;
   bool probe_standardize = false;
 
@@ -64,11 +68,19 @@ struct options {
   /// What must stay where it is.
   std::vector<std::string> files_read() const {
     std::vector<std::string> out = inputs;
-    for (std::string const& file : {labels, label_groups, checkpoint})
-      if (!file.empty()) out.push_back(file);
+    out.insert(out.end(), labels.begin(), labels.end());
+    out.insert(out.end(), label_groups.begin(), label_groups.end());
+    if (!checkpoint.empty()) out.push_back(checkpoint);
     std::error_code ignored;
     for (std::string const& mask : masks)
       if (std::filesystem::is_regular_file(mask, ignored)) out.push_back(mask);
+    return out;
+  }
+
+  /// Labels of tokens that the probes leave out. −100 is what the losses of PyTorch leave out.
+  std::vector<std::string> ignored_labels() const {
+    std::vector<std::string> out = ignore_labels;
+    out.push_back("-100");
     return out;
   }
 };

@@ -29,6 +29,7 @@
 #include <thread>
 
 #include "../common/leftovers.hpp"
+#include "labels.hpp"
 #include "memory.hpp"
 #include "text.hpp"
 
@@ -57,7 +58,8 @@ struct plan {
   double copied_most = 0, copied_all = 0;  // bytes that reading copies: of one shard, of all
   std::ptrdiff_t width = 0;
   rflow::dtype type{};
-  token_choice all;  // of all shards, one after the other
+  token_choice all;                        // of all shards, one after the other
+  double probe_cost = 0, probe_bytes = 0;  // of rank 0, which trains them
 };
 
 std::string identity_of(std::string const& path) {
@@ -248,16 +250,17 @@ double cost_of_full_cka(plan const& p, bool linear) {
 
 /// Multiply-adds of one process: streaming, then full CKA if asked for.
 struct work {
-  double stream = 0, linear = 0, rbf = 0;
+  double stream = 0, linear = 0, rbf = 0, probes = 0;
 
   work(plan const& p, options const& asked, workers const& all) {
     double const ranks = all.size();
+    probes = all.rank() == 0 ? p.probe_cost : 0;
     stream = cost_of_token(p, asked) * static_cast<double>(p.all.used) / ranks;
     if (asked.minibatch_cka) return;
     if (asked.linear) linear = cost_of_full_cka(p, true) / ranks;
     if (asked.rbf) rbf = cost_of_full_cka(p, false) / ranks;
   }
-  double total() const { return stream + linear + rbf; }
+  double total() const { return stream + linear + rbf + probes; }
 };
 
 /// The moments of shards first … last − 1.
@@ -431,6 +434,70 @@ std::vector<cka_result> full_cka(plan const& p, options const& asked, workers& a
   return out;
 }
 
+// ---- probes over all tokens ---------------------------------------------------------------------
+
+/// The shards, mapped, all at once.
+std::vector<capture> all_shards(plan const& p, options const& asked) {
+  std::vector<capture> out;
+  for (shard const& s : p.shards) {
+    out.push_back(load(s.path, asked));
+    if (out.back().sites.tokens() != s.tokens.stored)
+      throw unusable(s.path, "changed while the report was made");
+  }
+  return out;
+}
+
+/// Reads the labels of all tokens, and adds to the plan what the probes will take.
+probe_labels labels_of(plan& p, options const& asked, workers const& all) {
+  std::vector<capture> const shards = all_shards(p, asked);
+  std::vector<token_choice> chosen;
+  for (shard const& s : p.shards) chosen.push_back(s.tokens);
+  labelling const labels = read_labels(asked.labels, shards, chosen, asked, role::classes);
+  std::optional<labelling> groups;
+  if (!asked.label_groups.empty())
+    groups = read_labels(asked.label_groups, shards, chosen, asked, role::groups);
+  probe_labels out =
+      labels_of(plural(std::ssize(p.shards), "shard"), p.all, labels, groups ? &*groups : nullptr);
+  double const stored = static_cast<double>(p.all.stored);
+  auto const cells = [&](labelling const& l) {
+    return 80 * stored + 400 * static_cast<double>(l.read.distinct.size());
+  };
+  p.probe_bytes = bytes_of_probes(out, p.sites.size(), p.width, asked, threads_of(asked, all)) +
+                  cells(labels) + (groups ? cells(*groups) : 0);
+  p.probe_cost = 2 * static_cast<double>(p.sites.size()) * static_cast<double>(p.width) *
+                 static_cast<double>(p.all.used) * static_cast<double>(out.names.size()) *
+                 asked.probe_seeds * asked.probe_epochs;
+  return out;
+}
+
+/// Probes over the tokens of all shards, on this process alone.
+template <class T>
+rflow::layer_probes probes_of(plan const& p, probe_labels const& labels, options const& asked,
+                              workers const& all) {
+  std::vector<capture> const shards = all_shards(p, asked);
+  std::vector<rflow::layer_stack<T>> stacks;
+  std::vector<std::int64_t> label, group;
+  std::ptrdiff_t begin = 0;
+  for (capture const& c : shards) {
+    std::ptrdiff_t const end = begin + c.sites.tokens();
+    std::vector<bool> const mask(labels.mask.begin() + begin, labels.mask.begin() + end);
+    if (std::find(mask.begin(), mask.end(), true) != mask.end()) {
+      stacks.push_back(c.sites.template stack<T>().tokens(mask));
+      label.insert(label.end(), labels.label.begin() + begin, labels.label.begin() + end);
+      if (!labels.group.empty())
+        group.insert(group.end(), labels.group.begin() + begin, labels.group.begin() + end);
+    }
+    begin = end;
+  }
+  try {
+    return rflow::probe_layers(stacks, label, training_of(asked, std::move(group)),
+                               rflow::on_cpu{.threads = threads_of(asked, all)});
+  } catch (std::invalid_argument const& error) {
+    throw blame(error, labels, asked.labels.front(),
+                asked.label_groups.empty() ? "" : asked.label_groups.front());
+  }
+}
+
 /// What minibatch CKA knows: one kernel, one estimator, no token.
 cka_result minibatch_result(rflow::minibatch_moments const& m) {
   cka_grid grid{m.sites, m.sites, {}, {}};
@@ -458,8 +525,8 @@ double bytes_needed(plan const& p, options const& asked, workers const& all) {
   double const t = static_cast<double>(rflow::bits(p.type)) / 8;
   double const rows = n * d * (2 * t + c);  // two rows, the mean
   double const choice = 48 * static_cast<double>(p.all.runs.size() + p.all.offsets.size());
-  double const fixed = rows + choice + 8 * s * (3 * d + 8 * s) + 32e6 + bytes_of_tables(s, asked) +
-                       bytes_of_threads(threads_of(asked, all)) +
+  double const fixed = rows + choice + p.probe_bytes + 8 * s * (3 * d + 8 * s) + 32e6 +
+                       bytes_of_tables(s, asked) + bytes_of_threads(threads_of(asked, all)) +
                        (asked.minibatch_cka ? p.copied_most : p.copied_all);
   if (!asked.minibatch_cka) {
     // Scratch; norms, sums per token of a share and of all, and of one rank at a time on the way.
@@ -551,6 +618,7 @@ std::size_t anonymous_memory() {
 result measure_shards(options const& asked, workers& all, progress const& tell) {
   plan p;
   rflow::monitor_moments m;
+  std::optional<probe_labels> labels;
   double peak = 0;
   std::optional<memory_watch> watch;
   auto const tell_first = [&](double done, double total) {
@@ -558,6 +626,7 @@ result measure_shards(options const& asked, workers& all, progress const& tell) 
   };
   all.together([&] {
     p = plan_of(asked);
+    if (!asked.labels.empty()) labels = labels_of(p, asked, all);
     require_memory(p.shards.front().path, bytes_needed(p, asked, all), asked);
     limit_memory(asked);
     watch.emplace(peak);
@@ -592,6 +661,19 @@ result measure_shards(options const& asked, workers& all, progress const& tell) 
     model.cka.push_back(minibatch_result(m.cka));
   else
     model.cka = in_type(p, [&]<class T>(T) { return full_cka<T>(p, asked, all, tell_first); });
+  if (labels) {
+    all.together([&] {
+      if (all.rank() != 0) return;  // which makes the report
+      short_of_memory(p, [&] {
+        model.probes = in_type(
+            p, [&]<class T>(T) { return std::optional(probes_of<T>(p, *labels, asked, all)); });
+      });
+      double const total = work(p, asked, all).total();
+      tell(total, total);
+    });
+    model.classes = probe_classes{labels->from, labels->names, labels->tokens, labels->left_out};
+    for (std::string const& text : labels->notes) model.warnings.push_back({false, text});
+  }
   watch.reset();
   model.shards = shard_facts{static_cast<std::ptrdiff_t>(p.shards.size()), m.cka.batches,
                              m.cka.left_out, bytes_needed(p, asked, all), peak};

@@ -85,6 +85,12 @@ std::string summary(result const& r, options const& asked) {
                               one_line(m.cka_sites()[static_cast<std::size_t>(p.best)]) +
                               ", chance " + number(p.chance);
     });
+  if (!asked.labels.empty())
+    row("probe classes, tokens", [](model_result const& m) {
+      std::ptrdiff_t const left_out = m.classes->left_out;
+      return std::to_string(m.classes->names.size()) + ", " + std::to_string(m.classes->used()) +
+             (left_out > 0 ? " (" + std::to_string(left_out) + " left out)" : "");
+    });
 
   if (sequences) {
     auto const row_of = [&](std::string const& name,

@@ -22,17 +22,6 @@ constexpr char const* own_special_mask = "special_tokens_mask";  // 1: none
 constexpr char const* own_offsets[] = {"sequences", "cu_seqlens"};
 constexpr char const* own_positions = "position_ids";
 
-/// A tensor beside the sites.
-std::optional<rflow::tensor> find(capture const& c, std::string const& name) {
-  return std::visit(
-      [&](auto const& file) -> std::optional<rflow::tensor> {
-        if constexpr (requires { file->contains(name), (*file)[name]; })
-          if (file && file->contains(name)) return (*file)[name];
-        return std::nullopt;
-      },
-      c.file);
-}
-
 /// The values of a tensor, with what the user can do if it has none.
 std::vector<std::int64_t> integers(capture const& c, rflow::tensor const& x,
                                    std::string const& cure) {
@@ -106,7 +95,7 @@ constexpr char const* without_sequences = "; --sequences none leaves it out of a
 /// What --sequences names: offsets, or a number at each token.
 std::vector<std::ptrdiff_t> named_sequences(capture const& c, std::string const& name,
                                             std::vector<bool> const& kept) {
-  std::optional<rflow::tensor> const x = find(c, name);
+  std::optional<rflow::tensor> const x = c.tensor(name);
   std::ptrdiff_t const n = c.sites.tokens();
   if (!x) throw unusable(c.path, "--sequences: no tensor '" + name + "' in it");
   if (x->size() != n || n < 2 || holds_positions(name)) {
@@ -143,7 +132,7 @@ sequences_found find_sequences(capture const& c, options const& asked,
   else if (!rows.offsets.empty())
     out = rows;
   for (char const* const name : own_offsets) {
-    std::optional<rflow::tensor> const x = find(c, name);
+    std::optional<rflow::tensor> const x = c.tensor(name);
     if (!x) continue;
     std::vector<std::ptrdiff_t> offsets = sequences_of_offsets(c, *x, without_sequences);
     if (!weak && offsets != out.offsets)
@@ -156,7 +145,7 @@ sequences_found find_sequences(capture const& c, options const& asked,
   if (!weak) return out;
 
   // Offered, not taken: positions may start anew for other reasons.
-  std::optional<rflow::tensor> const x = find(c, own_positions);
+  std::optional<rflow::tensor> const x = c.tensor(own_positions);
   if (!x || x->size() != n || (x->rank() != 1 && x->rank() != 2) ||
       (x->type != rflow::dtype::i64 && x->type != rflow::dtype::i32))
     return out;
@@ -279,10 +268,10 @@ token_choice token_rules::next(capture const& c) {
   };
   if (asked_->own_masks)
     for (char const* const name : {own_mask, own_special_mask})
-      if (std::optional<rflow::tensor> const x = find(c, name))
+      if (std::optional<rflow::tensor> const x = c.tensor(name))
         apply(name, *x, "; --no-mask leaves it out of account");
   for (std::string const& name : asked_->masks) {
-    if (std::optional<rflow::tensor> const x = find(c, name)) {
+    if (std::optional<rflow::tensor> const x = c.tensor(name)) {
       apply(name, *x, "");
       continue;
     }

@@ -106,7 +106,8 @@ std::vector<std::string> utf8(std::vector<std::string> names) {
   return names;
 }
 
-json probe(rflow::layer_probes const& p, std::vector<std::string> const& sites) {
+json probe(rflow::layer_probes const& p, probe_classes const& c,
+           std::vector<std::string> const& sites) {
   auto const both = [&](rflow::over_seeds rflow::probe_result::*which) {
     std::vector<measured> mean, spread;
     for (rflow::probe_result const& layer : p.layers) {
@@ -116,6 +117,10 @@ json probe(rflow::layer_probes const& p, std::vector<std::string> const& sites) 
     return json{{"mean", series(mean)}, {"spread", series(spread)}};
   };
   return {{"classes", p.layers.front().classes},
+          {"labels", report::utf8(c.from)},
+          {"class_names", c.names},
+          {"class_tokens", c.tokens},
+          {"left_out", c.left_out},
           {"chance", scalar(p.chance)},
           {"rows", sites},
           {"accuracy", both(&rflow::probe_result::validation_accuracy)},
@@ -286,7 +291,7 @@ json model(model_result const& m, options const& asked) {
   out["sequences"] = sequences(m);
   out["outliers"] = m.outliers ? outliers(*m.outliers, utf8(m.sites)) : json();
   out["shards"] = m.shards ? shards(m, asked) : json();
-  out["probe"] = m.probes ? probe(*m.probes, utf8(m.cka_sites())) : json();
+  out["probe"] = m.probes ? probe(*m.probes, *m.classes, utf8(m.cka_sites())) : json();
   json warnings = json::array();
   for (warning const& w : m.warnings)
     warnings.push_back(
@@ -382,14 +387,22 @@ std::string metrics_json(result const& r, options const& asked) {
                     {"kernels", kernels},
                     {"rbf_fraction", asked.rbf_fraction}};
   out["options"]["probe"] = json();
+  auto const files = [](std::vector<std::string> const& names) {
+    return names.empty()       ? json()
+           : names.size() == 1 ? json(report::utf8(names[0]))
+                               : json(utf8(names));
+  };
+  auto const text = [](std::string const& x) { return x.empty() ? json() : json(report::utf8(x)); };
   if (!asked.labels.empty())
-    out["options"]["probe"] = {
-        {"labels", report::utf8(asked.labels)},
-        {"groups", asked.label_groups.empty() ? json() : json(report::utf8(asked.label_groups))},
-        {"seeds", asked.probe_seeds},
-        {"epochs", asked.probe_epochs},
-        {"standardize", asked.probe_standardize},
-        {"validation_fraction", rflow::probe_options{}.validation_fraction}};
+    out["options"]["probe"] = {{"labels", files(asked.labels)},
+                               {"label_column", text(asked.label_column)},
+                               {"ignored", utf8(asked.ignored_labels())},
+                               {"groups", files(asked.label_groups)},
+                               {"group_column", text(asked.group_column)},
+                               {"seeds", asked.probe_seeds},
+                               {"epochs", asked.probe_epochs},
+                               {"standardize", asked.probe_standardize},
+                               {"validation_fraction", rflow::probe_options{}.validation_fraction}};
   json models = json::array();
   for (model_result const& m : r.models) models.push_back(model(m, asked));
   out["models"] = std::move(models);

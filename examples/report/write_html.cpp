@@ -542,10 +542,29 @@ std::string token_section(result const& r, figures const& plots) {
          body + "</section>\n";
 }
 
+/// The classes with their numbers of tokens, the first of very many; and what has none.
+std::string classes_of(result const& r, std::size_t k) {
+  constexpr std::size_t most = 40;
+  probe_classes const& c = *r.models[k].classes;
+  std::string out;
+  for (std::size_t i = 0; i < std::min(most, c.names.size()); ++i)
+    join(out, ", ", "<b>" + html(c.names[i]) + "</b> " + std::to_string(c.tokens[i]));
+  if (c.names.size() > most)
+    out += " and " + std::to_string(c.names.size() - most) + " more (<code>metrics.json</code>)";
+  out = "<p>" + (r.models.size() > 1 ? model_name(r, k) + ": tokens" : std::string("Tokens")) +
+        " of each class: " + out + ".";
+  if (c.left_out > 0)
+    out += " " + plural(c.left_out, "token") + " with a label of −100 or of " +
+           "<code>--ignore-label</code> " + (c.left_out == 1 ? "is" : "are") +
+           " left out of the probes, and only of them.";
+  return out + "</p>\n";
+}
+
 std::string probe_section(result const& r, options const& asked, figures const& plots) {
   if (asked.labels.empty()) return "";
-  std::string rows;
+  std::string rows, classes;
   for (std::size_t k = 0; k < r.models.size(); ++k) {
+    classes += classes_of(r, k);
     model_result const& m = r.models[k];
     rflow::layer_probes const& p = *m.probes;
     std::vector<std::string> const sites = m.cka_sites();
@@ -564,7 +583,7 @@ std::string probe_section(result const& r, options const& asked, figures const& 
          plural(asked.probe_epochs, "epoch") + ".</p>\n<div class=\"scroll\"><table>\n" +
          "<tr><th></th><th>Best layer</th><th>Drop to the last</th><th>Chance</th>"
          "<th>Classes</th></tr>\n" +
-         rows + "</table></div>\n" +
+         rows + "</table></div>\n" + classes +
          plotted(
              plots, "probe", "Accuracy by layer",
              "<b>Shows</b> the mean accuracy on held-out tokens, band of one standard deviation "
@@ -657,6 +676,10 @@ std::string facts(result const& r, options const& asked, std::vector<std::string
     kernels += (kernels.empty() ? "" : ", ") + std::string("RBF with σ = ") +
                html_number(asked.rbf_fraction) +
                " × root of the median squared distance between tokens";
+  std::string labels;
+  for (model_result const& m : r.models)
+    if (m.classes && (r.models.size() == 1 || asked.labels.size() > 1 || labels.empty()))
+      join(labels, ", ", "<code>" + html(m.classes->from) + "</code>");
   std::string links;
   for (std::string const& file : files)
     links +=
@@ -669,8 +692,7 @@ std::string facts(result const& r, options const& asked, std::vector<std::string
                  ? "minibatch, debiased, batches of " + std::to_string(asked.cka_batch) + " tokens"
                  : "debiased and biased; " + std::string(to_string(asked.main_estimator)) +
                        " in the summary and in cka.npy") +
-         row("CKA kernels", kernels) +
-         row("Labels", asked.labels.empty() ? "" : "<code>" + html(asked.labels) + "</code>") +
+         row("CKA kernels", kernels) + row("Labels", labels) +
          row("Program", "rflow_report " + version_text() + ", metrics schema " + schema_version) +
          row("Files beside this one", links) + "</table>\n</section>\n";
   return out;

@@ -1612,40 +1612,49 @@ gram_moments host_gram(char const* where, Kernel const& kernel, gram_options con
 }
 
 template <class C, class T, class Visit>
-void host_softmax_in(crew of, layer_stack<T> const& stack, softmax_problem const& problem,
-                     Visit const& visit) {
+void host_softmax_in(char const* where, crew of, std::span<layer_stack<T> const> parts,
+                     softmax_problem const& problem, Visit const& visit) {
   using engine = softmax_engine<C>;
+  host_sites<C> sites(where);
+  sites.add(parts);
+  host_sites<double> wide(where);
+  if constexpr (!std::same_as<C, double>) wide.add(parts);
   std::ptrdiff_t width = 0;
-  for (std::ptrdiff_t l = 0; l < stack.sites(); ++l) width = (std::max)(width, stack[l].cols);
-  bool const side_by_side =
-      engine::side_by_side(stack.sites(), stack.size(), width, problem, of.threads);
-  team sites(side_by_side ? of : crew{});
-  sites.run(stack.sites(), [&](std::ptrdiff_t l) {
-    site_rows<T> const rows{stack[l], stack.masked() ? stack.selection().data() : nullptr};
+  for (auto const& source : sites.sources) width = (std::max)(width, source.cols);
+  auto const count = static_cast<std::ptrdiff_t>(sites.sources.size());
+  bool const side_by_side = engine::side_by_side(count, sites.tokens, width, problem, of.threads);
+  team threads(side_by_side ? of : crew{});
+  threads.run(count, [&](std::ptrdiff_t l) {
+    auto const site = static_cast<std::size_t>(l);
     crew const mine = side_by_side ? crew{} : of;
-    engine regression(mine, source_of<C>(rows), stack.size(), problem);
+    engine regression(mine, sites.sources[site], sites.tokens, problem);
     if constexpr (!std::same_as<C, double>)
       if (regression.needs_double()) {
-        softmax_engine<double> exact(mine, source_of<double>(rows), stack.size(), problem);
+        softmax_engine<double> exact(mine, wide.sources[site], sites.tokens, problem);
         return visit(l, exact);
       }
     visit(l, regression);
   });
 }
 
-/// Softmax regressions of all sites of a stack in host memory.
-template <class T, class Visit>
-void host_softmax(char const* where, crew of, layer_stack<T> const& stack,
-                  softmax_problem const& problem, Visit const& visit) {
+/// Softmax regressions of all sites of a stack in host memory, or of several with the same sites that
+/// hold their tokens one after the other.
+template <class Stacks, class Visit>
+void host_softmax(char const* where, crew of, Stacks const& stacks, softmax_problem const& problem,
+                  Visit const& visit) {
+  auto const parts = parts_of(stacks);
+  using T = decltype(element_of(parts));
   auto const labels = static_cast<std::ptrdiff_t>(problem.labels.size());
-  if (labels != stack.size() || labels == 0 ||
+  std::ptrdiff_t tokens = 0;
+  for (layer_stack<T> const& part : parts) tokens += part.size();
+  if (labels != tokens || labels == 0 ||
       problem.parts.size() != problem.labels.size() * static_cast<std::size_t>(problem.problems))
     reject(where, std::to_string(labels) + " labels and " + std::to_string(problem.parts.size()) +
                       " parts in " + std::to_string(problem.problems) + " problems for " +
-                      std::to_string(stack.size()) + " tokens");
+                      std::to_string(tokens) + " tokens");
   if constexpr (!std::same_as<T, double>)
-    if (problem.in_double) return host_softmax_in<double>(of, stack, problem, visit);
-  host_softmax_in<compute_t<T>>(of, stack, problem, visit);
+    if (problem.in_double) return host_softmax_in<double>(where, of, parts, problem, visit);
+  host_softmax_in<compute_t<T>>(where, of, parts, problem, visit);
 }
 
 }  // namespace detail
@@ -1703,6 +1712,13 @@ struct on_cpu {
   void softmax(layer_stack<T> const& stack, softmax_problem const& problem,
                Visit const& visit) const {
     detail::host_softmax("rflow::on_cpu::softmax", {thread_count()}, stack, problem, visit);
+  }
+
+  /// The same for tokens in several stacks with the same sites, one after the other.
+  template <class T, class Visit>
+  void softmax(std::vector<layer_stack<T>> const& stacks, softmax_problem const& problem,
+               Visit const& visit) const {
+    detail::host_softmax("rflow::on_cpu::softmax", {thread_count()}, stacks, problem, visit);
   }
 
  private:

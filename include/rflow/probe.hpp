@@ -178,11 +178,31 @@ void shuffle(std::uint64_t seed, std::uint32_t stream, std::vector<V>& values) {
   }
 }
 
-/// Labels of a stack's tokens that count, and who validates: what is the same for all sites.
+/// The tokens of several stacks, one stack after the other, counted as those of one.
+class joined_tokens {
+ public:
+  template <class T, class Memory>
+  explicit joined_tokens(std::vector<layer_stack<T, Memory>> const& stacks) {
+    for (auto const& stack : stacks) {
+      for (std::ptrdiff_t i = 0; i < stack.size(); ++i) rows_.push_back(all_ + stack.token(i));
+      all_ += stack.all_tokens();
+    }
+  }
+  std::ptrdiff_t all_tokens() const { return all_; }
+  std::ptrdiff_t size() const { return static_cast<std::ptrdiff_t>(rows_.size()); }
+  std::ptrdiff_t token(std::ptrdiff_t i) const { return rows_[static_cast<std::size_t>(i)]; }
+
+ private:
+  std::ptrdiff_t all_ = 0;
+  std::vector<std::ptrdiff_t> rows_;
+};
+
+/// Labels of the tokens that count, and who validates: what is the same for all sites.
 class probe_plan {
  public:
-  template <class T, class Memory, class Labels>
-  probe_plan(char const* where, layer_stack<T, Memory> const& stack, Labels const& labels,
+  /// @param stack  a layer_stack, or joined_tokens
+  template <class Stack, class Labels>
+  probe_plan(char const* where, Stack const& stack, Labels const& labels,
              probe_options const& options)
       : where_(where), options_(options) {
     check_options();
@@ -678,6 +698,42 @@ inline std::string layer_probes::table() const {
 
 // ---- the probes ---------------------------------------------------------------------------------
 
+namespace detail {
+
+/// @param stacks  what the backend reads: one, or several with the sites of `first`
+/// @param tokens  of them: all_tokens(), size(), token(i)
+template <class Stacks, class First, class Tokens, class Labels, class On>
+layer_probes probe_sites(char const* where, Stacks const& stacks, First const& first,
+                         Tokens const& tokens, Labels const& labels, probe_options const& options,
+                         On const& on) {
+  probe_plan const plan(where, tokens, labels, options);
+  for (std::ptrdiff_t l = 0; l < first.sites(); ++l) plan.check_given(first[l].cols);
+  layer_probes out;
+  out.chance = plan.chance();
+  out.validation_asked = plan.validation_asked();
+  out.validation_tokens = plan.validation_tokens();
+  out.layers.resize(static_cast<std::size_t>(first.sites()));
+  on.softmax(stacks, plan.problem, [&](std::ptrdiff_t l, auto& regression) {
+    out.layers[static_cast<std::size_t>(l)] =
+        run_probe(plan, options, first[l].cols, options.keep_weights, regression);
+  });
+  for (std::ptrdiff_t l = 0; l < first.sites(); ++l) {
+    position& at = out.layers[static_cast<std::size_t>(l)].non_finite;
+    if (at.found()) at.token = tokens.token(at.token);
+    out.names.push_back(first.name(l));
+    measured const here = out.accuracy(l).mean;
+    if (here.ok() && (out.best < 0 || here > out.accuracy(out.best).mean)) out.best = l;
+  }
+  measured const last = out.accuracy(first.sites() - 1).mean;
+  if (out.best >= 0 && last.ok())
+    out.drop = out.accuracy(out.best).mean - last;
+  else
+    out.drop = out.best < 0 ? out.accuracy(0).mean.why : last.why;
+  return out;
+}
+
+}  // namespace detail
+
 /// Softmax regression with bias from activations to labels, for several seeds at once.
 ///
 ///     min over W, b of −Σ_i log softmax(W x_i + b)[y_i] / n     full batch, Adam
@@ -730,31 +786,23 @@ layer_probes probe_layers(layer_stack<T, Memory> const& stack, Labels const& lab
                           probe_options const& options = {}, On const& on = {}) {
   static_assert(softmax_backend_for<On, Memory>,
                 "rflow: this backend cannot read where the stack lives, or has no probes");
-  constexpr char const* where = "rflow::probe_layers";
-  detail::probe_plan const plan(where, stack, labels, options);
-  for (std::ptrdiff_t l = 0; l < stack.sites(); ++l) plan.check_given(stack[l].cols);
-  layer_probes out;
-  out.chance = plan.chance();
-  out.validation_asked = plan.validation_asked();
-  out.validation_tokens = plan.validation_tokens();
-  out.layers.resize(static_cast<std::size_t>(stack.sites()));
-  on.softmax(stack, plan.problem, [&](std::ptrdiff_t l, auto& regression) {
-    out.layers[static_cast<std::size_t>(l)] =
-        detail::run_probe(plan, options, stack[l].cols, options.keep_weights, regression);
-  });
-  for (std::ptrdiff_t l = 0; l < stack.sites(); ++l) {
-    position& at = out.layers[static_cast<std::size_t>(l)].non_finite;
-    if (at.found()) at.token = stack.token(at.token);
-    out.names.push_back(stack.name(l));
-    measured const here = out.accuracy(l).mean;
-    if (here.ok() && (out.best < 0 || here > out.accuracy(out.best).mean)) out.best = l;
-  }
-  measured const last = out.accuracy(stack.sites() - 1).mean;
-  if (out.best >= 0 && last.ok())
-    out.drop = out.accuracy(out.best).mean - last;
-  else
-    out.drop = out.best < 0 ? out.accuracy(0).mean.why : last.why;
-  return out;
+  return detail::probe_sites("rflow::probe_layers", stack, stack, stack, labels, options, on);
+}
+
+/// The same for tokens in several stacks, one after the other: files too large for one. Splits are
+/// over the tokens of all stacks.
+///
+/// @param  labels  one integer a token of all stacks
+/// @throws std::invalid_argument also if there are no stacks, or they differ in sites or widths
+template <class T, class Memory, class Labels, class On = default_backend_t<Memory>>
+layer_probes probe_layers(std::vector<layer_stack<T, Memory>> const& stacks, Labels const& labels,
+                          probe_options const& options = {}, On const& on = {}) requires requires {
+  on.softmax(stacks, softmax_problem{}, detail::any_visit{});
+}  // on_cpu does
+{
+  if (stacks.empty()) detail::reject("rflow::probe_layers", "no stacks");
+  return detail::probe_sites("rflow::probe_layers", stacks, stacks.front(),
+                             detail::joined_tokens(stacks), labels, options, on);
 }
 
 template <detail::no_stack X, class... More>
