@@ -1082,7 +1082,7 @@ class chain_stream {
   static constexpr std::ptrdiff_t block = 64 * chunk<T>::width;  // summed in C, then in double
   std::ptrdiff_t blocks() const { return ceil_div(body_, block) + 1; }
 
-  static double add_squares(T const* x, std::ptrdiff_t places) {
+  [[gnu::noinline]] static double add_squares(T const* x, std::ptrdiff_t places) {
     constexpr std::ptrdiff_t chains = 4;  // sums that do not wait for each other
     double total = 0;
     for (std::ptrdiff_t j = 0; j < places; j += block) {
@@ -1104,67 +1104,91 @@ class chain_stream {
     return total;
   }
 
-  /// Products of `places` features of rows with those of the row before (at Before ≥ 1) and of the
-  /// one before that (at Before = 2), whose place each row then takes; and their unit vectors, added
-  /// in double, so that it hardly matters how tokens were grouped. All in one loop: a row comes from
-  /// memory, and what it meets from the outer caches, while others are worked on.
+  /// Sums over a block of features, as the loop keeps them.
+  template <std::ptrdiff_t Rows>
+  struct loop_sums {
+    P dot[Rows], step2[Rows], turn[Rows], away2[Rows];
+  };
+
+  /// Products of features begin … end of rows with those of the row before (at Before ≥ 1) and of the
+  /// one before that (at Before = 2); and their unit vectors, added in double, so that it
+  /// hardly matters how tokens were grouped. All in one loop: a row comes from memory, and what it
+  /// meets from the outer caches, while others are worked on. Without calls, and by itself, or sums would not stay in registers.
   template <std::ptrdiff_t Rows, int Before>
-  static void advance_places(moving_row const* rows, std::ptrdiff_t places, std::ptrdiff_t next_x,
-                             std::ptrdiff_t next_row, std::ptrdiff_t site, double* units,
-                             row_products* r) {
+  [[gnu::noinline]] static void advance_block(moving_row const* rows, std::ptrdiff_t begin,
+                                              std::ptrdiff_t end, std::ptrdiff_t next_x,
+                                              std::ptrdiff_t next_row, C share, double* units,
+                                              loop_sums<Rows>& sums) {
     constexpr std::ptrdiff_t width = chunk<T>::width, lanes = chunk<T>::lanes;
     // Vectors of the compiler's: Eigen cannot widen packets, and as a loop this is not vectorised.
     typedef C narrow __attribute__((vector_size(lanes * sizeof(C))));
     typedef double wide __attribute__((vector_size(lanes * sizeof(double))));
-    P const weight = packet::pset1<P>(share_off<C>(site));
+    P const weight = packet::pset1<P>(share);
     moving_row row[Rows];
     std::copy_n(rows, Rows, row);
-    for (std::ptrdiff_t j = 0; j < places; j += block) {
-      P dot[Rows], step2[Rows], turn[Rows], away2[Rows];
-      std::ptrdiff_t const end = (std::min)(places, j + block);
-      for (std::ptrdiff_t k = 0; k < Rows; ++k)
-        dot[k] = step2[k] = turn[k] = away2[k] = packet::pset1<P>(C(0));
-      for (std::ptrdiff_t i = j; i < end; i += width) {
-        wide sum[chunk<T>::packets];
-        std::memcpy(sum, units + i, sizeof(sum));
-        unrolled<Rows>([&](std::ptrdiff_t k) __attribute__((always_inline)) {
-          chunk<T> const here = load_chunk(row[k].x + i);
-          chunk<T> before{}, two_before{};
-          if constexpr (Before > 0) before = load_chunk(row[k].last + i);
-          if constexpr (Before > 1) two_before = load_chunk(static_cast<T const*>(row[k].to + i));
-          __builtin_prefetch(row[k].x + (i + next_x), 0, 2);
-          if constexpr (Before > 0) __builtin_prefetch(row[k].last + (i + next_row), 0, 2);
-          if constexpr (Before > 1) __builtin_prefetch(row[k].to + (i + next_row), 0, 2);
-          P const scale = packet::pset1<P>(row[k].scale);
-          for (std::ptrdiff_t c = 0; c < chunk<T>::packets; ++c) {
-            C* const off = row[k].off + i + c * lanes;
-            if constexpr (Before == 0) {
-              packet::pstore(off, packet::pset1<P>(C(0)));
-            } else {
-              __builtin_prefetch(off + next_row, 0, 2);
-              P const change = packet::psub(here.at[c], before.at[c]);
-              P const away = packet::padd(change, packet::pload<P>(off));
-              dot[k] = packet::pmadd(here.at[c], before.at[c], dot[k]);
-              step2[k] = packet::pmadd(change, change, step2[k]);
-              away2[k] = packet::pmadd(away, away, away2[k]);
-              packet::pstore(off, packet::pmul(away, weight));
-              if constexpr (Before > 1)
-                turn[k] =
-                    packet::pmadd(change, packet::psub(before.at[c], two_before.at[c]), turn[k]);
-            }
-            P const unit = packet::pmul(here.at[c], scale);
-            sum[c] += __builtin_convertvector(std::bit_cast<narrow>(unit), wide);
+    P dot[Rows], step2[Rows], turn[Rows], away2[Rows];
+    unrolled<Rows>([&](std::ptrdiff_t k) __attribute__((always_inline)) {
+      dot[k] = step2[k] = turn[k] = away2[k] = packet::pset1<P>(C(0));
+    });
+    for (std::ptrdiff_t i = begin; i < end; i += width) {
+      wide sum[chunk<T>::packets];
+      std::memcpy(sum, units + i, sizeof(sum));
+      unrolled<Rows>([&](std::ptrdiff_t k) __attribute__((always_inline)) {
+        chunk<T> const here = load_chunk(row[k].x + i);
+        chunk<T> before{}, two_before{};
+        if constexpr (Before > 0) before = load_chunk(row[k].last + i);
+        if constexpr (Before > 1) two_before = load_chunk(static_cast<T const*>(row[k].to + i));
+        __builtin_prefetch(row[k].x + (i + next_x), 0, 2);
+        if constexpr (Before > 0) __builtin_prefetch(row[k].last + (i + next_row), 0, 2);
+        if constexpr (Before > 1) __builtin_prefetch(row[k].to + (i + next_row), 0, 2);
+        P const scale = packet::pset1<P>(row[k].scale);
+        for (std::ptrdiff_t c = 0; c < chunk<T>::packets; ++c) {
+          C* const off = row[k].off + i + c * lanes;
+          if constexpr (Before == 0) {
+            packet::pstore(off, packet::pset1<P>(C(0)));
+          } else {
+            __builtin_prefetch(off + next_row, 0, 2);
+            P const change = packet::psub(here.at[c], before.at[c]);
+            P const away = packet::padd(change, packet::pload<P>(off));
+            dot[k] = packet::pmadd(here.at[c], before.at[c], dot[k]);
+            step2[k] = packet::pmadd(change, change, step2[k]);
+            away2[k] = packet::pmadd(away, away, away2[k]);
+            packet::pstore(off, packet::pmul(away, weight));
+            if constexpr (Before > 1)
+              turn[k] =
+                  packet::pmadd(change, packet::psub(before.at[c], two_before.at[c]), turn[k]);
           }
-        });
-        std::memcpy(units + i, sum, sizeof(sum));
-      }
+          P const unit = packet::pmul(here.at[c], scale);
+          sum[c] += __builtin_convertvector(std::bit_cast<narrow>(unit), wide);
+        }
+      });
+      std::memcpy(units + i, sum, sizeof(sum));
+    }
+    unrolled<Rows>([&](std::ptrdiff_t k) __attribute__((always_inline)) {
+      sums.dot[k] = dot[k];
+      sums.step2[k] = step2[k];
+      sums.turn[k] = turn[k];
+      sums.away2[k] = away2[k];
+    });
+  }
+
+  /// Moves `places` features of rows on, block by block. Each row then takes the place of the one two
+  /// sites before.
+  template <std::ptrdiff_t Rows, int Before>
+  static void advance_places(moving_row const* rows, std::ptrdiff_t places, std::ptrdiff_t next_x,
+                             std::ptrdiff_t next_row, std::ptrdiff_t site, double* units,
+                             row_products* r) {
+    for (std::ptrdiff_t j = 0; j < places; j += block) {
+      loop_sums<Rows> sums;
+      std::ptrdiff_t const end = (std::min)(places, j + block);
+      advance_block<Rows, Before>(rows, j, end, next_x, next_row, share_off<C>(site), units, sums);
       for (std::ptrdiff_t k = 0; k < Rows; ++k) {
-        r[k].dot += static_cast<double>(packet::predux(dot[k]));
-        r[k].away2 += static_cast<double>(packet::predux(away2[k]));
+        r[k].dot += static_cast<double>(packet::predux(sums.dot[k]));
+        r[k].away2 += static_cast<double>(packet::predux(sums.away2[k]));
         if constexpr (Before > 0)
-          add_step(rows[k], j, end, Before > 1, static_cast<double>(packet::predux(step2[k])),
-                   static_cast<double>(packet::predux(turn[k])), r[k]);
-        std::memcpy(row[k].to + j, row[k].x + j, count(end - j) * sizeof(T));
+          add_step(rows[k], j, end, Before > 1, static_cast<double>(packet::predux(sums.step2[k])),
+                   static_cast<double>(packet::predux(sums.turn[k])), r[k]);
+        std::memcpy(rows[k].to + j, rows[k].x + j, count(end - j) * sizeof(T));
       }
     }
   }
