@@ -528,9 +528,7 @@ cells joined(std::vector<cells> const& files) {
   return out;
 }
 
-bool is_tensor(std::string const& named, capture const& c) {
-  return c.tensor(named).has_value();
-}
+bool is_tensor(std::string const& named, capture const& c) { return c.tensor(named).has_value(); }
 
 cells read_cells(std::string const& named, capture const& c, std::ptrdiff_t tokens,
                  column const& which) {
