@@ -28,7 +28,7 @@ class unusable : public std::runtime_error {
 struct capture {
   std::string path, label;
   std::map<std::string, std::string> metadata;
-  std::unique_ptr<opened> file;
+  std::unique_ptr<opened> file;  // none of a model that was run here
   rflow::site_set sites;
   std::vector<std::int64_t> token_ids = {};  // one a token; empty if the file does not say
   std::ptrdiff_t depth = 0;                  // L, of the positions l/L; 0: the last l
@@ -37,7 +37,7 @@ struct capture {
   /// Bytes of its sites that are copies in memory.
   double copied() const {
     double out = static_cast<double>(sites.widened.bytes + sites.storage_bytes);
-    if (file->copies())
+    if (file && file->copies())
       for (rflow::tensor const& site : sites.chain)
         out += static_cast<double>(site.size()) * rflow::bits(site.type) / 8;
     return out;
@@ -45,7 +45,7 @@ struct capture {
 
   /// The tensor of that name that came with the sites, if there is one.
   std::optional<rflow::tensor> tensor(std::string const& name) const {
-    if (file->is_single_array() || !file->contains(name)) return std::nullopt;
+    if (!file || file->is_single_array() || !file->contains(name)) return std::nullopt;
     return (*file)[name];
   }
 
