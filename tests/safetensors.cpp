@@ -503,8 +503,7 @@ TEST_CASE("every rule of an index") {
   write_part(dir / "below/b.safetensors", {"y"}, 2);
   auto const error = [&](std::string const& text) {
     files::write(dir / "below/i.safetensors.index.json", text);
-    std::string const out = sharded_error(dir / "below/i.safetensors.index.json");
-    return out;
+    return sharded_error(dir / "below/i.safetensors.index.json");
   };
   REQUIRE(error("{\"weight_map\":{\"y\":\"b.safetensors\"}}") == "nothing thrown");
   CHECK(error("{\"weight_map\":{}}") == "nothing thrown");

@@ -301,6 +301,8 @@ class cka_table {
       double const total = m.square_sum[static_cast<std::size_t>(p)];
       rflow::status why = detail::why_none(m, p, 2);
       if (why == rflow::status::ok && !(total > 0)) why = rflow::status::constant_layer;
+      if (why == rflow::status::ok && !m.known(p, std::sqrt(total)))
+        why = rflow::status::ill_conditioned;
       bool const ok = why == rflow::status::ok;
       // A pair stands in the rows of both its tokens.
       top_share_.push_back(ok ? measured(2 * *top / total) : measured(why));
@@ -487,6 +489,7 @@ class cka_accumulator {
       add(on.gram(kernel_, batch));
   }
 
+  /// Of what is no batch: does not compile, and says what to write.
   template <detail::no_stack X>
   void add(X const&) {
     static_cast<void>(sizeof(detail::refuse_stackless<X>));
@@ -503,7 +506,9 @@ class cka_accumulator {
       return;
     }
     for (std::ptrdiff_t p = 0; p < m.sites; ++p)  // a constant batch has sums of 0 in any units
-      if (debiased::hsic(m, p, p) != 0) sums_.raise(p, m.exponent[static_cast<std::size_t>(p)]);
+      if (auto const s = static_cast<std::size_t>(p);
+          debiased::hsic(m, p, p) != 0 || m.entry_rounding[s] != 0 || m.sum_rounding[s] != 0)
+        sums_.raise(p, m.exponent[s]);
     double const n = static_cast<double>(m.tokens);
     double const scale = sums_.weight == batch_weight::pairs   ? 1
                          : sums_.weight == batch_weight::equal ? 1 / (n * (n - 3))

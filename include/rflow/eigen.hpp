@@ -1404,7 +1404,8 @@ class batch_stream {
       return std::abs(of[p].exponent) > 200 ? of[p].exponent : 0;
     };
     for (std::ptrdiff_t p = 0; p < sites_; ++p)
-      if (products_[p * sites_ + p] != 0) m.raise(p, apart(p));
+      if (products_[p * sites_ + p] != 0 || of[p].rounding != 0 || of[p].floor != 0)
+        m.raise(p, apart(p));
     auto const raised = [&](std::ptrdiff_t p) { return of[p].exponent - m.exponent[count(p)]; };
     for (std::ptrdiff_t p = 0; p < sites_; ++p) {
       double const self = 2 * products_[p * sites_ + p];

@@ -518,6 +518,14 @@ panel_source<C> centred_source(prepared_site<C> const& site) {
   return {&site, load, site.source.cols};
 }
 
+/// high + low += x, as if exact. With -ffast-math low stays 0.
+/// @see Knuth, The Art of Computer Programming, volume 2, section 4.2.2, theorem B
+inline void add_in_two(double x, double& high, double& low) {
+  double const sum = high + x, part = sum - high;
+  low += (high - (sum - part)) + (x - part);
+  high = sum;
+}
+
 /// Moves the centre of a site from the mean to the mean of the tokens whose norms are at most `limit`.
 template <class C>
 void centre_among(team& threads, prepared_site<C>& site, integer tokens, double limit) {
@@ -544,7 +552,7 @@ void centre_among(team& threads, prepared_site<C>& site, integer tokens, double 
       }
   };
   integer const d = site.source.cols, closer = static_cast<integer>(from.closer.size());
-  std::vector<double> moved, total;
+  std::vector<double> moved;
   double ignored;
   find_means(threads, panel_source<C>{&from, load, d}, closer, 0, moved, ignored);
   for (integer k = 0; k < d; ++k) {
@@ -553,9 +561,19 @@ void centre_among(team& threads, prepared_site<C>& site, integer tokens, double 
     site.minus_high[k] = static_cast<C>(high + low);
     site.minus_low[k] = static_cast<C>((high - static_cast<double>(site.minus_high[k])) + low);
   }
-  // The sums of the values as they are rounded now: what the rows of the kernel matrix add up to.
-  find_means(threads, centred_source(site), tokens, 0, total, ignored);
-  for (double& x : total) x *= static_cast<double>(tokens);
+  // The sums of the values as they are rounded now: what the rows of the kernel matrix add up to. In two
+  // parts, for of a token far out only the others' are left.
+  constexpr integer columns = 256;
+  std::vector<double> high(static_cast<std::size_t>(d)), low(high.size());
+  threads.run(ceil_div(d, columns), [&](integer part) {
+    alignas(128) C x[columns + lanes_v<C>];
+    integer const k = part * columns, count = (std::min)(columns, d - k);
+    for (integer i = 0; i < tokens; ++i) {
+      site.fetch(i, 1, k, count, x, columns);
+      for (integer c = 0; c < count; ++c)
+        add_in_two(static_cast<double>(x[c]), high.data()[k + c], low.data()[k + c]);
+    }
+  });
   std::fill(site.norms.begin(), site.norms.end(), 0.);
   site.row_sums.assign(static_cast<std::size_t>(tokens), 0.);
   each_block(threads, site, tokens,
@@ -565,7 +583,7 @@ void centre_among(team& threads, prepared_site<C>& site, integer tokens, double 
                  double sum = 0;
                  for (integer c = 0; c < (std::min)(cols, d - k); ++c) {
                    double const value = static_cast<double>(x[i * ld + c]);
-                   sum += value * (total.data()[k + c] - value);
+                   sum += value * ((high.data()[k + c] - value) + low.data()[k + c]);
                  }
                  site.row_sums.data()[row + i] += sum;
                }
@@ -2463,13 +2481,15 @@ class batch_engine {
     load(source, n);
     subtract_centre(n);
     std::fill(means_.begin(), means_.end(), 0.);
+    std::fill_n(wide_.data(), width_, 0.);
     for (integer i = 0; i < n; ++i)
-      for (integer k = 0; k < width_; ++k) means_.data()[k] += static_cast<double>(x_[i * ld_ + k]);
+      for (integer k = 0; k < width_; ++k)
+        add_in_two(static_cast<double>(x_[i * ld_ + k]), means_.data()[k], wide_[k]);
     for (integer i = 0; i < n; ++i) {
       double sum = 0;
       for (integer k = 0; k < width_; ++k) {
         double const x = static_cast<double>(x_[i * ld_ + k]);
-        sum += x * (means_.data()[k] - x);
+        sum += x * ((means_.data()[k] - x) + wide_[k]);
       }
       row_sums_.data()[i] = sum;
     }
@@ -2534,7 +2554,7 @@ class batch_engine {
   aligned_array<C> x_, high_, low_, products_;
   panel<C> rows_, cols_;
   std::vector<double> means_, norms_, row_sums_, scratch_;
-  aligned_array<double> wide_;  // a row
+  aligned_array<double> wide_;  // a row, or what means_ has lost
   u_centring by_;
   double scale_ = 1, rescale_ = 1;
   bool robust_ = false;  // centred among the closer tokens: row_sums_ counts

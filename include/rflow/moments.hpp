@@ -158,7 +158,8 @@ struct turn_sum {
     double const total = weight + b2, delta = c - mean;
     // From the heavier side: the mean of a light one may be out of all proportion.
     mean = b2 > weight ? c - delta * (weight / total) : mean + delta * (b2 / total);
-    away2 += delta * (delta * (weight * (b2 / total)));  // grouped so as not to leave the range
+    // Grouped so as not to leave the range: the light one may be 1e-300 of the heavy one.
+    away2 += delta * (delta * ((std::min)(weight, b2) * ((std::max)(weight, b2) / total)));
     weight = total;
   }
 };
@@ -454,8 +455,14 @@ struct gram_moments {
     double const norm = std::sqrt((std::max)(self, 0.)), entries = entry_rounding[s];
     double const sums = sum_rounding[s] + 2 * epsilon * std::abs(product(p, p));
     if (!(norm > 4 * entries && self > sums)) return status::constant_layer;
-    return entries <= accuracy * norm && sums <= accuracy * self ? status::ok
-                                                                 : status::ill_conditioned;
+    return known(p, norm) && sums <= accuracy * self ? status::ok : status::ill_conditioned;
+  }
+
+  /// Whether rounding leaves entries of this norm known to `accuracy`. In double, where nothing can be done
+  /// again, with something to spare: entries of few different values are all rounded alike.
+  bool known(std::ptrdiff_t p, double norm) const {
+    double const spare = epsilon < 1e-12 ? 4 : 1;
+    return spare * entry_rounding[static_cast<std::size_t>(p)] <= accuracy * norm;
   }
 
   /// Whether every site has a debiased self term to `accuracy`; with fewer than 4 tokens, a biased one.
@@ -530,7 +537,7 @@ struct minibatch_moments {
       detail::reject(where,
                      std::to_string(sites) + " and " + std::to_string(other.sites) + " sites");
     for (std::ptrdiff_t p = 0; p < sites; ++p)
-      if (other.self(p) != 0) raise(p, other.exponent[static_cast<std::size_t>(p)]);
+      if (other.holds(p)) raise(p, other.exponent[static_cast<std::size_t>(p)]);
     auto const raised = [&](std::size_t p) { return other.exponent[p] - exponent[p]; };
     std::size_t const s = why.size();
     for (std::size_t p = 0; p < s; ++p) {
@@ -548,10 +555,15 @@ struct minibatch_moments {
   /// The sum of a site with itself.
   double self(std::ptrdiff_t p) const { return sums[static_cast<std::size_t>(p * (sites + 1))]; }
 
+  /// Whether there is a sum of site p, or what rounding may make of one, in its units.
+  bool holds(std::ptrdiff_t p) const {
+    return self(p) != 0 || rounding[static_cast<std::size_t>(p)] != 0;
+  }
+
   /// Makes room for sums of site p in units of 2^exponent: goes over to the larger units.
   void raise(std::ptrdiff_t p, int to) {
     int& now = exponent[static_cast<std::size_t>(p)];
-    if (to <= now && self(p) != 0) return;
+    if (to <= now && holds(p)) return;
     auto const rescale = [&](std::ptrdiff_t i) {
       double& x = sums[static_cast<std::size_t>(i)];
       x = std::ldexp(x, now - to);

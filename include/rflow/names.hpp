@@ -84,7 +84,7 @@ enum class site_remark : std::uint8_t {
 
 /// One such remark.
 struct site_note {
-  site_remark kind;
+  site_remark kind;     ///< which
   std::string text;     ///< a sentence without an end
   std::string subject;  ///< see site_remark
 };
@@ -103,7 +103,7 @@ struct site_names {
   std::vector<numbered_site> blocks;  ///< ascending
   std::string final_norm;             ///< empty if there is none
   bool is_list = false;               ///< of states, whose last may be the final norm
-  std::vector<site_note> notes;
+  std::vector<site_note> notes;       ///< on how names were read
 };
 
 namespace detail {

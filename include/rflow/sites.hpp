@@ -307,7 +307,8 @@ site_set sites_of_array(File& file, std::vector<std::string> const& names, site_
   std::vector<site_note> notes;
   std::vector<tensor> found;
   if (!said && there("hidden_states") && there("token_ids")) {
-    tensor const x = file["hidden_states"], ids = file["token_ids"];
+    tensor const& x = file["hidden_states"];
+    tensor const& ids = file["token_ids"];
     if (x.rank() == 3 && ids.rank() == 1 && ids.shape[0] == x.shape[0]) {
       found.push_back(x);
       pattern.axes = "tsh";
@@ -329,7 +330,7 @@ site_set sites_of_array(File& file, std::vector<std::string> const& names, site_
     for (std::string const& name : names) {
       if (!pattern.array.empty() && name != pattern.array) continue;
       try {
-        tensor const x = file[name];
+        tensor const& x = file[name];
         if (!is_activation(x.type) || x.rank() < 3) continue;
         tensor fewer = x;
         if (said) drop_ones(fewer, pattern.axes.size());

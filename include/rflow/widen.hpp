@@ -142,7 +142,7 @@ struct widening {
   dtype to = dtype::f32;       ///< what all have become
   std::map<dtype, int> found;  ///< how many there were of each type; empty if nothing was copied
   std::size_t bytes = 0;       ///< size of the copies
-  std::vector<std::shared_ptr<std::byte[]>> copies;
+  std::vector<std::shared_ptr<std::byte[]>> copies;  ///< what the tensors point into
 
   /// Whether anything was copied.
   bool happened() const { return !found.empty(); }
