@@ -22,6 +22,23 @@ namespace {
 
 using namespace report;
 
+/// What is asked of the second model's shards.
+options of_second(options const& asked) {
+  options out = asked;
+  out.inputs = asked.against;
+  if (!out.checkpoint.empty()) out.checkpoint += ".against";
+  return out;
+}
+
+/// Puts the second model beside the first.
+void add_second(result& first, result const& second) {
+  first.models.push_back(second.models.front());
+  if (first.models[0].label == first.models[1].label)
+    for (std::size_t k = 0; k < 2; ++k) first.models[k].label += " (" + std::to_string(k + 1) + ")";
+  first.why_no_cross = "layers of two models are compared where each is in one file";
+  find_order(first);
+}
+
 int run(options const& asked, workers& all) {
   if (all.size() > 1 && !asked.shards)
     throw std::invalid_argument("several ranks share shards only: --shards");
@@ -32,9 +49,16 @@ int run(options const& asked, workers& all) {
   common::progress_bar bar(speaks && !asked.quiet);
   auto const tell = [&](double done, double total) { bar(done, total); };
   result measured;
+  options const second = of_second(asked);
   if (asked.shards) {
-    measured = measure_shards(asked, all, tell);
-    if (!asked.names.empty()) measured.models.front().label = asked.names.front();
+    double const models = asked.against.empty() ? 1 : 2;
+    measured =
+        measure_shards(asked, all, [&](double done, double total) { tell(done, models * total); });
+    if (!asked.against.empty())
+      add_second(measured, measure_shards(second, all, [&](double done, double total) {
+                   tell(total + done, models * total);
+                 }));
+    for (std::size_t k = 0; k < asked.names.size(); ++k) measured.models[k].label = asked.names[k];
   } else {
     std::vector<capture> const captures = load_all(asked);
     measured = measure(captures, asked, tell);
@@ -43,6 +67,7 @@ int run(options const& asked, workers& all) {
     if (speaks) publish_report(asked, measured);
   });
   forget_checkpoint(asked, all);
+  if (!asked.against.empty()) forget_checkpoint(second, all);
   return asked.strict && !measured.all_answered() ? 2 : 0;
 }
 

@@ -675,13 +675,15 @@ result measure(std::vector<capture> const& captures, options const& asked, progr
   for (cka_result& c : out.cross) require_finite(c);
   for (std::size_t k = 0; k < out.models.size(); ++k)
     add_warnings(out.models[k], final_norms[k], asked);
-  if (out.models.size() == 2) {
-    auto const& a = out.models[0].flow.variance.path_energy;
-    auto const& b = out.models[1].flow.variance.path_energy;
-    if (a.ok() && b.ok())
-      out.order = rflow::order(a, out.models[0].flow.sites, b, out.models[1].flow.sites);
-  }
+  find_order(out);
   return out;
+}
+
+void find_order(result& of) {
+  if (of.models.size() != 2) return;
+  rflow::flow_report const &a = of.models[0].flow, &b = of.models[1].flow;
+  if (a.variance.path_energy.ok() && b.variance.path_energy.ok())
+    of.order = rflow::order(a.variance.path_energy, a.sites, b.variance.path_energy, b.sites);
 }
 
 }  // namespace report

@@ -141,6 +141,9 @@ struct result {
 /// Multiply-adds so far and in all.
 using progress = std::function<void(double done, double total)>;
 
+/// Which of two models has the larger St2, if their path energies tell.
+void find_order(result& of);
+
 /// @throws unusable if the captures cannot be compared though --cross-cka asks for it, or masks,
 ///         sequences or labels do not fit
 result measure(std::vector<capture> const& captures, options const& asked, progress const& tell);

@@ -292,6 +292,11 @@ std::optional<options> parse(int argc, char const* const* argv) {
          "The inputs are shards of one model's tokens, as many as you like: read one after the "
          "other in bounded memory")
       ->group("Shards");
+  app.add_option("--against", o.against,
+                 "Shards of a second model, measured after the first and shown beside it")
+      ->expected(1, 1 << 20)
+      ->type_name("FILE")
+      ->group("Shards");
   choice const over(
       app, "--cka",
       "Over batches of tokens as they are read, or over all pairs of tokens in a pass "
@@ -425,7 +430,11 @@ std::optional<options> parse(int argc, char const* const* argv) {
     throw std::invalid_argument("one or two captures expected, not " +
                                 std::to_string(o.inputs.size()) +
                                 "; many files of one model: --shards (see rflow_report --help)");
-  std::ptrdiff_t const models = o.shards ? 1 : std::ssize(o.inputs);
+  if (!o.against.empty() && !o.shards)
+    throw std::invalid_argument("--against needs --shards; without, two captures are two models");
+  if (!o.against.empty() && !o.labels.empty())
+    throw std::invalid_argument("--labels goes with the shards of one model: without --against");
+  std::ptrdiff_t const models = !o.shards ? std::ssize(o.inputs) : o.against.empty() ? 1 : 2;
   if (!o.names.empty() && std::ssize(o.names) != models)
     throw std::invalid_argument("--name: one for each model expected, found " +
                                 plural(std::ssize(o.names), "name") + " for " +
@@ -453,8 +462,14 @@ std::optional<options> parse(int argc, char const* const* argv) {
     o.linear = true;
     o.rbf = false;
   }
-  if (o.output.empty())
-    o.output = default_output(o.shards ? std::vector<std::string>{o.inputs.front()} : o.inputs);
+  if (o.output.empty()) {
+    std::vector<std::string> named = o.inputs;
+    if (o.shards) {
+      named.resize(1);
+      if (!o.against.empty()) named.push_back(o.against.front());
+    }
+    o.output = default_output(named);
+  }
   return o;
 }
 

@@ -41,10 +41,11 @@ struct options {
   bool significance = false;
   bool shifts = false;
 
-  bool shards = false;             // inputs are shards of one model, any number of them
-  bool minibatch_cka = false;      // of shards, instead of CKA over all tokens at once
-  std::ptrdiff_t cka_batch = 256;  // tokens of a batch of it
-  std::string checkpoint;          // file to go on from
+  bool shards = false;               // inputs are shards of one model, any number of them
+  std::vector<std::string> against;  // shards of a second model
+  bool minibatch_cka = false;        // of shards, instead of CKA over all tokens at once
+  std::ptrdiff_t cka_batch = 256;    // tokens of a batch of it
+  std::string checkpoint;            // file to go on from
   double checkpoint_seconds = 30;
   std::ptrdiff_t memory_limit = 0;  // MiB; 0: none
 
@@ -68,6 +69,7 @@ struct options {
   /// What must stay where it is.
   std::vector<std::string> files_read() const {
     std::vector<std::string> out = inputs;
+    out.insert(out.end(), against.begin(), against.end());
     out.insert(out.end(), labels.begin(), labels.end());
     out.insert(out.end(), label_groups.begin(), label_groups.end());
     if (!checkpoint.empty()) out.push_back(checkpoint);

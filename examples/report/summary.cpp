@@ -87,9 +87,9 @@ std::string summary(result const& r, options const& asked) {
     });
   if (!asked.labels.empty())
     row("probe classes, tokens", [](model_result const& m) {
-      std::ptrdiff_t const left_out = m.classes->left_out;
+      std::ptrdiff_t const ignored = m.classes->left_out;
       return std::to_string(m.classes->names.size()) + ", " + std::to_string(m.classes->used()) +
-             (left_out > 0 ? " (" + std::to_string(left_out) + " left out)" : "");
+             (ignored > 0 ? " (" + std::to_string(ignored) + " left out)" : "");
     });
 
   if (sequences) {

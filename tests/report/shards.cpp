@@ -537,6 +537,48 @@ TEST_CASE("what killed runs left of a checkpoint goes with the run that takes it
     CHECK(fs::exists(here / name));
 }
 
+TEST_CASE("shards of two models stand side by side, with the numbers of each by itself") {
+  folder const here;
+  model const m(here, 21, 3);
+  fs::create_directory(here / "other");
+  std::vector<std::string> other;
+  {
+    folder const there;
+    model const second(there, 22, 2);
+    for (std::string const& name : second.names) {
+      fs::copy(there / name, here / ("other/" + name));
+      other.push_back("other/" + name);
+    }
+  }
+  auto const report = [&](std::string const& out, std::vector<std::string> more,
+                          std::vector<std::string> const& of) {
+    more.insert(more.end(), {"--shards", "--no-plots", "--quiet", "-o", out});
+    more.insert(more.begin(), of.begin(), of.end());
+    outcome const o = run(here, more);
+    CAPTURE(o.err);
+    REQUIRE(o.status == 0);
+    return json::parse(read(here / (out + "/metrics.json")));
+  };
+  std::vector<std::string> against{"--against"};
+  against.insert(against.end(), other.begin(), other.end());
+  json const both = report("both", against, m.names), first = report("first", {}, m.names),
+             second = report("second", {}, other);
+  REQUIRE(both.at("models").size() == 2);
+  std::vector<std::string> const names{both.at("models")[0].at("name"),
+                                       both.at("models")[1].at("name")};
+  CHECK(names[0] == "part-0 (1)");
+  CHECK(names[1] == "part-0 (2)");
+  for (char const* const key :
+       {"tokens", "variance", "inter_token_cosine", "adjacent_cosine", "cka"}) {
+    CAPTURE(key);
+    CHECK(both.at("models")[0].at(key) == first.at("models")[0].at(key));
+    CHECK(both.at("models")[1].at(key) == second.at("models")[0].at(key));
+  }
+  CHECK(run(here, {"--against", "other/part-0.safetensors", "part-0.safetensors", "-o", "x"})
+            .err.find("--against needs --shards") != std::string::npos);
+  CHECK_FALSE(fs::exists(here / "x"));
+}
+
 #ifdef RFLOW_REPORT_MPI
 namespace {
 std::vector<std::string> on_ranks(int ranks, std::vector<std::string> arguments) {
