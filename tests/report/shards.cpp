@@ -574,7 +574,7 @@ TEST_CASE("shards of two models stand side by side, with the numbers of each by 
     CHECK(both.at("models")[0].at(key) == first.at("models")[0].at(key));
     CHECK(both.at("models")[1].at(key) == second.at("models")[0].at(key));
   }
-  CHECK(run(here, {"--against", "other/part-0.safetensors", "part-0.safetensors", "-o", "x"})
+  CHECK(run(here, {"part-0.safetensors", "-o", "x", "--against", "other/part-0.safetensors"})
             .err.find("--against needs --shards") != std::string::npos);
   CHECK_FALSE(fs::exists(here / "x"));
 }
