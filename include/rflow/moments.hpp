@@ -465,12 +465,16 @@ struct gram_moments {
     return spare * entry_rounding[static_cast<std::size_t>(p)] <= accuracy * norm;
   }
 
-  /// Whether every site has a debiased self term to `accuracy`; with fewer than 4 tokens, a biased one.
+  /// Whether every site has a debiased self term to `accuracy`, with fewer than 4 tokens a biased one, and the
+  /// tokens' shares of its kernel matrix.
   bool resolved() const {
     bool all = true;
-    for (std::ptrdiff_t p = 0; p < sites && tokens >= 2; ++p)
-      if (why[static_cast<std::size_t>(p)] == status::ok)
-        all = all && resolved(p, tokens < 4 ? h_product(p, p) : u_product(p, p)) == status::ok;
+    for (std::ptrdiff_t p = 0; p < sites && tokens >= 2; ++p) {
+      if (why[static_cast<std::size_t>(p)] != status::ok) continue;
+      double const squares_of_all = square_sum[static_cast<std::size_t>(p)];
+      all = all && resolved(p, tokens < 4 ? h_product(p, p) : u_product(p, p)) == status::ok &&
+            (squares_of_all == 0 || known(p, std::sqrt(squares_of_all)));
+    }
     return all;
   }
 
