@@ -458,11 +458,9 @@ struct gram_moments {
     return known(p, norm) && sums <= accuracy * self ? status::ok : status::ill_conditioned;
   }
 
-  /// Whether rounding leaves entries of this norm known to `accuracy`. In double, where nothing can be done
-  /// again, with something to spare: entries of few different values are all rounded alike.
+  /// Whether rounding leaves entries of this norm known to `accuracy`.
   bool known(std::ptrdiff_t p, double norm) const {
-    double const spare = epsilon < 1e-12 ? 4 : 1;
-    return spare * entry_rounding[static_cast<std::size_t>(p)] <= accuracy * norm;
+    return entry_rounding[static_cast<std::size_t>(p)] <= accuracy * norm;
   }
 
   /// Whether every site has a debiased self term to `accuracy`, with fewer than 4 tokens a biased one, and the
