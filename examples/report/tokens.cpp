@@ -282,8 +282,13 @@ token_choice token_rules::next(capture const& c) {
         throw unusable(c.path, "--mask: no tensor '" + name + "' in it, and no file of that name");
       try {
         rflow::npy_file const file(name);
+        // Over several shards it has the tokens of all; else its axes are those of the capture.
+        if (file.array().rank() == 2 && file.array().size() == n)
+          require_token_shape(c, file.array(), "");
         found = files_.emplace(name, file.array().integers()).first;
       } catch (std::bad_alloc const&) {
+        throw;
+      } catch (unusable const&) {
         throw;
       } catch (std::exception const& error) {
         throw unusable(name, reason_of(error, name));

@@ -764,6 +764,12 @@ TEST_CASE("a batch axis is sequences, and so are the rows of a mask") {
 
   x.batch = 3;
   x.write(work / "batch.safetensors");
+  integers const some(18, 1);
+  rflow::write_npy(work / "turned.npy", some, {6, 3});
+  check_refused(work, {"batch.safetensors", "--mask", "turned.npy", "-o", "out"},
+                {"one value a token expected, 3 x 6", "[6, 3]"});
+  rflow::write_npy(work / "as-it-is.npy", some, {3, 6});
+  CHECK(run(work, {"batch.safetensors", "--mask", "as-it-is.npy", "-o", "as-it-is"}).status == 0);
   for (arguments const& mode : {arguments{}, arguments{"--shards", "--cka-batch", "4"},
                                 arguments{"--skip-first", "1", "--skip-last", "1"}}) {
     arguments one = mode, two = mode;
