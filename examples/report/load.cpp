@@ -36,7 +36,10 @@ std::string cure_of(rflow::site_error const& error, bool numpy) {
                         : "; --subset if it was left out on purpose";
     case site_fault::counted_from:
       return of.empty() ? "" : "; --first-block " + of + " counts from there";
-    case site_fault::axes_unclear: return "; --axes sites,tokens,hidden says so, or another order";
+    case site_fault::axes_unclear:
+      return of.empty() ? ""
+                        : std::string("; --axes sites,") + (of == "sbth" ? "batch," : "") +
+                              "tokens,hidden says so, or another order";
     case site_fault::several_arrays:
       return of.empty() ? "" : "; --array " + one_line(of) + " takes the first";
     case site_fault::not_activations: return of.empty() || !numpy ? "" : "; --npy-bits says so";

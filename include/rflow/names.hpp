@@ -53,7 +53,7 @@ enum class site_fault : std::uint8_t {
   counted_from,    ///< a number below that of the first block; subject: that number, if it may be
   left_over,       ///< names that match, but whose numbers are written in two ways
   two_roles,       ///< one tensor, or one place, for two roles
-  axes_unclear,    ///< one array that may be read in several ways; subject: its name
+  axes_unclear,  ///< one array that may be read in several ways; subject: letters of the usual one
   several_arrays,  ///< which may hold all sites; subject: the first. None of that name: empty
   not_activations  ///< a type or rank that no site has; subject: a type whose bits may be floats'
 };

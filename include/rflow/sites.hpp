@@ -363,7 +363,9 @@ site_set sites_of_array(File& file, std::vector<std::string> const& names, site_
     throw site_error(site_fault::axes_unclear,
                      std::string(where) + ": " + path + ": one array, " +
                          found.front().description() + ", and nothing says what its axes are",
-                     found.front().name);
+                     found.front().rank() == 3   ? "sth"
+                     : found.front().rank() == 4 ? "sbth"
+                                                 : "");
   site_set out = split_sites(found.front(), pattern);
   out.is_list = notes.empty() && found.front().name.find("hidden_states") != std::string::npos;
   out.notes.insert(out.notes.begin(), notes.begin(), notes.end());

@@ -341,6 +341,11 @@ TEST_CASE("axes of arrays: asked where they are not clear, read where they are s
              "one array, 'states', f32 [12, 5, 6], and "
              "nothing says what its axes are; --axes"));
   check_same(model_of(work, {"tsh.safetensors", "--axes", "tsh"}), expected);
+  write(work / "sbth.safetensors", {{"states", swapped}}, {}, {3, 4, 5, d});  // and the cure works
+  CHECK(says(refusal(work, {"sbth.safetensors"}), "; --axes sites,batch,tokens,hidden says so"));
+  CHECK(model_of(work, {"sbth.safetensors", "--axes", "sites,batch,tokens,hidden"})
+            .at("sites")
+            .size() == 3);
   write(work / "two.safetensors", {{"states", swapped}, {"others", swapped}}, {}, {n, 5, d});
   CHECK(
       says(refusal(work, {"two.safetensors", "--axes", "tsh"}), "--array others takes the first"));
