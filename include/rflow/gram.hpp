@@ -307,6 +307,7 @@ struct prepared_site {
   std::vector<double> norms;       // n: a_i = ‖x_i − centre‖² · scale²
   std::vector<double> row_sums;  // n: Σ_{j≠i} ⟨x_i − c, x_j − c⟩ · scale²; empty about the mean
   position non_finite;
+  bool unclear = false;  // constant as far as means in C tell; double may tell more
 
   /// Kernel values of scaled data times 2^exponent() are those of the data.
   int exponent() const { return scale > 0 ? -2 * std::ilogb(static_cast<double>(scale)) : 0; }
@@ -648,6 +649,7 @@ prepared_site<C> prepare(team& threads, panel_source<C> const& source, integer t
   double norm = 0;
   for (double const a : site.norms) site.trace += a, norm = (std::max)(norm, a);
   if (norm <= rounding * rounding * static_cast<double>(d)) {
+    site.unclear = !std::is_same_v<C, double> && norm > 0;
     std::fill(site.norms.begin(), site.norms.end(), 0.);
     drop();
     return site;
@@ -1306,7 +1308,8 @@ void deliver(std::vector<prepared_site<C>> const& sites, std::vector<int> const&
   for (integer p = 0; p < m.sites; ++p) {
     auto const& site = sites[static_cast<std::size_t>(p)];
     m.non_finite.data()[p] = site.non_finite;
-    if (!(site.scale > 0)) m.why.data()[p] = status::constant_layer;
+    if (!(site.scale > 0))
+      m.why.data()[p] = site.unclear ? status::ill_conditioned : status::constant_layer;
     if (site.non_finite.found()) {
       m.why.data()[p] = status::non_finite;
     }
@@ -1660,10 +1663,10 @@ class feature_engine {
                         }));
     };
     bool const first = share_.index == 0;
-    bool const plain = far_.empty() && std::all_of(sites_.begin(), sites_.end(), [](auto const& x) {
-                         return x.row_sums.empty();
-                       });
     find_furthest();
+    bool const plain =
+        far_.empty() && candidates_ == 1 &&
+        std::all_of(sites_.begin(), sites_.end(), [](auto const& x) { return x.row_sums.empty(); });
     each_of_share(share_, tiles_of_all, [&](tile const& t) { add_tile(t, m); });
     m.squares.resize(m.diagonal.size());
     if (first && !plain) add_far(m);
@@ -1678,9 +1681,9 @@ class feature_engine {
           if (!is_far(i)) m.row_sums.data()[p * tokens_ + i] = row_sum(p, i);
       }
       if (plain) {  // Σ_j K_mj² = x_mᵀ(XᵀX)x_m − a_m² of the furthest token
-        double const of_it = a.data()[furthest_.data()[p]];
-        m.squares.data()[p * tokens_ + furthest_.data()[p]] =
-            quadratic_.data()[p] - (first ? of_it * of_it : 0);
+        integer const token = furthest(p, 0);
+        double const of_it = a.data()[token];
+        m.squares.data()[p * tokens_ + token] = quadratic_.data()[p] - (first ? of_it * of_it : 0);
       }
       m.square_sum.data()[p] = m.products.data()[p * m.sites + p] + (first ? about_the_mean(p) : 0);
       double const growth = 1 + std::sqrt(static_cast<double>(tokens_) / (1 << 18));
@@ -1731,24 +1734,41 @@ class feature_engine {
       std::sort(far_.begin(), far_.end());
     }
   }
-  /// The token with the largest norm of every site, and its features.
+  /// The tokens whose share of the kernel matrix is looked at, by site: that with the largest norm, and its
+  /// features; where tokens are far out the largest few, for one of those may pair better with the others.
   void find_furthest() {
+    constexpr integer most = 16;
     furthest_.clear();
+    candidates_ = 1;
     features_of_it_ = aligned_array<double>(features());
     quadratic_.assign(sites_.size(), 0.);
+    std::vector<integer> order(static_cast<std::size_t>(tokens_));
     for (integer p = 0; p < static_cast<integer>(sites_.size()); ++p) {
-      auto const& a = norms(p);
-      furthest_.push_back(std::max_element(a.begin(), a.end()) - a.begin());
+      auto const& site = sites_[static_cast<std::size_t>(p)];
+      double const* const a = site.norms.data();
+      integer const wanted =
+          has_outlier(site.trace, site.furthest, order.size()) ? (std::min)(most, tokens_) : 1;
+      std::iota(order.begin(), order.end(), integer{0});
+      std::partial_sort(
+          order.begin(), order.begin() + wanted, order.end(),
+          [&](integer i, integer j) { return a[i] > a[j] || (a[i] == a[j] && i < j); });
+      furthest_.emplace_back(order.begin(), order.begin() + wanted);
+      candidates_ = (std::max)(candidates_, wanted);
       constexpr integer chunk = 1024;
       alignas(128) C x[chunk + W];
       integer const d = starts_.data()[p + 1] - starts_.data()[p];
       for (integer k = 0; k < d; k += chunk) {
         integer const cols = (std::min)(chunk, d - k);
-        sites_[static_cast<std::size_t>(p)].fetch(furthest_.back(), 1, k, cols, x, chunk);
+        site.fetch(furthest(p, 0), 1, k, cols, x, chunk);
         for (integer c = 0; c < cols; ++c)
           features_of_it_[starts_.data()[p] + k + c] = static_cast<double>(x[c]);
       }
     }
+  }
+  /// The r-th of them; −1 if the site has fewer.
+  integer furthest(integer p, integer r) const {
+    auto const& of = furthest_[static_cast<std::size_t>(p)];
+    return r < static_cast<integer>(of.size()) ? of.data()[r] : -1;
   }
   bool is_far(integer token) const { return std::binary_search(far_.begin(), far_.end(), token); }
 
@@ -1801,7 +1821,7 @@ class feature_engine {
   /// Adds the pairs of the tokens far out, and sums of squares of these and of the furthest of a site.
   void add_far(gram_moments& m) {
     integer const count = m.sites, outlying = static_cast<integer>(far_.size()),
-                  rows = outlying + 1;
+                  rows = outlying + candidates_;
     integer widest = 0;
     for (auto const& site : sites_) widest = (std::max)(widest, site.source.cols);
     integer const ld = round_up(widest, 4 * W);
@@ -1812,9 +1832,11 @@ class feature_engine {
         site.fetch(token, tokens, k, (std::min)(chunk, site.source.cols - k), to + k, ld);
     };
 
-    aligned_array<C> outer(count * ld, C(0));                    // of each site: its furthest token
+    aligned_array<C> outer(count * candidates_ * ld, C(0));  // of each site: its furthest tokens
     aligned_array<double> outer_far(count * outlying * ld, 0.);  // and those far out
-    auto const& furthest = furthest_;
+    auto const token_of = [&](integer p, integer r) {
+      return r < outlying ? far_.data()[r] : furthest(p, r - outlying);
+    };
     std::vector<double> leaning(sites_.size());
     threads_.run(count, [&](integer p) {
       for (integer i = 0; i < tokens_ && !sites_[static_cast<std::size_t>(p)].row_sums.empty(); ++i)
@@ -1825,7 +1847,8 @@ class feature_engine {
         for (integer k = 0; k < ld; ++k)
           outer_far[(p * outlying + r) * ld + k] = static_cast<double>(row[k]);
       }
-      fetch_rows(p, furthest.data()[p], 1, outer.data() + p * ld);
+      for (integer r = 0; r < candidates_ && furthest(p, r) >= 0; ++r)
+        fetch_rows(p, furthest(p, r), 1, outer.data() + (p * candidates_ + r) * ld);
     });
 
     // Fixed slices of tokens, added up in order.
@@ -1855,13 +1878,14 @@ class feature_engine {
             for (integer k0 = 0; k0 < used && outlying > 0; ++k0)
               wide[k0] = static_cast<double>(row[k0]);
             for (integer r = 0; r < rows; ++r) {
-              integer const i = from + g,
-                            token = r < outlying ? far_.data()[r] : furthest.data()[p];
+              integer const i = from + g, token = token_of(p, r);
+              if (token < 0) break;
               double const inner =
                   token == i ? 0
                   : r < outlying
                       ? inner_product(wide.data(), outer_far.data() + (p * outlying + r) * ld, used)
-                      : static_cast<double>(inner_product(row, outer.data() + p * ld, used));
+                      : static_cast<double>(inner_product(
+                            row, outer.data() + (p * candidates_ + r - outlying) * ld, used));
               double const centred = about_mean ? inner
                                                 : inner - (lean(p, i) + lean(p, token)) / n +
                                                       leaning.data()[p] / n / n;
@@ -1888,7 +1912,8 @@ class feature_engine {
       for (integer k = 0; k < count * count; ++k) m.products.data()[k] += part[k];
       for (integer p = 0; p < count; ++p)
         for (integer r = 0; r < rows; ++r) {
-          integer const token = r < outlying ? far_.data()[r] : furthest.data()[p];
+          integer const token = token_of(p, r);
+          if (token < 0) break;
           integer const at = p * tokens_ + token, from = count * count + p * rows + r;
           if (r < outlying || !is_far(token)) m.squares.data()[at] += part[from];
           if (r < outlying) m.row_sums.data()[at] += part[from + count * rows];
@@ -2012,8 +2037,9 @@ class feature_engine {
   work_share share_;
   std::vector<integer> starts_, owner_;  // first feature of each site; site of each feature
   std::vector<integer> far_;             // tokens left out of the cross-covariances, in order
-  std::vector<integer> furthest_;        // S: the token with the largest norm
-  std::vector<double> quadratic_;        // S: x_mᵀ(XᵀX)x_m of it
+  std::vector<std::vector<integer>> furthest_;  // S: the tokens with the largest norms
+  integer candidates_ = 1;                      // most of them at a site
+  std::vector<double> quadratic_;               // S: x_mᵀ(XᵀX)x_m of it
   aligned_array<double> features_of_it_;
   aligned_array<C> buffer_;
   panel<C> rows_[2], cols_[2];

@@ -357,8 +357,9 @@ struct gram_moments {
                                ///< ‖U^p‖ ‖U^q‖; empty unless asked for, and not in shares
   gram_path path = gram_path::gram;  ///< how they came about
   std::vector<std::uint8_t> shares{
-      1};                            ///< one a share of the work: whether the sums have it (else 0)
-  std::vector<status> why;           ///< S: ok, constant_layer, zero_bandwidth or non_finite
+      1};                   ///< one a share of the work: whether the sums have it (else 0)
+  std::vector<status> why;  ///< S: ok, constant_layer, zero_bandwidth or non_finite; in shares
+                            ///< ill_conditioned where float cannot tell whether it is constant
   std::vector<position> non_finite;  ///< S: first NaN or infinity
 
   gram_moments() = default;
@@ -468,6 +469,7 @@ struct gram_moments {
   bool resolved() const {
     bool all = true;
     for (std::ptrdiff_t p = 0; p < sites && tokens >= 2; ++p) {
+      all = all && why[static_cast<std::size_t>(p)] != status::ill_conditioned;
       if (why[static_cast<std::size_t>(p)] != status::ok) continue;
       double const squares_of_all = square_sum[static_cast<std::size_t>(p)];
       all = all && resolved(p, tokens < 4 ? h_product(p, p) : u_product(p, p)) == status::ok &&

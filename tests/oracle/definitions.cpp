@@ -63,13 +63,17 @@ struct centred {
     for (std::size_t j = 0; j < d; ++j) {
       double* const h = columns.hi.data() + j * n;
       double* const l = columns.lo.data() + j * n;
-      for (std::size_t i = 0; i < n; ++i) h[i] = std::ldexp(s.x[i * d + j], -first);
+      // From the first token's value on, which is exact: an offset would take digits from the mean.
       twofold mean;
-      for (std::size_t i = 0; i < n; ++i) mean += twofold(h[i]);
-      mean = mean / twofold(static_cast<double>(n));
-      bool const constant = std::all_of(h, h + n, [&](double v) { return v == h[0]; });
       for (std::size_t i = 0; i < n; ++i) {
-        twofold const x = constant ? twofold() : twofold(h[i]) - mean;
+        twofold const x = sum_of(std::ldexp(s.x[i * d + j], -first), -std::ldexp(s.x[j], -first));
+        h[i] = x.hi, l[i] = x.lo;
+        mean += x;
+      }
+      mean = mean / twofold(static_cast<double>(n));
+      bool const constant = std::all_of(h, h + n, [](double v) { return v == 0; });
+      for (std::size_t i = 0; i < n; ++i) {
+        twofold const x = constant ? twofold() : twofold(h[i], l[i]) - mean;
         h[i] = x.hi, l[i] = x.lo;
         peak = std::max(peak, std::abs(x.hi));
       }
