@@ -364,3 +364,37 @@ TEST_CASE("a batch of equal tokens takes nothing from the others") {
   REQUIRE(sum(0, 0).ok());
   CHECK(sum(0, 0).value == 1);
 }
+
+TEST_CASE("the top token is the one that pairs most, not the furthest, on both paths") {
+  pair data(40, 40, 3, 1);
+  Eigen::MatrixXf x = 0.4f * data.x;
+  x.row(5) << 5, 0, 0;     // the furthest, by itself
+  x.row(9) << 0, 4.9f, 0;  // the next, with another beside it
+  x.row(20) << 0, 4, 0;
+  for (gram_path const path : {gram_path::gram, gram_path::feature}) {
+    auto const m =
+        rflow::on_cpu{.path = path}.gram(linear{}, layer_stack<float>({rflow::as_view(x)}));
+    wide const k = linear_kernel(x.cast<double>());
+    wide const h = wide::Identity(40, 40) - wide::Constant(40, 40, 1.0L / 40);
+    wide centred = h * k * h;
+    centred.diagonal().setZero();
+    CHECK(rflow::cka_matrix(m).top_token(0) == 9);
+    CHECK(rflow::cka_matrix(m).top_token_share(0).value ==
+          Approx(static_cast<double>(2 * centred.row(9).squaredNorm() / centred.squaredNorm()))
+              .epsilon(1e-5));
+  }
+}
+
+TEST_CASE("floats that differ in the last bit of a small feature, beside large ones") {
+  pair const data(6, 6, 4, 1);
+  Eigen::MatrixXf x = Eigen::MatrixXf::Constant(6, 3, 16708.8965f);
+  x.col(2).setConstant(-0.00225729705f);
+  x(1, 2) = x(4, 2) = std::nextafter(x(1, 2), -1.f);
+  double const expected =
+      debiased_cka(linear_kernel(x.cast<double>()), linear_kernel(data.y.cast<double>()));
+  rflow::measured const got = rflow::cka(x, data.y);
+  REQUIRE(got.ok());
+  CHECK(got.value == Approx(expected).epsilon(1e-5));
+  CHECK(rflow::cka(Eigen::MatrixXf::Constant(6, 3, 16708.8965f).eval(), data.y).why ==
+        status::constant_layer);
+}
