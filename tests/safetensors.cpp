@@ -8,6 +8,7 @@
 #include <functional>
 #include <map>
 #include <rflow/safetensors.hpp>
+#include <rflow/sharded_safetensors.hpp>
 #include <string>
 #include <vector>
 

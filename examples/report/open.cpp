@@ -3,6 +3,7 @@
 
 #include <rflow/container.hpp>
 #include <rflow/safetensors.hpp>
+#include <rflow/sharded_safetensors.hpp>
 
 #include <concepts>
 #include <filesystem>
