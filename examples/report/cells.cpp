@@ -331,11 +331,23 @@ class spelling {
   std::vector<std::int64_t> integers_;
 };
 
-void read_array(rflow::tensor const& x, std::ptrdiff_t tokens, cells& out) {
+/// How a capture holds its tokens.
+struct token_layout {
+  std::ptrdiff_t tokens, batch;
+};
+
+void read_array(rflow::tensor const& x, token_layout const& of, cells& out) {
+  std::ptrdiff_t const tokens = of.tokens;
   if (x.rank() == 0)
     throw unusable(out.source, "one label a token expected, found " + x.description());
   collector to(out);
   std::ptrdiff_t const count = x.size(), last = x.shape.back();
+  bool const by_batch =
+      (x.rank() == 2 && count == tokens) || (x.rank() == 3 && last > 0 && count / last == tokens);
+  if (of.batch > 1 && by_batch && x.shape[0] != of.batch)
+    throw unusable(out.source, "the axes " + std::to_string(of.batch) + " x " +
+                                   std::to_string(tokens / of.batch) +
+                                   " of the capture expected, found " + x.description());
   for (std::ptrdiff_t const n : x.shape)
     if (x.rank() > 1) join(out.shape, " x ", std::to_string(n));
   if (!out.shape.empty()) out.shape += " = ";
@@ -460,11 +472,11 @@ void read_strings(string_array const& x, cells& out) {
   }
 }
 
-void read_npy(rflow::mapped_file file, std::string_view bytes, std::ptrdiff_t tokens, cells& out) {
+void read_npy(rflow::mapped_file file, std::string_view bytes, token_layout const& of, cells& out) {
   if (auto const strings = strings_of(bytes)) return read_strings(*strings, out);
   try {
     rflow::npy_file const array(std::move(file));
-    read_array(array.array(), tokens, out);
+    read_array(array.array(), of, out);
   } catch (rflow::format_error const& error) {
     std::string why = reason_of(error, out.source);
     if (why.find("Python objects") != std::string::npos) why += "; save labels.astype(str) instead";
@@ -474,7 +486,7 @@ void read_npy(rflow::mapped_file file, std::string_view bytes, std::ptrdiff_t to
 
 // ---- where they are -----------------------------------------------------------------------------
 
-void read_safetensors(rflow::mapped_file file, std::ptrdiff_t tokens, column const& which,
+void read_safetensors(rflow::mapped_file file, token_layout const& of, column const& which,
                       cells& out) {
   rflow::safetensors_file const tensors(std::move(file));
   std::vector<std::string> const names = tensors.names();
@@ -487,7 +499,7 @@ void read_safetensors(rflow::mapped_file file, std::ptrdiff_t tokens, column con
     throw unusable(out.source, "no tensor called " +
                                    in_quotes(name.empty() ? which.usual[0] : name) + "; " +
                                    which.option + " says which of " + listed(names));
-  read_array(tensors[name], tokens, out);
+  read_array(tensors[name], of, out);
 }
 
 }  // namespace
@@ -534,6 +546,8 @@ cells read_cells(std::string const& named, capture const& c, std::ptrdiff_t toke
                  column const& which) {
   cells out;
   out.source = named;
+  std::ptrdiff_t const rows = std::ssize(c.sites.sequences) - 1;  // a batch axis, if there was one
+  token_layout const of{tokens, rows > 0 && tokens == c.sites.tokens() ? rows : 1};
   std::error_code ignored;
   bool const is_file =
       std::filesystem::exists(named, ignored) && !std::filesystem::is_directory(named, ignored);
@@ -543,7 +557,7 @@ cells read_cells(std::string const& named, capture const& c, std::ptrdiff_t toke
         throw unusable(named,
                        "a file, and a tensor of " + c.path + " too; ./" + named + " is the file");
       out.source = c.path + ": " + in_quotes(named);
-      read_array(*tensor, tokens, out);
+      read_array(*tensor, of, out);
       return out;
     }
     rflow::mapped_file file(named);
@@ -551,9 +565,9 @@ cells read_cells(std::string const& named, capture const& c, std::ptrdiff_t toke
                                  file.bytes().size()};
     std::string const kind = lower(std::filesystem::path(named).extension().string());
     if (bytes.starts_with("\x93NUMPY") || kind == ".npy")
-      read_npy(std::move(file), bytes, tokens, out);
+      read_npy(std::move(file), bytes, of, out);
     else if (kind == ".safetensors")
-      read_safetensors(std::move(file), tokens, which, out);
+      read_safetensors(std::move(file), of, which, out);
     else
       read_text(bytes, which, out);
     return out;

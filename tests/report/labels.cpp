@@ -441,6 +441,30 @@ TEST_CASE("arrays: rows with one 1 name a class, and nothing else does") {
               {"y.npy: token 4: ''", "--ignore-label ''"});
 }
 
+TEST_CASE("arrays of a batch have the axes of the capture's") {
+  reading r;
+  std::vector<float> const site(tokens * width, 0.5f);
+  std::vector<rflow::tensor> sites;
+  for (char const* const name : {"embed", "block.1"})
+    sites.push_back(rflow::as_tensor(name, site, {2, tokens / 2, width}));
+  rflow::write_safetensors(r.work.path / "x.safetensors", sites);
+  std::vector<std::int64_t> y(tokens);
+  for (std::size_t i = 0; i < tokens; ++i) y[i] = i % 3 == 0 ? 1 : 0;
+  rflow::write_npy(r.work.path / "y.npy", y, {2, tokens / 2});
+  CHECK(r.used(r.read("y.npy")).tokens == std::vector<std::ptrdiff_t>{8, 4});
+  rflow::write_npy(r.work.path / "y.npy", y, {tokens});
+  CHECK(r.used(r.read("y.npy")).tokens == std::vector<std::ptrdiff_t>{8, 4});
+  rflow::write_npy(r.work.path / "y.npy", y, {tokens / 2, 2});
+  check_holds(r.error([&] { r.read("y.npy"); }),
+              {"the axes 2 x 6 of the capture expected", "[6, 2]"});
+  std::vector<float> one_hot(tokens * 2);
+  for (std::size_t i = 0; i < tokens; ++i) one_hot[2 * i + i % 2] = 1;
+  rflow::write_npy(r.work.path / "y.npy", one_hot, {2, tokens / 2, 2});
+  CHECK(r.used(r.read("y.npy")).tokens == std::vector<std::ptrdiff_t>{6, 6});
+  rflow::write_npy(r.work.path / "y.npy", one_hot, {tokens / 2, 2, 2});
+  check_holds(r.error([&] { r.read("y.npy"); }), {"2 x 6 of the capture", "[6, 2, 2]"});
+}
+
 TEST_CASE("arrays: NumPy's strings") {
   reading const r;
   std::vector<std::u32string> words;
