@@ -278,6 +278,15 @@ rflow::layer_probes probes_of(std::vector<capture> const& captures, std::size_t 
   }
 }
 
+/// What both files say of their tokens and differs; empty if nothing does.
+std::string difference(capture const& a, capture const& b) {
+  if (!a.token_hash().empty() && !b.token_hash().empty() && a.token_hash() != b.token_hash())
+    return "the token hashes differ";
+  if (!a.token_ids.empty() && !b.token_ids.empty() && a.token_ids != b.token_ids)
+    return "the token ids differ";
+  return "";
+}
+
 /// Why the layers of two captures cannot be compared token by token; empty if they can.
 std::string why_not_comparable(capture const& a, capture const& b, bool same_tokens) {
   std::string const counts = a.path + " holds " + plural(a.sites.tokens(), "token") + " and " +
@@ -285,10 +294,8 @@ std::string why_not_comparable(capture const& a, capture const& b, bool same_tok
   bool const alike = a.sites.tokens() == b.sites.tokens();
   if (same_tokens) return alike ? "" : "not the same tokens: " + counts;
   bool const hashes = !a.token_hash().empty() && !b.token_hash().empty();
-  if (hashes && a.token_hash() != b.token_hash())
-    return "the token hashes differ: the two models did not see the same tokens";
-  if (!a.token_ids.empty() && !b.token_ids.empty() && a.token_ids != b.token_ids)
-    return "the token ids differ: the two models did not see the same tokens";
+  if (std::string const what = difference(a, b); !what.empty())
+    return what + ": the two models did not see the same tokens";
   if (hashes && !alike) return "the token hashes agree, but " + counts;
   if (hashes || (!a.token_ids.empty() && !b.token_ids.empty())) return "";
   for (capture const* c : {&a, &b})
@@ -629,6 +636,9 @@ result measure(std::vector<capture> const& captures, options const& asked, progr
     m.positions = c.positions();
     m.embedding = c.sites.layer(0) == 0;
     for (std::string const& note : c.notes) m.warnings.push_back({false, note});
+    if (std::string const what = k == 1 ? difference(captures[0], c) : "";
+        together && asked.same_tokens && !what.empty())
+      m.warnings.push_back({false, what + "; compared on the word of --same-tokens"});
     m.tokens = chosen[k];
     chain_flow flow = with_stack(c, m.tokens, false, [&](auto const& stack) {
       return flow_of(stack, asked.normalize, true, on);

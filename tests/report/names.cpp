@@ -497,6 +497,9 @@ TEST_CASE("two captures of the same tokens: by ids, or by the user's word") {
             .at("comparison")
             .at("same_tokens") == true);
   CHECK(says(refusal(work, {"a.safetensors", "c.safetensors", "--cross-cka"}), "token ids differ"));
+  json const against = report_of(work, {"a.safetensors", "c.safetensors", "--same-tokens"});
+  CHECK(noted(against.at("models").at(1),
+              "the token ids differ; compared on the word of --same-tokens"));
   rflow::write_npy(work / "a.npy", concatenated(stream(3, 1)), {3, n, d});
   rflow::write_npy(work / "b.npy", concatenated(stream(3, 2)), {3, n, d});
   CHECK(says(refusal(work, {"a.npy", "b.npy", "--cross-cka"}),
