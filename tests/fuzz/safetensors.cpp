@@ -6,7 +6,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
-#include <rflow/safetensors.hpp>
+#include <rflow/sharded_safetensors.hpp>
 #include <rflow/sites.hpp>
 #include <span>
 #include <stdexcept>
