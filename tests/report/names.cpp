@@ -9,6 +9,7 @@
 #include <rflow/safetensors.hpp>
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstdint>
 #include <filesystem>
@@ -552,4 +553,34 @@ TEST_CASE("sites of several widths: what exists is computed, the rest has a stat
   }
   CHECK(run(work, {"x.safetensors", "--strict"}).status == 2);
   CHECK(says(refusal(work, {"--shards", "x.safetensors"}), "its sites differ in width"));
+}
+
+TEST_CASE("options that are none, and values that are one too many") {
+  folder const work;
+  write(work / "a.safetensors", under(own(2), stream(3)));
+  write(work / "b.safetensors", under(own(2), stream(3, 2)));
+  for (auto const& [wrong, right] :
+       std::map<std::string, std::string>{{"--nmae", "--name"},
+                                          {"--skip-frist", "--skip-first"},
+                                          {"--sequence=none", "--sequences"},
+                                          {"--normalisation", "--normalization"},
+                                          {"--norm", "--normalization"}}) {
+    CAPTURE(wrong);
+    CHECK(says(refusal(work, {"a.safetensors", wrong, "x"}), "; did you mean " + right + "?"));
+  }
+  CHECK_FALSE(says(refusal(work, {"a.safetensors", "--entirely-else"}), "did you mean"));
+  CHECK_FALSE(says(refusal(work, {"a.safetensors", "--kernel", "none"}), "did you mean"));
+
+  CHECK(says(refusal(work, {"a.safetensors", "b.safetensors", "--name", "A", "B"}),
+             "--name takes one value at a time, and 'B' is no file: --name A --name B"));
+  CHECK(report_of(work, {"a.safetensors", "b.safetensors", "--name", "A", "--name", "B"})
+            .at("models")
+            .at(1)
+            .at("name") == "B");
+  CHECK(says(refusal(work, {"a.safetensors", "--labels", "x", "--ignore-label", "-1", "5"}),
+             "--ignore-label -1 --ignore-label 5"));
+  // One model has one name.
+  CHECK(says(refusal(work, {"a.safetensors", "--name", "A", "B"}), "is no file: --name 'A B'"));
+  CHECK(model_of(work, {"a.safetensors", "--name", "A B"}).at("name") == "A B");
+  CHECK_FALSE(says(refusal(work, {"--mask", "m", "missing"}), "takes one value"));
 }
