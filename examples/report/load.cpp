@@ -61,6 +61,8 @@ void read_token_ids(opened& file, capture& c) {
 void add_notes(capture& c) {
   for (rflow::site_note const& note : c.sites.notes) {
     std::string text = note.text;
+    if (note.kind == rflow::site_remark::embedding_offered)
+      text += ": --embed " + one_line(note.subject) + " takes it for the embedding";
     if (note.kind == rflow::site_remark::embedding_left_out)
       text += ". --embed " + one_line(note.subject) + " takes it nonetheless";
     if (note.kind == rflow::site_remark::layers_unsaid)

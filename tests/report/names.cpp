@@ -555,6 +555,33 @@ TEST_CASE("sites of several widths: what exists is computed, the rest has a stat
   CHECK(says(refusal(work, {"--shards", "x.safetensors"}), "its sites differ in width"));
 }
 
+TEST_CASE("the input of the first block is offered as the embedding") {
+  folder const work;
+  auto const sites = stream(4);
+  write(work / "own.safetensors", under(own(3), sites));
+  json const expected = model_of(work, {"own.safetensors"});
+  for (auto const& [input, before, after] : std::vector<std::array<std::string, 3>>{
+           {"model.layers.0.input", "model.layers.", ""},
+           {"model.layers.0.input", "model.layers.", ".output"},
+           {"transformer.h.0.input[0]", "transformer.h.", ".output.0"},
+           {"gpt_neox.layers.0.input.0", "gpt_neox.layers.", ""}}) {
+    CAPTURE(input);
+    write(work / "x.safetensors", under(joined({input}, numbered(before, 0, 2, after)), sites));
+    json const without = model_of(work, {"x.safetensors"});
+    CHECK(without.at("blocks") == 3);
+    CHECK(without.at("sites").size() == 3);
+    CHECK(noted(without, "--embed " + input + " takes it for the embedding"));
+    json const with = model_of(work, {"x.safetensors", "--embed", input});
+    check_same(with, expected);
+    CHECK_FALSE(noted(with, "--embed"));
+  }
+  // A file with an embedding has no need of it.
+  named both = under(joined({"model.embed_tokens"}, numbered("model.layers.", 0, 2)), sites);
+  both.emplace_back("model.layers.0.input", sites[0]);
+  write(work / "x.safetensors", both);
+  CHECK_FALSE(noted(model_of(work, {"x.safetensors"}), "--embed"));
+}
+
 TEST_CASE("options that are none, and values that are one too many") {
   folder const work;
   write(work / "a.safetensors", under(own(2), stream(3)));
