@@ -86,6 +86,12 @@ void require_clear_axes(std::string const& path, std::string const& stem, rflow:
     throw unusable(path, x.description() + ": " + why + "; --axes " + orders + " says so");
   };
   std::vector<std::ptrdiff_t> const& n = x.shape;
+  if (n.size() == 2)
+    throw unusable(path, x.description() +
+                             ": one site, tokens x hidden. Save all in one array, "
+                             "numpy.stack(states) with the embedding first (sites x tokens x "
+                             "hidden), or one file each in a folder (embed.npy, block.1.npy, …) "
+                             "and give the folder; --axes tokens,hidden reads this site alone");
   if (n.size() == 3) {
     // Hugging Face's last_hidden_state is batch, tokens, hidden.
     if (n[0] > 1 && (rflow::numbered_like_a_layer(stem) || stem == "last_hidden_state"))

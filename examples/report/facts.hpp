@@ -13,7 +13,8 @@
 namespace report {
 
 /// Refuses an array of three or four axes whose order nothing tells: more sites than tokens, a name
-/// as of one layer, a first axis of 1. With --axes everything is clear.
+/// as of one layer, a first axis of 1; and one of two axes, which is but one site. With --axes
+/// everything is clear.
 /// @param stem  the file's name without its extension
 /// @throws unusable
 void require_clear_axes(std::string const& path, std::string const& stem, rflow::tensor const& x,

@@ -582,6 +582,27 @@ TEST_CASE("the input of the first block is offered as the embedding") {
   CHECK_FALSE(noted(model_of(work, {"x.safetensors"}), "--embed"));
 }
 
+TEST_CASE("one site in a .npy: what the message says works") {
+  folder const work;
+  auto const sites = stream(3);
+  write(work / "own.safetensors", under(own(2), sites));
+  json const expected = model_of(work, {"own.safetensors"});
+  rflow::write_npy(work / "x.npy", sites[0], {n, d});
+  std::string const why = refusal(work, {"x.npy"});
+  CHECK(says(why, "one site, tokens x hidden"));
+  CHECK(says(refusal(work, {"--shards", "x.npy"}), "one site, tokens x hidden"));
+  CHECK(says(why, "(sites x tokens x hidden)"));
+  rflow::write_npy(work / "all.npy", concatenated(sites), {3, n, d});
+  check_same(model_of(work, {"all.npy"}), expected);
+  CHECK(says(why, "in a folder (embed.npy, block.1.npy, …)"));
+  fs::create_directory(work / "folder");
+  for (std::size_t l = 0; l < 3; ++l)
+    rflow::write_npy(work / ("folder/" + own(2)[l] + ".npy"), sites[l], {n, d});
+  check_same(model_of(work, {"folder"}), expected);
+  CHECK(says(why, "--axes tokens,hidden reads this site alone"));
+  CHECK(model_of(work, {"x.npy", "--axes", "tokens,hidden"}).at("sites").size() == 1);
+}
+
 TEST_CASE("options that are none, and values that are one too many") {
   folder const work;
   write(work / "a.safetensors", under(own(2), stream(3)));
