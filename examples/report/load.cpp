@@ -102,11 +102,13 @@ capture load(std::string const& path, options const& asked) {
       rflow::tensor const array = (*out.file)[out.file->names().front()];
       require_clear_axes(path, name.stem().string(), array, asked);
       out.sites = rflow::split_sites(array, asked.pattern);
-      if (asked.pattern.axes.empty())
-        if (std::string hint = axes_hint(array); !hint.empty())
-          out.notes.push_back(std::move(hint));
+      if (std::string hint = axes_hint(out.sites, &array, asked.pattern.axes); !hint.empty())
+        out.notes.push_back(std::move(hint));
     } else {
       out.sites = rflow::find_sites(*out.file, asked.pattern);
+      if (asked.pattern.axes.find('s') != std::string::npos)
+        if (std::string hint = axes_hint(out.sites, nullptr, asked.pattern.axes); !hint.empty())
+          out.notes.push_back(std::move(hint));
       read_token_ids(*out.file, out);
     }
     if (out.sites.widened.happened())

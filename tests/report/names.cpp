@@ -555,6 +555,66 @@ TEST_CASE("sites of several widths: what exists is computed, the rest has a stat
   CHECK(says(refusal(work, {"--shards", "x.safetensors"}), "its sites differ in width"));
 }
 
+TEST_CASE("what the order of four axes looks like") {
+  folder const work;
+  constexpr std::size_t batch = 4, length = 7, count = 5;
+  auto const sites = stream(static_cast<int>(count), 7, batch * length);
+  // The array in any order of the axes.
+  auto const array = [&](std::string const& letters) {
+    std::map<char, std::size_t> const sizes{{'s', count}, {'b', batch}, {'t', length}};
+    std::map<char, std::size_t> at;
+    std::vector<float> out;
+    for (std::size_t i = 0; i < count * batch * length; ++i) {
+      std::size_t rest = i;
+      for (std::size_t a = 3; a-- > 0; rest /= sizes.at(letters[a]))
+        at[letters[a]] = rest % sizes.at(letters[a]);
+      auto const from =
+          sites[at['s']].begin() + static_cast<std::ptrdiff_t>((at['b'] * length + at['t']) * d);
+      out.insert(out.end(), from, from + d);
+    }
+    std::vector<std::ptrdiff_t> shape;
+    for (char const axis : letters.substr(0, 3))
+      shape.push_back(static_cast<std::ptrdiff_t>(sizes.at(axis)));
+    shape.push_back(d);
+    rflow::write_npy(work / (letters + ".npy"), out, shape);
+    write(work / (letters + ".safetensors"), {{"states", out}}, {}, shape);
+  };
+  for (char const* letters : {"sbth", "bsth", "btsh"}) array(letters);
+  json const right = model_of(work, {"sbth.npy"});
+  CHECK_FALSE(noted(right, "--axes"));
+  CHECK_FALSE(noted(model_of(work, {"sbth.npy", "--axes", "sbth"}), "--axes"));
+
+  json const wrong = model_of(work, {"bsth.npy"});
+  CHECK(noted(wrong, "was read as sites,batch,tokens,hidden"));
+  CHECK(noted(wrong, "compare with --axes batch,sites,tokens,hidden"));
+  json const cured = model_of(work, {"bsth.npy", "--axes", "batch,sites,tokens,hidden"});
+  check_same(cured, right);
+  CHECK_FALSE(noted(cured, "--axes"));
+  json const last = model_of(work, {"btsh.npy"});
+  CHECK(noted(last, "compare with --axes batch,tokens,sites,hidden"));
+  check_same(model_of(work, {"btsh.npy", "--axes", "batch,tokens,sites,hidden"}), right);
+
+  // Said, but contradicted: a note that names what was said, in files of names as well.
+  for (char const* file : {"bsth.npy", "bsth.safetensors"}) {
+    json const said = model_of(work, {file, "--axes", "sites,batch,tokens,hidden"});
+    CHECK(
+        noted(said, "--axes sites,batch,tokens,hidden, but neighbours resemble each other more "));
+    CHECK(noted(said, "compare with --axes batch,sites,tokens,hidden"));
+    check_same(model_of(work, {file, "--axes", "batch,sites,tokens,hidden"}), right);
+  }
+  json const other = model_of(work, {"sbth.npy", "--axes", "bsth"});
+  CHECK(noted(other, "compare with --axes sites,batch,tokens,hidden"));
+
+  // Nothing tells sites from texts where all are alike.
+  std::vector<float> alike;
+  for (std::size_t i = 0; i < count * batch * length * d; ++i)
+    alike.push_back(1 + 0.01f * static_cast<float>(i * i % 17));
+  rflow::write_npy(work / "alike.npy", alike, {count, batch, length, d});
+  CHECK(noted(model_of(work, {"alike.npy"}), "nothing tells the sites from the batch"));
+  json const said = model_of(work, {"alike.npy", "--axes", "batch,sites,tokens,hidden"});
+  CHECK_FALSE(noted(said, "--axes"));
+}
+
 TEST_CASE("the input of the first block is offered as the embedding") {
   folder const work;
   auto const sites = stream(4);
