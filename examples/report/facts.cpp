@@ -49,6 +49,23 @@ std::optional<double> spread_of_norms(rflow::tensor const& x) {
   return (most - least) / (sum / count);
 }
 
+/// The median of the norms of up to 256 rows that are finite; none if it is not above 0.
+std::optional<double> median_norm(rflow::tensor const& x) {
+  std::vector<double> norms;
+  for (std::ptrdiff_t i = 0; i < x.shape[0]; i += stride_of(x.shape[0], 256)) {
+    double square = 0;
+    for (std::ptrdiff_t k = 0; k < x.shape[1]; ++k) {
+      double const v = element(x, i * x.strides[0] + k * x.strides[1]);
+      square += v * v;
+    }
+    if (std::isfinite(square)) norms.push_back(std::sqrt(square));
+  }
+  if (norms.empty()) return std::nullopt;
+  auto const middle = norms.begin() + std::ssize(norms) / 2;
+  std::nth_element(norms.begin(), middle, norms.end());
+  return *middle > 0 ? std::optional(*middle) : std::nullopt;
+}
+
 /// Cosine of a row of one site with a row of another.
 double cosine_of(rflow::tensor const& x, std::ptrdiff_t i, rflow::tensor const& y,
                  std::ptrdiff_t j) {
@@ -106,6 +123,29 @@ std::string with_sites_at(std::string letters, char where) {
     else if (letters[i] != 'h')
       letters[i] = rest[k++];
   return letters;
+}
+
+/// How often the norms of the last site are those of the one before, or the reverse, where that is far
+/// more than any step before it but the embedding's; 0 else. A block may change norms by a factor of 4
+/// (post-norm models); behind a norm with weights they can have any scale, and mostly another.
+double jump_at_the_end(std::vector<rflow::tensor> const& chain) {
+  constexpr std::size_t least_sites = 5;
+  constexpr double least_factor = 8, times_the_others = 3;
+  if (chain.size() < least_sites) return 0;
+  double largest = 0, last = 0;
+  std::optional<double> before;
+  for (std::size_t l = 1; l < chain.size(); ++l) {
+    std::optional<double> const norm = median_norm(chain[l]);
+    if (!norm) return 0;
+    if (before) {
+      largest = std::max(largest, std::abs(last));
+      last = std::log(*norm / *before);
+    }
+    before = norm;
+  }
+  bool const jumps =
+      std::abs(last) >= std::log(least_factor) && std::abs(last) >= times_the_others * largest;
+  return jumps ? std::exp(last) : 0;
 }
 
 std::optional<std::ptrdiff_t> whole(std::string const& text) {
@@ -230,7 +270,16 @@ void note_list_end(capture& c, options const& asked) {
                       "the final norm's output, --last norm takes it out of the chain");
     return;
   }
-  if (!c.sites.is_list) return;
+  if (!c.sites.is_list) {
+    bool const is_stack = (c.file && c.file->is_single_array()) || last.name.starts_with("arr_") ||
+                          asked.pattern.axes.find('s') != std::string::npos;
+    if (double const jump = is_stack ? jump_at_the_end(c.sites.chain) : 0; jump > 0)
+      c.notes.push_back(last.name + ": its norms are " + number(jump) +
+                        " times those of the site before, a greater step than any before it. It "
+                        "may be the final norm's output: --last norm takes it out of the chain, "
+                        "--last block keeps it");
+    return;
+  }
   rflow::list_end end = rflow::list_end::unsaid;
   std::string model;
   for (char const* key : {"model_type", "architecture", "architectures", "model", "model_name"})

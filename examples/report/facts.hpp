@@ -35,7 +35,7 @@ std::string axes_hint(rflow::site_set const& sites, rflow::tensor const* guessed
 void compare_facts(capture& c);
 
 /// Notes that the last site may be the final norm: by the model, or since all its rows have one
-/// norm.
+/// norm, or (of arrays, which have no names to tell) since its norms jump.
 void note_list_end(capture& c, options const& asked);
 
 }  // namespace report

@@ -615,6 +615,46 @@ TEST_CASE("what the order of four axes looks like") {
   CHECK_FALSE(noted(said, "--axes"));
 }
 
+TEST_CASE("the final norm at the end of a stack, by its norms") {
+  folder const work;
+  auto sites = stream(6, 9);
+  strings const names = numbered("arr_", 0, 5);
+  auto const notes = [&] {
+    rflow::write_npy(work / "x.npy", concatenated(sites), {6, n, d});
+    write(work / "x.safetensors", under(names, sites));
+    std::vector<json> out;
+    for (char const* file : {"x.npy", "x.safetensors"}) out.push_back(model_of(work, {file}));
+    return out;
+  };
+  for (json const& m : notes()) CHECK_FALSE(noted(m, "--last"));
+  auto const scale = [&](std::size_t l, float by) {
+    for (std::size_t i = 0; i < sites[l].size(); ++i)
+      sites[l][i] *= by * (1 + 0.3f * static_cast<float>(i % d));  // weights, so that rows differ
+  };
+  // The embedding may differ from all others, a block by a factor of 4.
+  scale(0, 0.01f);
+  scale(5, 0.2f);
+  for (json const& m : notes()) CHECK_FALSE(noted(m, "--last"));
+  for (float const by : {0.1f, 400.0f}) {
+    scale(5, by);
+    for (json const& m : notes())
+      CHECK(noted(m,
+                  "may be the final norm's output: --last norm takes it out of the chain, "
+                  "--last block keeps it"));
+    for (char const* file : {"x.npy", "x.safetensors"}) {
+      json const norm = model_of(work, {file, "--last", "norm"});
+      CHECK(norm.at("sites").size() == 5);
+      CHECK_FALSE(noted(norm, "--last"));
+      json const block = model_of(work, {file, "--last", "block"});
+      CHECK(block.at("sites").size() == 6);
+      CHECK_FALSE(noted(block, "--last"));
+    }
+  }
+  // Norms that jump all the time say nothing.
+  scale(2, 30.0f);
+  for (json const& m : notes()) CHECK_FALSE(noted(m, "--last"));
+}
+
 TEST_CASE("the input of the first block is offered as the embedding") {
   folder const work;
   auto const sites = stream(4);
