@@ -324,10 +324,11 @@ TEST_CASE("a mask that cannot be one is one line, and its cure works") {
   rflow::write_npy(work / "long.npy", more, {13});
   check_refused(work, {"x.safetensors", "--mask", "long.npy", "-o", "out"},
                 {"long.npy: ", "13 values for 12 tokens"});
-  std::vector<float> const floats(12, 1.0f);
+  std::vector<float> floats(12, 1.0f);
+  floats[3] = 0.5f;
   rflow::write_npy(work / "floats.npy", floats, {12});
   check_refused(work, {"x.safetensors", "--mask", "floats.npy", "-o", "out"},
-                {"floats.npy: ", "integers expected"});
+                {"floats.npy: ", "holds 0.5 at token 3; 0 or 1 expected, where 1 keeps a token"});
   check_refused(work, {"x.safetensors", "--mask", "nothing", "-o", "out"},
                 {"--mask: no tensor 'nothing'"});
   // A mask is an input: no report takes its place.
@@ -802,4 +803,54 @@ TEST_CASE("a batch axis is sequences, and so are the rows of a mask") {
   file.sites.sequences = {0, 9, 18};  // another batch than the mask's
   CHECK_THROWS_WITH_AS(report::choose_tokens(file, asked),
                        doctest::Contains("2 x 9, found 'attention_mask'"), report::unusable);
+}
+
+TEST_CASE("masks of floats: exactly 0 and 1") {
+  folder const work;
+  capture x(2, 12, 4, 31);
+  x.beside["attention_mask"] = {1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0};
+  x.write(work / "right.safetensors");
+  json const right = model(work, "right", {"right.safetensors"});
+  x.beside.clear();
+  x.write(work / "bare.safetensors");
+
+  std::vector<float> floats{1, 1, 1, 1, 1, 1, 1, 1, 1, 0, -0.0f, 0};
+  std::vector<double> const doubles(floats.begin(), floats.end());
+  std::vector<std::uint16_t> f16, bf16;
+  for (float const v : floats) {
+    f16.push_back(v == 1 ? 0x3c00 : 0);
+    bf16.push_back(v == 1 ? 0x3f80 : 0);
+  }
+  auto const write = [&](auto const& values, rflow::dtype type) {
+    std::vector<rflow::tensor> tensors;
+    for (auto const& [name, site] : x.sites)
+      tensors.push_back(rflow::as_tensor(name, site, {12, 4}));
+    tensors.push_back(rflow::as_tensor("attention_mask", values, {12}));
+    tensors.back().type = type;
+    rflow::write_safetensors(work / "x.safetensors", tensors);
+  };
+  auto const check = [&](std::string const& name) {
+    CAPTURE(name);
+    comparison same{0};
+    same.all(model(work, name, {"x.safetensors"}), right);
+    CHECK(same.numbers > 20);
+    CHECK(model(work, name + "-shards", {"--shards", "x.safetensors"}).at("tokens").at("used") ==
+          9);
+  };
+  write(floats, rflow::dtype::f32), check("f32");
+  write(doubles, rflow::dtype::f64), check("f64");
+  write(f16, rflow::dtype::f16), check("f16");
+  write(bf16, rflow::dtype::bf16), check("bf16");
+  rflow::write_npy(work / "mask.npy", floats, {12});
+  CHECK(model(work, "npy", {"bare.safetensors", "--mask", "mask.npy"}).at("tokens").at("used") ==
+        9);
+
+  // A mask to be added to scores is none.
+  for (float const v : {0.5f, -1e9f, missing, std::numeric_limits<float>::infinity()}) {
+    floats[4] = v;
+    write(floats, rflow::dtype::f32);
+    check_refused(work, {"x.safetensors", "-o", "out"},
+                  {"'attention_mask' holds ", " at token 4; 0 or 1 expected, where 1 keeps a token",
+                   "--no-mask"});
+  }
 }
