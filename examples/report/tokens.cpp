@@ -102,7 +102,8 @@ std::vector<std::ptrdiff_t> sequences_of_offsets(capture const& c, rflow::tensor
   if (out.size() < 2 || out.front() != 0 || out.back() != n ||
       !std::is_sorted(out.begin(), out.end()))
     throw unusable(c.path, "the tensor '" + x.name + "' does not ascend from 0 to its " +
-                               plural(n, "token") + cure);
+                               plural(n, "token") + ", as offsets of sequences do (0 … " +
+                               std::to_string(n) + ")" + cure);
   return out;
 }
 
@@ -125,6 +126,15 @@ std::vector<std::ptrdiff_t> sequences_of_values(std::vector<std::int64_t> const&
 bool holds_positions(std::string const& name) { return name.find("position") != std::string::npos; }
 
 constexpr char const* without_sequences = "; --sequences none leaves it out of account";
+
+/// The same, where the user may have meant a number at each token.
+std::string without_offsets(capture const& c, rflow::tensor const& x) {
+  bool const number_a_token = has_token_shape(c, x) && x.size() > 1 && is_integral(x.type);
+  return (number_a_token
+              ? "; --sequences " + x.name + " takes it for the number of each token's sequence"
+              : "") +
+         std::string(without_sequences);
+}
 
 /// What --sequences names: offsets, or a number at each token.
 std::vector<std::ptrdiff_t> named_sequences(capture const& c, std::string const& name,
@@ -168,7 +178,7 @@ sequences_found find_sequences(capture const& c, options const& asked,
   for (char const* const name : own_offsets) {
     std::optional<rflow::tensor> const x = c.tensor(name);
     if (!x) continue;
-    std::vector<std::ptrdiff_t> offsets = sequences_of_offsets(c, *x, without_sequences);
+    std::vector<std::ptrdiff_t> offsets = sequences_of_offsets(c, *x, without_offsets(c, *x));
     if (!weak && offsets != out.offsets)
       throw unusable(c.path, std::string("its tensors '") + out.from + "' and '" + name +
                                  "' differ; --sequences " + out.from + " or --sequences " + name +

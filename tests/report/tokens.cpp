@@ -854,3 +854,30 @@ TEST_CASE("masks of floats: exactly 0 and 1") {
                    "--no-mask"});
   }
 }
+
+TEST_CASE("a tensor of sequences with a number a token: what is expected, and the cure") {
+  folder const work;
+  capture x(2, 12, 5, 34);
+  x.beside["sequences"] = {0, 5, 12};
+  x.write(work / "right.safetensors");
+  json const right = model(work, "right", {"right.safetensors"}).at("inter_token_cosine");
+  for (char const* const name : {"sequences", "cu_seqlens"}) {
+    CAPTURE(name);
+    x.beside = {{name, {0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1}}};
+    x.write(work / "x.safetensors");
+    std::string const cure =
+        std::string("--sequences ") + name + " takes it for the number of each token's sequence";
+    check_refused(work, {"x.safetensors", "-o", "out"},
+                  {"as offsets of sequences do (0 … 12)", cure, "--sequences none"});
+    check_refused(work, {"--shards", "x.safetensors", "-o", "out"}, {cure});
+    CHECK(model(work, name, {"x.safetensors", "--sequences", name}).at("inter_token_cosine") ==
+          right);
+    // It has a number for each token only if there are as many.
+    x.beside = {{name, {0, 0, 0, 1, 1}}};
+    x.write(work / "few.safetensors");
+    outcome const o = run(work, {"few.safetensors", "-o", "out"});
+    CHECK(o.status == 1);
+    CHECK(o.err.find(cure) == std::string::npos);
+    CHECK(o.err.find("--sequences none") != std::string::npos);
+  }
+}
