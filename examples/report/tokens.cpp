@@ -22,6 +22,7 @@ namespace {
 // Keys that the field's tools use.
 constexpr char const* own_mask = "attention_mask";                             // 1: a token
 constexpr char const* own_special_mask = "special_tokens_mask";                // 1: none
+constexpr char const* offered_masks[] = {"mask", "input_mask", "token_mask"};  // unsaid whose
 constexpr char const* own_offsets[] = {"sequences", "cu_seqlens"};
 constexpr char const* own_positions = "position_ids";
 
@@ -353,6 +354,27 @@ token_choice token_rules::next(capture const& c) {
       return values[static_cast<std::size_t>(before_ + i)] == drop;
     });
   }
+
+  // Offered, not taken: such names do not say what 0 means.
+  if (asked_->own_masks)
+    for (char const* const name : offered_masks) {
+      auto const& named = asked_->masks;
+      if (std::find(named.begin(), named.end(), name) != named.end()) continue;
+      try {
+        std::optional<rflow::tensor> const x = c.tensor(name);
+        if (!x || !has_token_shape(c, *x)) continue;
+        std::vector<std::int64_t> const values = zeros_and_ones(name, *x);
+        bool there[2] = {false, false};  // among the tokens that count
+        for (std::size_t i = 0; i < values.size(); ++i)
+          if (kept[i]) there[values[i]] = true;
+        if (there[0] && there[1])
+          out.notes.push_back(std::string("its tensor '") + name +
+                              "' is 0 at some tokens and 1 at others, and was not used: --mask " +
+                              name + " leaves the tokens out where it is 0");
+      } catch (std::invalid_argument const&) {  // no mask
+      } catch (rflow::format_error const&) {    // a file of a folder that nobody asked for
+      }
+    }
 
   sequences_found sequences = find_sequences(c, *asked_, kept, rows, out.notes);
   out.offsets = std::move(sequences.offsets);

@@ -855,6 +855,44 @@ TEST_CASE("masks of floats: exactly 0 and 1") {
   }
 }
 
+TEST_CASE("a tensor called mask is offered, not taken") {
+  folder const work;
+  capture x(2, 12, 4, 32);
+  integers const mask{1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0};
+  auto const notes = [&](arguments more) {
+    more.insert(more.begin(), "x.safetensors");
+    x.write(work / "x.safetensors");
+    std::filesystem::remove_all(work.path / "r");
+    json const m = model(work, "r", more);
+    CHECK(m.at("tokens").at("used") ==
+          (std::find(more.begin(), more.end(), "--mask") == more.end() ? 12 : 9));
+    return m.at("warnings").dump();
+  };
+  auto const offered = [](std::string const& all) {
+    return all.find("--mask mask leaves the tokens out where it is 0") != std::string::npos;
+  };
+  x.beside["mask"] = mask;
+  CHECK(offered(notes({})));
+  CHECK(offered(notes({"--shards"})));
+  CHECK_FALSE(offered(notes({"--mask", "mask"})));
+  CHECK_FALSE(offered(notes({"--no-mask"})));
+  x.shapes["mask"] = {3, 4};
+  CHECK(offered(notes({})));
+  x.shapes.clear();
+  // Of other sizes, values or without a 0 it is no mask that leaves out a part of the tokens.
+  for (integers const& other : {integers(12, 1), integers(12), integers(11, 1), integers(24),
+                                integers{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11}}) {
+    x.beside["mask"] = other;
+    CHECK_FALSE(offered(notes({})));
+  }
+  // Nor where another mask has left out the same tokens.
+  x.beside = {{"mask", mask}, {"attention_mask", mask}};
+  x.write(work / "both.safetensors");
+  json const both = model(work, "both", {"both.safetensors"});
+  CHECK(both.at("tokens").at("used") == 9);
+  CHECK_FALSE(offered(both.at("warnings").dump()));
+}
+
 TEST_CASE("a tensor of sequences with a number a token: what is expected, and the cure") {
   folder const work;
   capture x(2, 12, 5, 34);
