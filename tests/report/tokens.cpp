@@ -893,6 +893,28 @@ TEST_CASE("a tensor called mask is offered, not taken") {
   CHECK_FALSE(offered(both.at("warnings").dump()));
 }
 
+TEST_CASE("rows of zeros name the mask, and the mask takes them out") {
+  folder const work;
+  capture x(2, 12, 4, 33);
+  for (char const* const site : {"embed", "block.1", "block.2"})
+    for (std::ptrdiff_t token = 9; token < 12; ++token)
+      for (std::ptrdiff_t k = 0; k < 4; ++k) x.at(site, token, k) = 0;
+  x.beside["keep"] = {1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0};
+  x.write(work / "x.safetensors");
+  for (arguments const& mode : {arguments{}, arguments{"--shards"}}) {
+    arguments more = mode;
+    more.push_back("x.safetensors");
+    std::string const notes =
+        model(work, "r" + std::to_string(mode.size()), more).at("warnings").dump();
+    CHECK(notes.find("3 tokens of zeros, left out of the cosines; St1, St2 and CKA count them. If "
+                     "they are padding, a mask (--mask)") != std::string::npos);
+    more.insert(more.end(), {"--mask", "keep"});
+    std::string const masked =
+        model(work, "m" + std::to_string(mode.size()), more).at("warnings").dump();
+    CHECK(masked.find("of zeros") == std::string::npos);
+  }
+}
+
 TEST_CASE("a tensor of sequences with a number a token: what is expected, and the cure") {
   folder const work;
   capture x(2, 12, 5, 34);
