@@ -941,3 +941,30 @@ TEST_CASE("a tensor of sequences with a number a token: what is expected, and th
     CHECK(o.err.find("--sequences none") != std::string::npos);
   }
 }
+
+TEST_CASE("tables and summary say what they are") {
+  folder const work;
+  capture x(3, 12, 4, 35);
+  x.write(work / "x.safetensors");
+  for (arguments const& mode : {arguments{}, arguments{"--shards"}}) {
+    arguments more = mode;
+    std::string const name = "r" + std::to_string(mode.size());
+    more.insert(more.end(), {"x.safetensors", "-o", name, "--normalization", "per_token"});
+    outcome const o = run(work, more);
+    REQUIRE(o.status == 0);
+    CHECK(o.out.find("path energy (per_token)") != std::string::npos);
+    CHECK((o.out.find("groups of outlying tokens are looked for in single files only") !=
+           std::string::npos) == (mode.size() == 1));
+    std::string const blocks = read(work.path / name / "blocks.csv");
+    std::size_t at = blocks.find('\n');
+    CHECK(blocks.substr(0, at).ends_with(",curvature,status,curvature_status"));
+    for (int l = 0; l < 3; ++l) {
+      std::size_t const end = blocks.find('\n', at + 1);
+      std::string const line = blocks.substr(at + 1, end - at - 1);
+      CAPTURE(line);
+      CHECK(line.ends_with(",,ok,too_few_sites") == (l == 0));
+      CHECK(line.ends_with(",ok,ok") == (l > 0));
+      at = end;
+    }
+  }
+}
