@@ -660,11 +660,12 @@ TEST_CASE("the input of the first block is offered as the embedding") {
   auto const sites = stream(4);
   write(work / "own.safetensors", under(own(3), sites));
   json const expected = model_of(work, {"own.safetensors"});
-  for (auto const& [input, before, after] : std::vector<std::array<std::string, 3>>{
+  for (auto const& row : std::vector<std::array<std::string, 3>>{
            {"model.layers.0.input", "model.layers.", ""},
            {"model.layers.0.input", "model.layers.", ".output"},
            {"transformer.h.0.input[0]", "transformer.h.", ".output.0"},
            {"gpt_neox.layers.0.input.0", "gpt_neox.layers.", ""}}) {
+    std::string const &input = row[0], &before = row[1], &after = row[2];
     CAPTURE(input);
     write(work / "x.safetensors", under(joined({input}, numbered(before, 0, 2, after)), sites));
     json const without = model_of(work, {"x.safetensors"});
@@ -707,12 +708,12 @@ TEST_CASE("options that are none, and values that are one too many") {
   folder const work;
   write(work / "a.safetensors", under(own(2), stream(3)));
   write(work / "b.safetensors", under(own(2), stream(3, 2)));
-  for (auto const& [wrong, right] :
-       std::map<std::string, std::string>{{"--nmae", "--name"},
-                                          {"--skip-frist", "--skip-first"},
-                                          {"--sequence=none", "--sequences"},
-                                          {"--normalisation", "--normalization"},
-                                          {"--norm", "--normalization"}}) {
+  for (auto const& pair : std::map<std::string, std::string>{{"--nmae", "--name"},
+                                                             {"--skip-frist", "--skip-first"},
+                                                             {"--sequence=none", "--sequences"},
+                                                             {"--normalisation", "--normalization"},
+                                                             {"--norm", "--normalization"}}) {
+    std::string const &wrong = pair.first, &right = pair.second;
     CAPTURE(wrong);
     CHECK(says(refusal(work, {"a.safetensors", wrong, "x"}), "; did you mean " + right + "?"));
   }
