@@ -61,6 +61,8 @@ void read_token_ids(opened& file, capture& c) {
 void add_notes(capture& c) {
   for (rflow::site_note const& note : c.sites.notes) {
     std::string text = note.text;
+    if (note.kind == rflow::site_remark::embedding_offered)
+      text += ": --embed " + one_line(note.subject) + " takes it for the embedding";
     if (note.kind == rflow::site_remark::embedding_left_out)
       text += ". --embed " + one_line(note.subject) + " takes it nonetheless";
     if (note.kind == rflow::site_remark::layers_unsaid)
@@ -100,11 +102,13 @@ capture load(std::string const& path, options const& asked) {
       rflow::tensor const array = (*out.file)[out.file->names().front()];
       require_clear_axes(path, name.stem().string(), array, asked);
       out.sites = rflow::split_sites(array, asked.pattern);
-      if (asked.pattern.axes.empty())
-        if (std::string hint = axes_hint(array); !hint.empty())
-          out.notes.push_back(std::move(hint));
+      if (std::string hint = axes_hint(out.sites, &array, asked.pattern.axes); !hint.empty())
+        out.notes.push_back(std::move(hint));
     } else {
       out.sites = rflow::find_sites(*out.file, asked.pattern);
+      if (asked.pattern.axes.find('s') != std::string::npos)
+        if (std::string hint = axes_hint(out.sites, nullptr, asked.pattern.axes); !hint.empty())
+          out.notes.push_back(std::move(hint));
       read_token_ids(*out.file, out);
     }
     if (out.sites.widened.happened())

@@ -527,7 +527,10 @@ void add_warnings(model_result& m, rflow::flow_report const& final_norm, options
     if (zero_rows[l] > 0) with_zeros[zero_rows[l]].push_back(l);
   for (auto const& [count, which] : with_zeros)
     out.push_back({false, list_sites(all, which) + ": " + plural(count, "token") +
-                              " of zeros, left out of the cosines"});
+                              " of zeros, left out of the cosines; St1, St2 and CKA count them." +
+                              (count < f.tokens ? " If they are padding, a mask (--mask) leaves "
+                                                  "them out of everything"
+                                                : "")});
 
   // Advice: one token that decides everything.
   struct rule {

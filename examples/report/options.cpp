@@ -9,9 +9,12 @@
 #include <filesystem>
 #include <iterator>
 #include <memory>
+#include <numeric>
 #include <stdexcept>
 #include <string_view>
 #include <system_error>
+#include <utility>
+#include <vector>
 
 #include "text.hpp"
 
@@ -145,6 +148,70 @@ std::string axes_of(std::string const& text) {
                                "expected, found " +
                                    text);
   return out;
+}
+
+/// Letters to put in, leave out or change (Levenshtein).
+std::size_t distance_of(std::string_view a, std::string_view b) {
+  std::vector<std::size_t> row(b.size() + 1);
+  std::iota(row.begin(), row.end(), std::size_t{0});
+  for (std::size_t i = 1; i <= a.size(); ++i) {
+    std::size_t corner = std::exchange(row[0], i);
+    for (std::size_t j = 1; j <= b.size(); ++j) {
+      std::size_t const changed = corner + (a[i - 1] == b[j - 1] ? 0 : 1);
+      corner = row[j];
+      row[j] = std::min({changed, row[j] + 1, row[j - 1] + 1});
+    }
+  }
+  return row.back();
+}
+
+/// Names the option that is most like the first argument that should be one; else empty.
+std::string suggestion(CLI::App const& app, int argc, char const* const* argv) {
+  for (int i = 1; i < argc && std::string_view(argv[i]) != "--"; ++i) {
+    std::string word = argv[i];
+    if (!word.starts_with("--")) continue;
+    word = word.substr(2, word.find('=') == std::string::npos ? word.npos : word.find('=') - 2);
+    if (app.get_option_no_throw("--" + word) != nullptr) continue;
+    std::string best;
+    std::size_t least = std::max<std::size_t>(2, word.size() / 3) + 1;
+    for (CLI::Option const* const option : app.get_options())
+      for (std::string const& name : option->get_lnames()) {
+        std::size_t distance = distance_of(word, name);
+        if (word.size() > 2 && name.starts_with(word))
+          distance = std::min<std::size_t>(2, distance);
+        if (distance < least) least = distance, best = name;
+      }
+    if (!best.empty()) return "; did you mean --" + best + "?";
+  }
+  return "";
+}
+
+/// A second value of an option that takes one at a time was taken for an input.
+void require_single_values(options const& o, int argc, char const* const* argv) {
+  std::error_code ignored;
+  auto const exists = [&](std::string const& path) {
+    return std::filesystem::exists(path, ignored);
+  };
+  std::ptrdiff_t const inputs = std::count_if(o.inputs.begin(), o.inputs.end(), exists);
+  std::ptrdiff_t const models = !o.shards           ? inputs
+                                : o.against.empty() ? std::min<std::ptrdiff_t>(inputs, 1)
+                                                    : 2;
+  constexpr std::string_view one_each[] = {"--name", "--mask", "--labels", "--label-groups",
+                                           "--ignore-label"};
+  for (int i = 1; i + 2 < argc; ++i) {
+    std::string const option = argv[i], first = argv[i + 1], second = argv[i + 2];
+    if (std::find(std::begin(one_each), std::end(one_each), option) == std::end(one_each)) continue;
+    if (second.starts_with('-') || exists(second) ||
+        std::find(o.inputs.begin(), o.inputs.end(), second) == o.inputs.end())
+      continue;
+    // One model has one name, which may be of two words.
+    std::string const cure = option == "--name" && models < 2
+                                 ? " '" + first + " " + second + "'"
+                                 : " " + first + " " + option + " " + second;
+    if (models > 0)
+      throw std::invalid_argument(option + " takes one value at a time, and '" + second +
+                                  "' is no file: " + option + cure);
+  }
 }
 
 }  // namespace
@@ -376,9 +443,11 @@ std::optional<options> parse(int argc, char const* const* argv) {
     app.exit(asked);
     return std::nullopt;
   } catch (CLI::ParseError const& error) {
-    throw std::invalid_argument(std::string(error.what()) + " (see rflow_report --help)");
+    throw std::invalid_argument(std::string(error.what()) + suggestion(app, argc, argv) +
+                                " (see rflow_report --help)");
   }
 
+  require_single_values(o, argc, argv);
   o.normalize = normalization.is("none")        ? rflow::normalization::none
                 : normalization.is("per_token") ? rflow::normalization::per_token
                 : normalization.is("relative")  ? rflow::normalization::relative

@@ -680,6 +680,9 @@ result measure_shards(options const& asked, workers& all, progress const& tell) 
   require_finite(model);
   for (std::string const& text : p.notes) model.warnings.push_back({false, text});
   add_warnings(model, {}, asked);
+  if (p.all.used >= outlier_facts::least)
+    model.warnings.push_back(
+        {false, "groups of outlying tokens are looked for in single files only, without --shards"});
   if (asked.minibatch_cka)
     model.warnings.push_back(
         {false,

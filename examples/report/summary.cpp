@@ -71,7 +71,8 @@ std::string summary(result const& r, options const& asked) {
     return number(finite(std::sqrt(m.st2_squared_bounds().lower))) + " ... " +
            number(finite(std::sqrt(m.st2_squared_bounds().upper)));
   });
-  row("path energy", [](model_result const& m) { return number(m.flow.variance.path_energy, 4); });
+  row("path energy" + by,
+      [](model_result const& m) { return number(m.flow.variance.path_energy, 4); });
   for (std::size_t c = 0; c < r.models.front().cka.size(); ++c)
     row(r.models.front().cka[c].kernel + " CKA, first to last", [&](model_result const& m) {
       return number(m.cka[c].grid(asked.main_estimator).at(0, m.steps()));

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "tokens.hpp"
 
+#include <rflow/widen.hpp>
+
 #include <algorithm>
 #include <filesystem>
 #include <iterator>
@@ -9,6 +11,7 @@
 #include <optional>
 #include <string_view>
 #include <system_error>
+#include <type_traits>
 #include <variant>
 
 #include "text.hpp"
@@ -17,8 +20,9 @@ namespace report {
 namespace {
 
 // Keys that the field's tools use.
-constexpr char const* own_mask = "attention_mask";               // 1: a token
-constexpr char const* own_special_mask = "special_tokens_mask";  // 1: none
+constexpr char const* own_mask = "attention_mask";                             // 1: a token
+constexpr char const* own_special_mask = "special_tokens_mask";                // 1: none
+constexpr char const* offered_masks[] = {"mask", "input_mask", "token_mask"};  // unsaid whose
 constexpr char const* own_offsets[] = {"sequences", "cu_seqlens"};
 constexpr char const* own_positions = "position_ids";
 
@@ -32,13 +36,19 @@ std::vector<std::int64_t> integers(capture const& c, rflow::tensor const& x,
   }
 }
 
+std::ptrdiff_t batch_of(capture const& c) {
+  return c.sites.sequences.empty() ? 1 : std::ssize(c.sites.sequences) - 1;
+}
+
 /// One value a token, of shape tokens or batch × tokens.
+bool has_token_shape(capture const& c, rflow::tensor const& x) {
+  std::ptrdiff_t const batch = batch_of(c);
+  return x.size() == c.sites.tokens() && (x.rank() == 1 || x.rank() == 2) &&
+         (x.rank() == 1 || batch == 1 || x.shape[0] == batch);
+}
 void require_token_shape(capture const& c, rflow::tensor const& x, std::string const& cure) {
-  std::ptrdiff_t const n = c.sites.tokens();
-  std::ptrdiff_t const batch = c.sites.sequences.empty() ? 1 : std::ssize(c.sites.sequences) - 1;
-  bool const fits = x.size() == n && (x.rank() == 1 || x.rank() == 2) &&
-                    (x.rank() == 1 || batch == 1 || x.shape[0] == batch);
-  if (!fits)
+  std::ptrdiff_t const n = c.sites.tokens(), batch = batch_of(c);
+  if (!has_token_shape(c, x))
     throw unusable(c.path,
                    "one value a token expected, " +
                        (batch > 1 ? std::to_string(batch) + " x " + std::to_string(n / batch)
@@ -46,16 +56,41 @@ void require_token_shape(capture const& c, rflow::tensor const& x, std::string c
                        ", found " + x.description() + cure);
 }
 
-/// Values of 0 and 1 as what is to be kept.
-void require_mask(std::string const& path, std::string const& name,
-                  std::vector<std::int64_t> const& values, std::string const& cure) {
-  for (std::size_t i = 0; i < values.size(); ++i)
-    if (values[i] != 0 && values[i] != 1)
-      throw unusable(path, "the mask '" + name + "' holds " + std::to_string(values[i]) +
-                               " at token " + std::to_string(i) + "; 0 or 1 expected" + cure);
+bool marks_special(std::string const& name) { return name == own_special_mask; }
+
+bool is_integral(rflow::dtype type) {
+  return type == rflow::dtype::boolean || (type >= rflow::dtype::u8 && type <= rflow::dtype::i64);
 }
 
-bool marks_special(std::string const& name) { return name == own_special_mask; }
+/// The values of a mask, 0 or 1 in integers, booleans or floats, row-major.
+/// @throws std::invalid_argument saying what else is there
+std::vector<std::int64_t> zeros_and_ones(std::string const& name, rflow::tensor const& x) {
+  std::string const expected = std::string("; 0 or 1 expected, where 1 ") +
+                               (marks_special(name) ? "leaves a token out" : "keeps a token");
+  auto const require = [&](auto value, std::size_t i) {
+    if (value != 0 && value != 1)
+      throw std::invalid_argument("the mask '" + name + "' holds " +
+                                  (std::is_integral_v<decltype(value)>
+                                       ? std::to_string(value)
+                                       : number(static_cast<double>(value))) +
+                                  " at token " + std::to_string(i) + expected);
+  };
+  std::vector<std::int64_t> out;
+  if (is_integral(x.type)) {
+    out = x.integers();
+    for (std::size_t i = 0; i < out.size(); ++i) require(out[i], i);
+  } else if (rflow::is_activation(x.type)) {
+    rflow::widened_tensor const wide = rflow::widen(x, rflow::dtype::f64);
+    double const* const values = wide.array.elements<double>();
+    for (std::ptrdiff_t i = 0; i < x.size(); ++i) {
+      require(values[i], static_cast<std::size_t>(i));
+      out.push_back(values[i] == 1 ? 1 : 0);
+    }
+  } else {
+    throw std::invalid_argument("a mask is " + x.description() + expected);
+  }
+  return out;
+}
 
 /// Where sequences begin, from Q + 1 ascending offsets.
 std::vector<std::ptrdiff_t> sequences_of_offsets(capture const& c, rflow::tensor const& x,
@@ -68,7 +103,8 @@ std::vector<std::ptrdiff_t> sequences_of_offsets(capture const& c, rflow::tensor
   if (out.size() < 2 || out.front() != 0 || out.back() != n ||
       !std::is_sorted(out.begin(), out.end()))
     throw unusable(c.path, "the tensor '" + x.name + "' does not ascend from 0 to its " +
-                               plural(n, "token") + cure);
+                               plural(n, "token") + ", as offsets of sequences do (0 … " +
+                               std::to_string(n) + ")" + cure);
   return out;
 }
 
@@ -91,6 +127,15 @@ std::vector<std::ptrdiff_t> sequences_of_values(std::vector<std::int64_t> const&
 bool holds_positions(std::string const& name) { return name.find("position") != std::string::npos; }
 
 constexpr char const* without_sequences = "; --sequences none leaves it out of account";
+
+/// The same, where the user may have meant a number at each token.
+std::string without_offsets(capture const& c, rflow::tensor const& x) {
+  bool const number_a_token = has_token_shape(c, x) && x.size() > 1 && is_integral(x.type);
+  return (number_a_token
+              ? "; --sequences " + x.name + " takes it for the number of each token's sequence"
+              : "") +
+         std::string(without_sequences);
+}
 
 /// What --sequences names: offsets, or a number at each token.
 std::vector<std::ptrdiff_t> named_sequences(capture const& c, std::string const& name,
@@ -134,7 +179,7 @@ sequences_found find_sequences(capture const& c, options const& asked,
   for (char const* const name : own_offsets) {
     std::optional<rflow::tensor> const x = c.tensor(name);
     if (!x) continue;
-    std::vector<std::ptrdiff_t> offsets = sequences_of_offsets(c, *x, without_sequences);
+    std::vector<std::ptrdiff_t> offsets = sequences_of_offsets(c, *x, without_offsets(c, *x));
     if (!weak && offsets != out.offsets)
       throw unusable(c.path, std::string("its tensors '") + out.from + "' and '" + name +
                                  "' differ; --sequences " + out.from + " or --sequences " + name +
@@ -257,8 +302,12 @@ token_choice token_rules::next(capture const& c) {
   sequences_found rows;
   auto const apply = [&](std::string const& name, rflow::tensor const& x, std::string const& cure) {
     require_token_shape(c, x, cure);
-    std::vector<std::int64_t> const values = integers(c, x, cure);
-    require_mask(c.path, name, values, cure);
+    std::vector<std::int64_t> values;
+    try {
+      values = zeros_and_ones(name, x);
+    } catch (std::invalid_argument const& error) {
+      throw unusable(c.path, reason_of(error, c.path) + cure);
+    }
     if (rows.offsets.empty() && x.rank() == 2 && x.shape[0] > 1) {
       rows.from = name;
       for (std::ptrdiff_t i = 0; i <= n; i += x.shape[1]) rows.offsets.push_back(i);
@@ -285,7 +334,7 @@ token_choice token_rules::next(capture const& c) {
         // Over several shards it has the tokens of all; else its axes are those of the capture.
         if (file.array().rank() == 2 && file.array().size() == n)
           require_token_shape(c, file.array(), "");
-        found = files_.emplace(name, file.array().integers()).first;
+        found = files_.emplace(name, zeros_and_ones(name, file.array())).first;
       } catch (std::bad_alloc const&) {
         throw;
       } catch (unusable const&) {
@@ -293,7 +342,6 @@ token_choice token_rules::next(capture const& c) {
       } catch (std::exception const& error) {
         throw unusable(name, reason_of(error, name));
       }
-      require_mask(name, name, found->second, "");
     }
     std::vector<std::int64_t> const& values = found->second;
     std::ptrdiff_t const there = std::ssize(values);
@@ -306,6 +354,27 @@ token_choice token_rules::next(capture const& c) {
       return values[static_cast<std::size_t>(before_ + i)] == drop;
     });
   }
+
+  // Offered, not taken: such names do not say what 0 means.
+  if (asked_->own_masks)
+    for (char const* const name : offered_masks) {
+      auto const& named = asked_->masks;
+      if (std::find(named.begin(), named.end(), name) != named.end()) continue;
+      try {
+        std::optional<rflow::tensor> const x = c.tensor(name);
+        if (!x || !has_token_shape(c, *x)) continue;
+        std::vector<std::int64_t> const values = zeros_and_ones(name, *x);
+        bool there[2] = {false, false};  // among the tokens that count
+        for (std::size_t i = 0; i < values.size(); ++i)
+          if (kept[i]) there[values[i]] = true;
+        if (there[0] && there[1])
+          out.notes.push_back(std::string("its tensor '") + name +
+                              "' is 0 at some tokens and 1 at others, and was not used: --mask " +
+                              name + " leaves the tokens out where it is 0");
+      } catch (std::invalid_argument const&) {  // no mask
+      } catch (rflow::format_error const&) {    // a file of a folder that nobody asked for
+      }
+    }
 
   sequences_found sequences = find_sequences(c, *asked_, kept, rows, out.notes);
   out.offsets = std::move(sequences.offsets);

@@ -429,7 +429,7 @@ std::map<std::string, std::string> csv_files(result const& r) {
   std::string sites = "model,site,position,inter_token_cosine,status,rms_norm,zero_rows";
   std::string blocks =
       "model,from,to,position,adjacent_cosine_mean,adjacent_cosine_stddev,left_out,step,curvature,"
-      "status\n";
+      "status,curvature_status\n";
   bool linear = false, rbf = false;
   for (cka_result const& c : r.models.front().cka) (c.kernel == "linear" ? linear : rbf) = true;
   if (linear) sites += ",top_token,top_token_share";
@@ -463,11 +463,14 @@ std::map<std::string, std::string> csv_files(result const& r) {
     for (std::size_t l = 0; l + 1 < m.sites.size(); ++l) {
       auto const& pair = m.flow.adjacent[l];
       auto const& v = m.flow.variance;
+      // The first block has no step before its own.
+      measured const turn = l > 0 ? v.curvature[l - 1] : measured(rflow::status::too_few_sites);
       blocks += name + "," + csv_text(m.sites[l]) + "," + csv_text(m.sites[l + 1]) + "," +
                 csv_number(m.position(l + 1)) + "," + csv_number(pair.mean) + "," +
                 csv_number(pair.stddev) + "," + std::to_string(pair.left_out) + "," +
-                csv_number(v.steps[l]) + "," + (l > 0 ? csv_number(v.curvature[l - 1]) : "") + "," +
-                std::string(to_string(pair.mean.why)) + "\n";
+                csv_number(v.steps[l]) + "," + csv_number(turn) + "," +
+                std::string(to_string(pair.mean.why)) + "," + std::string(to_string(turn.why)) +
+                "\n";
     }
   }
   return {{"sites.csv", sites}, {"blocks.csv", blocks}};

@@ -75,6 +75,7 @@ class site_error : public std::invalid_argument {
 enum class site_remark : std::uint8_t {
   recognised,          ///< whose names they are
   no_embedding,        ///< the chain begins with a block
+  embedding_offered,   ///< subject: an input of the first block, which may be the embedding
   embedding_left_out,  ///< subject: a tensor that lacks what is added to it before the first block
   layers_unsaid,       ///< an array that does not say which layers it holds
   subset,              ///< blocks were left out
@@ -200,6 +201,9 @@ inline constexpr naming_family naming_table[] = {
      false},
 };
 
+/// What a module's input is called, where its output is called by the path or as below.
+inline constexpr std::string_view input_endings[] = {".input", ".input.0", ".input[0]", "_input",
+                                                     ".in"};
 inline constexpr std::string_view module_endings[] = {"",           ".output", ".output.0",
                                                       ".output[0]", "_output", ".out"};
 
@@ -559,8 +563,19 @@ inline std::optional<site_names> name_sites(std::string const& path,
                              std::to_string(out.blocks.front().layer) + " (" +
                              printable(out.blocks.front().name) + ")",
                          ""});
-    if (std::string const partial = detail::first_there(family.partial, set, there);
-        !partial.empty())
+    // The input of block 1 has all that is added before it.
+    std::string input;
+    if (std::string first = out.blocks.front().name; out.blocks.front().layer == 1) {
+      first.resize(first.size() - set.after.size());
+      for (std::string_view const ending : detail::input_endings)
+        if (input.empty() && there(first + std::string(ending)))
+          input = first + std::string(ending);
+    }
+    if (!input.empty())
+      out.notes.push_back({site_remark::embedding_offered,
+                           printable(input) + " may be the state before block 1", input});
+    else if (std::string const partial = detail::first_there(family.partial, set, there);
+             !partial.empty())
       out.notes.push_back({site_remark::embedding_left_out,
                            printable(partial) +
                                " is not taken for the embedding: where positions are learned "

@@ -9,6 +9,7 @@
 #include <rflow/safetensors.hpp>
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstdint>
 #include <filesystem>
@@ -552,4 +553,183 @@ TEST_CASE("sites of several widths: what exists is computed, the rest has a stat
   }
   CHECK(run(work, {"x.safetensors", "--strict"}).status == 2);
   CHECK(says(refusal(work, {"--shards", "x.safetensors"}), "its sites differ in width"));
+}
+
+TEST_CASE("what the order of four axes looks like") {
+  folder const work;
+  constexpr std::size_t batch = 4, length = 7, count = 5;
+  auto const sites = stream(static_cast<int>(count), 7, batch * length);
+  // The array in any order of the axes.
+  auto const array = [&](std::string const& letters) {
+    std::map<char, std::size_t> const sizes{{'s', count}, {'b', batch}, {'t', length}};
+    std::map<char, std::size_t> at;
+    std::vector<float> out;
+    for (std::size_t i = 0; i < count * batch * length; ++i) {
+      std::size_t rest = i;
+      for (std::size_t a = 3; a-- > 0; rest /= sizes.at(letters[a]))
+        at[letters[a]] = rest % sizes.at(letters[a]);
+      auto const from =
+          sites[at['s']].begin() + static_cast<std::ptrdiff_t>((at['b'] * length + at['t']) * d);
+      out.insert(out.end(), from, from + d);
+    }
+    std::vector<std::ptrdiff_t> shape;
+    for (char const axis : letters.substr(0, 3))
+      shape.push_back(static_cast<std::ptrdiff_t>(sizes.at(axis)));
+    shape.push_back(d);
+    rflow::write_npy(work / (letters + ".npy"), out, shape);
+    write(work / (letters + ".safetensors"), {{"states", out}}, {}, shape);
+  };
+  for (char const* letters : {"sbth", "bsth", "btsh"}) array(letters);
+  json const right = model_of(work, {"sbth.npy"});
+  CHECK_FALSE(noted(right, "--axes"));
+  CHECK_FALSE(noted(model_of(work, {"sbth.npy", "--axes", "sbth"}), "--axes"));
+
+  json const wrong = model_of(work, {"bsth.npy"});
+  CHECK(noted(wrong, "was read as sites,batch,tokens,hidden"));
+  CHECK(noted(wrong, "compare with --axes batch,sites,tokens,hidden"));
+  json const cured = model_of(work, {"bsth.npy", "--axes", "batch,sites,tokens,hidden"});
+  check_same(cured, right);
+  CHECK_FALSE(noted(cured, "--axes"));
+  json const last = model_of(work, {"btsh.npy"});
+  CHECK(noted(last, "compare with --axes batch,tokens,sites,hidden"));
+  check_same(model_of(work, {"btsh.npy", "--axes", "batch,tokens,sites,hidden"}), right);
+
+  // Said, but contradicted: a note that names what was said, in files of names as well.
+  for (char const* file : {"bsth.npy", "bsth.safetensors"}) {
+    json const said = model_of(work, {file, "--axes", "sites,batch,tokens,hidden"});
+    CHECK(
+        noted(said, "--axes sites,batch,tokens,hidden, but neighbours resemble each other more "));
+    CHECK(noted(said, "compare with --axes batch,sites,tokens,hidden"));
+    check_same(model_of(work, {file, "--axes", "batch,sites,tokens,hidden"}), right);
+  }
+  json const other = model_of(work, {"sbth.npy", "--axes", "bsth"});
+  CHECK(noted(other, "compare with --axes sites,batch,tokens,hidden"));
+
+  // Nothing tells sites from texts where all are alike.
+  std::vector<float> alike;
+  for (std::size_t i = 0; i < count * batch * length * d; ++i)
+    alike.push_back(1 + 0.01f * static_cast<float>(i * i % 17));
+  rflow::write_npy(work / "alike.npy", alike, {count, batch, length, d});
+  CHECK(noted(model_of(work, {"alike.npy"}), "nothing tells the sites from the batch"));
+  json const said = model_of(work, {"alike.npy", "--axes", "batch,sites,tokens,hidden"});
+  CHECK_FALSE(noted(said, "--axes"));
+}
+
+TEST_CASE("the final norm at the end of a stack, by its norms") {
+  folder const work;
+  auto sites = stream(6, 9);
+  strings const names = numbered("arr_", 0, 5);
+  auto const notes = [&] {
+    rflow::write_npy(work / "x.npy", concatenated(sites), {6, n, d});
+    write(work / "x.safetensors", under(names, sites));
+    std::vector<json> out;
+    for (char const* file : {"x.npy", "x.safetensors"}) out.push_back(model_of(work, {file}));
+    return out;
+  };
+  for (json const& m : notes()) CHECK_FALSE(noted(m, "--last"));
+  auto const scale = [&](std::size_t l, float by) {
+    for (std::size_t i = 0; i < sites[l].size(); ++i)
+      sites[l][i] *= by * (1 + 0.3f * static_cast<float>(i % d));  // weights, so that rows differ
+  };
+  // The embedding may differ from all others, a block by a factor of 4.
+  scale(0, 0.01f);
+  scale(5, 0.2f);
+  for (json const& m : notes()) CHECK_FALSE(noted(m, "--last"));
+  for (float const by : {0.1f, 400.0f}) {
+    scale(5, by);
+    for (json const& m : notes())
+      CHECK(noted(m,
+                  "may be the final norm's output: --last norm takes it out of the chain, "
+                  "--last block keeps it"));
+    for (char const* file : {"x.npy", "x.safetensors"}) {
+      json const norm = model_of(work, {file, "--last", "norm"});
+      CHECK(norm.at("sites").size() == 5);
+      CHECK_FALSE(noted(norm, "--last"));
+      json const block = model_of(work, {file, "--last", "block"});
+      CHECK(block.at("sites").size() == 6);
+      CHECK_FALSE(noted(block, "--last"));
+    }
+  }
+  // Norms that jump all the time say nothing.
+  scale(2, 30.0f);
+  for (json const& m : notes()) CHECK_FALSE(noted(m, "--last"));
+}
+
+TEST_CASE("the input of the first block is offered as the embedding") {
+  folder const work;
+  auto const sites = stream(4);
+  write(work / "own.safetensors", under(own(3), sites));
+  json const expected = model_of(work, {"own.safetensors"});
+  for (auto const& row : std::vector<std::array<std::string, 3>>{
+           {"model.layers.0.input", "model.layers.", ""},
+           {"model.layers.0.input", "model.layers.", ".output"},
+           {"transformer.h.0.input[0]", "transformer.h.", ".output.0"},
+           {"gpt_neox.layers.0.input.0", "gpt_neox.layers.", ""}}) {
+    std::string const &input = row[0], &before = row[1], &after = row[2];
+    CAPTURE(input);
+    write(work / "x.safetensors", under(joined({input}, numbered(before, 0, 2, after)), sites));
+    json const without = model_of(work, {"x.safetensors"});
+    CHECK(without.at("blocks") == 3);
+    CHECK(without.at("sites").size() == 3);
+    CHECK(noted(without, "--embed " + input + " takes it for the embedding"));
+    json const with = model_of(work, {"x.safetensors", "--embed", input});
+    check_same(with, expected);
+    CHECK_FALSE(noted(with, "--embed"));
+  }
+  // A file with an embedding has no need of it.
+  named both = under(joined({"model.embed_tokens"}, numbered("model.layers.", 0, 2)), sites);
+  both.emplace_back("model.layers.0.input", sites[0]);
+  write(work / "x.safetensors", both);
+  CHECK_FALSE(noted(model_of(work, {"x.safetensors"}), "--embed"));
+}
+
+TEST_CASE("one site in a .npy: what the message says works") {
+  folder const work;
+  auto const sites = stream(3);
+  write(work / "own.safetensors", under(own(2), sites));
+  json const expected = model_of(work, {"own.safetensors"});
+  rflow::write_npy(work / "x.npy", sites[0], {n, d});
+  std::string const why = refusal(work, {"x.npy"});
+  CHECK(says(why, "one site, tokens x hidden"));
+  CHECK(says(refusal(work, {"--shards", "x.npy"}), "one site, tokens x hidden"));
+  CHECK(says(why, "(sites x tokens x hidden)"));
+  rflow::write_npy(work / "all.npy", concatenated(sites), {3, n, d});
+  check_same(model_of(work, {"all.npy"}), expected);
+  CHECK(says(why, "in a folder (embed.npy, block.1.npy, …)"));
+  fs::create_directory(work / "folder");
+  for (std::size_t l = 0; l < 3; ++l)
+    rflow::write_npy(work / ("folder/" + own(2)[l] + ".npy"), sites[l], {n, d});
+  check_same(model_of(work, {"folder"}), expected);
+  CHECK(says(why, "--axes tokens,hidden reads this site alone"));
+  CHECK(model_of(work, {"x.npy", "--axes", "tokens,hidden"}).at("sites").size() == 1);
+}
+
+TEST_CASE("options that are none, and values that are one too many") {
+  folder const work;
+  write(work / "a.safetensors", under(own(2), stream(3)));
+  write(work / "b.safetensors", under(own(2), stream(3, 2)));
+  for (auto const& pair : std::map<std::string, std::string>{{"--nmae", "--name"},
+                                                             {"--skip-frist", "--skip-first"},
+                                                             {"--sequence=none", "--sequences"},
+                                                             {"--normalisation", "--normalization"},
+                                                             {"--norm", "--normalization"}}) {
+    std::string const &wrong = pair.first, &right = pair.second;
+    CAPTURE(wrong);
+    CHECK(says(refusal(work, {"a.safetensors", wrong, "x"}), "; did you mean " + right + "?"));
+  }
+  CHECK_FALSE(says(refusal(work, {"a.safetensors", "--entirely-else"}), "did you mean"));
+  CHECK_FALSE(says(refusal(work, {"a.safetensors", "--kernel", "none"}), "did you mean"));
+
+  CHECK(says(refusal(work, {"a.safetensors", "b.safetensors", "--name", "A", "B"}),
+             "--name takes one value at a time, and 'B' is no file: --name A --name B"));
+  CHECK(report_of(work, {"a.safetensors", "b.safetensors", "--name", "A", "--name", "B"})
+            .at("models")
+            .at(1)
+            .at("name") == "B");
+  CHECK(says(refusal(work, {"a.safetensors", "--labels", "x", "--ignore-label", "-1", "5"}),
+             "--ignore-label -1 --ignore-label 5"));
+  // One model has one name.
+  CHECK(says(refusal(work, {"a.safetensors", "--name", "A", "B"}), "is no file: --name 'A B'"));
+  CHECK(model_of(work, {"a.safetensors", "--name", "A B"}).at("name") == "A B");
+  CHECK_FALSE(says(refusal(work, {"--mask", "m", "missing"}), "takes one value"));
 }

@@ -580,7 +580,7 @@ TEST_CASE("unusable input: one line, status 1, nothing left") {
   }
   SUBCASE("an array of other axes or elements") {
     rflow::write_npy(work.path / "flat.npy", x.values.at("embed"), {12, 6});
-    check_refused(work, {"flat.npy"}, {"axes sites, tokens, hidden expected", "f32 [12, 6]"});
+    check_refused(work, {"flat.npy"}, {"f32 [12, 6]: one site, tokens x hidden", "--axes"});
     rflow::write_npy(work.path / "ids.npy", std::vector<std::int64_t>(8), {2, 2, 2});
     check_refused(work, {"ids.npy"}, {"i64 [2, 2, 2]", "integers have no scale"});
     rflow::write_npy(work.path / "half.npy", std::vector<std::uint16_t>(8), {2, 2, 2});

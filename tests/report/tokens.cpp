@@ -324,10 +324,11 @@ TEST_CASE("a mask that cannot be one is one line, and its cure works") {
   rflow::write_npy(work / "long.npy", more, {13});
   check_refused(work, {"x.safetensors", "--mask", "long.npy", "-o", "out"},
                 {"long.npy: ", "13 values for 12 tokens"});
-  std::vector<float> const floats(12, 1.0f);
+  std::vector<float> floats(12, 1.0f);
+  floats[3] = 0.5f;
   rflow::write_npy(work / "floats.npy", floats, {12});
   check_refused(work, {"x.safetensors", "--mask", "floats.npy", "-o", "out"},
-                {"floats.npy: ", "integers expected"});
+                {"floats.npy: ", "holds 0.5 at token 3; 0 or 1 expected, where 1 keeps a token"});
   check_refused(work, {"x.safetensors", "--mask", "nothing", "-o", "out"},
                 {"--mask: no tensor 'nothing'"});
   // A mask is an input: no report takes its place.
@@ -802,4 +803,168 @@ TEST_CASE("a batch axis is sequences, and so are the rows of a mask") {
   file.sites.sequences = {0, 9, 18};  // another batch than the mask's
   CHECK_THROWS_WITH_AS(report::choose_tokens(file, asked),
                        doctest::Contains("2 x 9, found 'attention_mask'"), report::unusable);
+}
+
+TEST_CASE("masks of floats: exactly 0 and 1") {
+  folder const work;
+  capture x(2, 12, 4, 31);
+  x.beside["attention_mask"] = {1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0};
+  x.write(work / "right.safetensors");
+  json const right = model(work, "right", {"right.safetensors"});
+  x.beside.clear();
+  x.write(work / "bare.safetensors");
+
+  std::vector<float> floats{1, 1, 1, 1, 1, 1, 1, 1, 1, 0, -0.0f, 0};
+  std::vector<double> const doubles(floats.begin(), floats.end());
+  std::vector<std::uint16_t> f16, bf16;
+  for (float const v : floats) {
+    f16.push_back(v == 1 ? 0x3c00 : 0);
+    bf16.push_back(v == 1 ? 0x3f80 : 0);
+  }
+  auto const write = [&](auto const& values, rflow::dtype type) {
+    std::vector<rflow::tensor> tensors;
+    for (auto const& [name, site] : x.sites)
+      tensors.push_back(rflow::as_tensor(name, site, {12, 4}));
+    tensors.push_back(rflow::as_tensor("attention_mask", values, {12}));
+    tensors.back().type = type;
+    rflow::write_safetensors(work / "x.safetensors", tensors);
+  };
+  auto const check = [&](std::string const& name) {
+    CAPTURE(name);
+    comparison same{0};
+    same.all(model(work, name, {"x.safetensors"}), right);
+    CHECK(same.numbers > 20);
+    CHECK(model(work, name + "-shards", {"--shards", "x.safetensors"}).at("tokens").at("used") ==
+          9);
+  };
+  write(floats, rflow::dtype::f32), check("f32");
+  write(doubles, rflow::dtype::f64), check("f64");
+  write(f16, rflow::dtype::f16), check("f16");
+  write(bf16, rflow::dtype::bf16), check("bf16");
+  rflow::write_npy(work / "mask.npy", floats, {12});
+  CHECK(model(work, "npy", {"bare.safetensors", "--mask", "mask.npy"}).at("tokens").at("used") ==
+        9);
+
+  // A mask to be added to scores is none.
+  for (float const v : {0.5f, -1e9f, missing, std::numeric_limits<float>::infinity()}) {
+    floats[4] = v;
+    write(floats, rflow::dtype::f32);
+    check_refused(work, {"x.safetensors", "-o", "out"},
+                  {"'attention_mask' holds ", " at token 4; 0 or 1 expected, where 1 keeps a token",
+                   "--no-mask"});
+  }
+}
+
+TEST_CASE("a tensor called mask is offered, not taken") {
+  folder const work;
+  capture x(2, 12, 4, 32);
+  integers const mask{1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0};
+  auto const notes = [&](arguments more) {
+    more.insert(more.begin(), "x.safetensors");
+    x.write(work / "x.safetensors");
+    std::filesystem::remove_all(work.path / "r");
+    json const m = model(work, "r", more);
+    CHECK(m.at("tokens").at("used") ==
+          (std::find(more.begin(), more.end(), "--mask") == more.end() ? 12 : 9));
+    return m.at("warnings").dump();
+  };
+  auto const offered = [](std::string const& all) {
+    return all.find("--mask mask leaves the tokens out where it is 0") != std::string::npos;
+  };
+  x.beside["mask"] = mask;
+  CHECK(offered(notes({})));
+  CHECK(offered(notes({"--shards"})));
+  CHECK_FALSE(offered(notes({"--mask", "mask"})));
+  CHECK_FALSE(offered(notes({"--no-mask"})));
+  x.shapes["mask"] = {3, 4};
+  CHECK(offered(notes({})));
+  x.shapes.clear();
+  // Of other sizes, values or without a 0 it is no mask that leaves out a part of the tokens.
+  for (integers const& other : {integers(12, 1), integers(12), integers(11, 1), integers(24),
+                                integers{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11}}) {
+    x.beside["mask"] = other;
+    CHECK_FALSE(offered(notes({})));
+  }
+  // Nor where another mask has left out the same tokens.
+  x.beside = {{"mask", mask}, {"attention_mask", mask}};
+  x.write(work / "both.safetensors");
+  json const both = model(work, "both", {"both.safetensors"});
+  CHECK(both.at("tokens").at("used") == 9);
+  CHECK_FALSE(offered(both.at("warnings").dump()));
+}
+
+TEST_CASE("rows of zeros name the mask, and the mask takes them out") {
+  folder const work;
+  capture x(2, 12, 4, 33);
+  for (char const* const site : {"embed", "block.1", "block.2"})
+    for (std::ptrdiff_t token = 9; token < 12; ++token)
+      for (std::ptrdiff_t k = 0; k < 4; ++k) x.at(site, token, k) = 0;
+  x.beside["keep"] = {1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0};
+  x.write(work / "x.safetensors");
+  for (arguments const& mode : {arguments{}, arguments{"--shards"}}) {
+    arguments more = mode;
+    more.push_back("x.safetensors");
+    std::string const notes =
+        model(work, "r" + std::to_string(mode.size()), more).at("warnings").dump();
+    CHECK(notes.find("3 tokens of zeros, left out of the cosines; St1, St2 and CKA count them. If "
+                     "they are padding, a mask (--mask)") != std::string::npos);
+    more.insert(more.end(), {"--mask", "keep"});
+    std::string const masked =
+        model(work, "m" + std::to_string(mode.size()), more).at("warnings").dump();
+    CHECK(masked.find("of zeros") == std::string::npos);
+  }
+}
+
+TEST_CASE("a tensor of sequences with a number a token: what is expected, and the cure") {
+  folder const work;
+  capture x(2, 12, 5, 34);
+  x.beside["sequences"] = {0, 5, 12};
+  x.write(work / "right.safetensors");
+  json const right = model(work, "right", {"right.safetensors"}).at("inter_token_cosine");
+  for (char const* const name : {"sequences", "cu_seqlens"}) {
+    CAPTURE(name);
+    x.beside = {{name, {0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1}}};
+    x.write(work / "x.safetensors");
+    std::string const cure =
+        std::string("--sequences ") + name + " takes it for the number of each token's sequence";
+    check_refused(work, {"x.safetensors", "-o", "out"},
+                  {"as offsets of sequences do (0 … 12)", cure, "--sequences none"});
+    check_refused(work, {"--shards", "x.safetensors", "-o", "out"}, {cure});
+    CHECK(model(work, name, {"x.safetensors", "--sequences", name}).at("inter_token_cosine") ==
+          right);
+    // It has a number for each token only if there are as many.
+    x.beside = {{name, {0, 0, 0, 1, 1}}};
+    x.write(work / "few.safetensors");
+    outcome const o = run(work, {"few.safetensors", "-o", "out"});
+    CHECK(o.status == 1);
+    CHECK(o.err.find(cure) == std::string::npos);
+    CHECK(o.err.find("--sequences none") != std::string::npos);
+  }
+}
+
+TEST_CASE("tables and summary say what they are") {
+  folder const work;
+  capture x(3, 12, 4, 35);
+  x.write(work / "x.safetensors");
+  for (arguments const& mode : {arguments{}, arguments{"--shards"}}) {
+    arguments more = mode;
+    std::string const name = "r" + std::to_string(mode.size());
+    more.insert(more.end(), {"x.safetensors", "-o", name, "--normalization", "per_token"});
+    outcome const o = run(work, more);
+    REQUIRE(o.status == 0);
+    CHECK(o.out.find("path energy (per_token)") != std::string::npos);
+    CHECK((o.out.find("groups of outlying tokens are looked for in single files only") !=
+           std::string::npos) == (mode.size() == 1));
+    std::string const blocks = read(work.path / name / "blocks.csv");
+    std::size_t at = blocks.find('\n');
+    CHECK(blocks.substr(0, at).ends_with(",curvature,status,curvature_status"));
+    for (int l = 0; l < 3; ++l) {
+      std::size_t const end = blocks.find('\n', at + 1);
+      std::string const line = blocks.substr(at + 1, end - at - 1);
+      CAPTURE(line);
+      CHECK(line.ends_with(",,ok,too_few_sites") == (l == 0));
+      CHECK(line.ends_with(",ok,ok") == (l > 0));
+      at = end;
+    }
+  }
 }
