@@ -445,6 +445,35 @@ TEST_CASE_TEMPLATE("features far from the origin are centred first", On, RFLOW_B
   }
 }
 
+TEST_CASE_TEMPLATE("doubles far from the origin are centred to their last digits", On,
+                   RFLOW_BACKENDS) {
+  using namespace backends;
+  // The same tokens at the origin are exact: offset and values are multiples of a small power of two.
+  for (double const offset : {0x1p40, 0x1p43})  // 1e12, 9e12
+    for (double const size : {1., 50.}) {
+      CAPTURE(offset);
+      CAPTURE(size);
+      sample<double> here(8, 2, 200, 40), far(8, 2, 200, 40);
+      for (std::size_t i = 0; i < here.values.size(); ++i) {
+        here.values[i] = std::ldexp(std::round(std::ldexp(here.values[i] * size, 9)), -9);
+        far.values[i] = here.values[i] + offset;
+      }
+      for (bool const by_rbf : {false, true}) {
+        CAPTURE(by_rbf);
+        auto const table = [&](auto const& stack, auto const& on) {
+          rflow::rbf const kernel{.sigma = {10 * size, 8 * size}};
+          return by_rbf ? rflow::cka_matrix(stack, kernel, rflow::debiased{}, on)(0, 1)
+                        : rflow::cka_matrix(stack, rflow::linear{}, rflow::debiased{}, on)(0, 1);
+        };
+        rflow::measured const right = table(here.stack, rflow::on_cpu{}),
+                              found = table(far.stack, On{});
+        REQUIRE(right.ok());
+        REQUIRE(found.ok());
+        CHECK(std::abs(found - right) <= (by_rbf ? 1e-10 : 1e-12));
+      }
+    }
+}
+
 TEST_CASE_TEMPLATE("constant layers and copies of one token have a status", On, RFLOW_BACKENDS) {
   using namespace backends;
   sample<float> s(6, 3, 20, 8);

@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <random>
 #include <vector>
 
@@ -116,6 +117,80 @@ TEST_CASE("a massive token spoils no path and no type") {
           CHECK(std::abs(rflow::cka(x, y, linear{}, debiased{}, on) - right) <= 1e-10);
         }
       }
+}
+
+TEST_CASE("a massive token of doubles, further out than floats are, and of 16-bit data") {
+  for (double const far : {1e8, 1e9})
+    for (Eigen::Index const n : {16, 512}) {
+      CAPTURE(far);
+      CAPTURE(n);
+      pair const data(static_cast<unsigned>(n), n, 64, 1);
+      MatrixXd x = data.x.cast<double>(), y = data.y.cast<double>();
+      x.row(n / 3) *= far;
+      y.row(n / 3) *= far;
+      double const right = debiased_cka(linear_kernel(x), linear_kernel(y));
+      for (auto const path : {gram_path::automatic, gram_path::gram, gram_path::feature}) {
+        CAPTURE(static_cast<int>(path));
+        rflow::on_cpu const on{.path = path};
+        CHECK(std::abs(rflow::cka(x, y, linear{}, debiased{}, on) - right) <= 1e-10);
+      }
+    }
+  auto const narrow = [](auto as, float far) {
+    using T = decltype(as);
+    pair const data(12, 512, 64, far);
+    std::vector<std::vector<T>> values(2);
+    MatrixXd exact[2] = {MatrixXd(512, 64), MatrixXd(512, 64)};
+    for (std::size_t l = 0; l < 2; ++l)
+      for (Eigen::Index i = 0; i < 512; ++i)
+        for (Eigen::Index j = 0; j < 64; ++j) {
+          values[l].push_back(T::nearest(l == 0 ? data.x(i, j) : data.y(i, j)));
+          exact[l](i, j) = static_cast<double>(static_cast<float>(values[l].back()));
+        }
+    rflow::view<T> const x(values[0].data(), 512, 64), y(values[1].data(), 512, 64);
+    double const right = debiased_cka(linear_kernel(exact[0]), linear_kernel(exact[1]));
+    for (auto const path : {gram_path::automatic, gram_path::gram, gram_path::feature}) {
+      CAPTURE(static_cast<int>(path));
+      CHECK(std::abs(rflow::cka(x, y, linear{}, debiased{}, rflow::on_cpu{.path = path}) - right) <=
+            1e-5);
+    }
+  };
+  narrow(rflow::f16{}, 1e4f);
+  narrow(rflow::bf16{}, 1e6f);
+}
+
+TEST_CASE("a fraction that is no factor is refused, and no bandwidth gives a number of its own") {
+  pair const data(13, 20, 6, 1);
+  std::vector<Eigen::MatrixXf> const both{data.x, data.y};
+  layer_stack<float> const stack(both);
+  double const infinity = std::numeric_limits<double>::infinity(),
+               nan = std::numeric_limits<double>::quiet_NaN();
+  for (double const bad : {infinity, nan, -infinity, -1., 0.}) {
+    CAPTURE(bad);
+    rbf const kernel{.fraction = bad};
+    CHECK_THROWS_AS(rflow::cka(data.x, data.y, kernel), std::invalid_argument);
+    CHECK_THROWS_AS(rflow::cka_matrix(stack, kernel), std::invalid_argument);
+    CHECK_THROWS_AS(rflow::cka_matrix(stack, kernel, biased{}), std::invalid_argument);
+    // One that is not used says nothing.
+    rbf const given{.fraction = bad, .sigma = {2, 3}};
+    CHECK(rflow::cka(data.x, data.y, given).value ==
+          rflow::cka(data.x, data.y, rbf{.sigma = {2, 3}}).value);
+  }
+  CHECK_THROWS_WITH_AS(rflow::cka(data.x, data.y, rbf{.fraction = infinity}),
+                       "rflow::on_cpu::gram: an RBF fraction of inf, not a positive finite number",
+                       std::invalid_argument);
+  for (double const bad : {infinity, nan, -1., 0.}) {
+    CAPTURE(bad);
+    rbf const kernel{.sigma = {bad, 2}};
+    for (auto const& table :
+         {rflow::cka_matrix(stack, kernel), rflow::cka_matrix(stack, kernel, biased{})}) {
+      CHECK_FALSE(table(0, 1).ok());
+      CHECK_FALSE(table(0, 0).ok());
+      CHECK(table(1, 1).ok());
+    }
+  }
+  // σ of a fraction that double does not hold.
+  MatrixXd const wide_rows = 1e300 * data.x.cast<double>();
+  CHECK_FALSE(rflow::cka(wide_rows, wide_rows, rbf{.fraction = 1e300}).ok());
 }
 
 TEST_CASE("all tokens but one equal have no debiased CKA, on any path") {

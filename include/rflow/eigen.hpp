@@ -1578,9 +1578,7 @@ gram_moments host_gram_in(char const* where, Kernel const& kernel, gram_options 
   if constexpr (std::same_as<Kernel, linear>) {
     m = gram<C, linear_kernel, Product>(sources, tokens, linear_kernel{}, options);
   } else if constexpr (std::same_as<Kernel, rbf>) {
-    if (!kernel.sigma.empty() && kernel.sigma.size() != sources.size())
-      reject(where, std::to_string(kernel.sigma.size()) + " bandwidths for " +
-                        std::to_string(sources.size()) + " sites");
+    require_bandwidths(where, kernel, static_cast<std::ptrdiff_t>(sources.size()));
     m = gram_rbf<C, Product>(sources, tokens, kernel, options);
   } else {
     static_assert(pair_kernel<Kernel>,

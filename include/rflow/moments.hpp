@@ -294,10 +294,25 @@ struct rbf {
   /// the published numbers), or each pair once.
   enum class median { all_pairs, upper_triangle };
 
-  double fraction = 1;                    ///< of the median distance
+  double fraction = 1;                    ///< of the median distance: positive, finite
   median convention = median::all_pairs;  ///< which distances
   std::vector<double> sigma = {};         ///< one σ a site, to use instead of the median's
 };
+
+namespace detail {
+
+/// @throws std::invalid_argument if the kernel has bandwidths for another number of sites, or none and
+///         a fraction that is no factor. A given σ that is no width leaves its site without a value
+inline void require_bandwidths(char const* where, rbf const& kernel, std::ptrdiff_t sites) {
+  auto const given = static_cast<std::ptrdiff_t>(kernel.sigma.size());
+  if (given != 0 && given != sites)
+    reject(where, std::to_string(given) + " bandwidths for " + std::to_string(sites) + " sites");
+  if (given == 0 && !(kernel.fraction > 0 && is_finite(kernel.fraction)))
+    reject(where, "an RBF fraction of " + std::to_string(kernel.fraction) +
+                      ", not a positive finite number");
+}
+
+}  // namespace detail
 
 /// A kernel of your own: k(⟨x, y⟩, ‖x‖², ‖y‖²) on centred features, in double. Called for every pair
 /// of tokens of every site, so it decides the speed.

@@ -1951,10 +1951,7 @@ gram_moments gram(char const* where, Device& on, std::size_t memory_bound, bool 
   (check(stacks), ...);
   if (tokens == 0) return gram_moments(sites, 0);
 
-  if constexpr (std::same_as<Kernel, rbf>)
-    if (!kernel.sigma.empty() && static_cast<integer>(kernel.sigma.size()) != sites)
-      reject(where, std::to_string(kernel.sigma.size()) + " bandwidths for " +
-                        std::to_string(sites) + " sites");
+  if constexpr (std::same_as<Kernel, rbf>) require_bandwidths(where, kernel, sites);
   constexpr bool wide = (std::same_as<T, double> || ...);
   gram_moments m;
   bool lost = false;

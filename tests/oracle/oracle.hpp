@@ -1173,7 +1173,8 @@ class comparison {
       auto const& seed = got.layers[0].seeds.at(0);
       // An error of weights is in the next gradient too, so a whole curve shares one scale.
       double const within = wide<T> ? 1e-10 : 1e-4;
-      auto const hold = [&](auto const& losses, std::vector<double> const& right, char const* part) {
+      auto const hold = [&](auto const& losses, std::vector<double> const& right,
+                            char const* part) {
         double const largest = *std::max_element(right.begin(), right.end());
         for (std::size_t e = 0; e < right.size(); ++e)
           log.check("probe loss", losses[e], right[e], 1 + largest, within, ok, part + at(e));

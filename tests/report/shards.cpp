@@ -468,9 +468,11 @@ TEST_CASE("a flipped bit anywhere in a checkpoint is refused, or changes nothing
 TEST_CASE("with as much memory as it says it needs, many threads or not, there is a report") {
   if (!plain_memory) return;
   folder const here;
-  model const m(here, 31, 3, 900, true);
+  model const m(here, 31, 3, 4000, true);
   for (std::string const cka : {"minibatch", "full"})
-    for (std::string const threads : {"1", "8"}) {
+    for (std::string const threads : {"1", "8", "32"}) {
+      CAPTURE(cka);
+      CAPTURE(threads);
       auto const with = [&](std::string const& limit) {
         return run(here, m.arguments({"-o", "out", "--force", "--cka", cka, "--threads", threads,
                                       "--memory-limit", limit}));
@@ -480,7 +482,7 @@ TEST_CASE("with as much memory as it says it needs, many threads or not, there i
       auto const at = refusal.find(before);
       REQUIRE(at != std::string::npos);
       double const needed = std::stod(refusal.substr(at + before.size()));
-      for (int k = 0; k < 10; ++k) {
+      for (int k = 0; k < 3; ++k) {
         outcome const o = with(std::to_string(static_cast<int>(needed) + 2));
         CAPTURE(o.err);
         CHECK(o.status == 0);

@@ -692,6 +692,32 @@ TEST_CASE("a group of outliers is found, summed, and set apart") {
   }
 }
 
+TEST_CASE("one token that decides everything is told of, whichever way the products are formed") {
+  folder const work;
+  struct extents {
+    std::ptrdiff_t tokens, width;
+  };
+  // The first goes over kernel matrices, the second over features.
+  for (extents const size : {extents{40, 64}, extents{700, 3}})
+    for (bool const massive : {true, false}) {
+      CAPTURE(size.tokens);
+      CAPTURE(massive);
+      capture x(2, size.tokens, size.width, 15);
+      for (std::ptrdiff_t j = 0; massive && j < size.width; ++j) x.at("block.2", 17, j) *= 3000;
+      x.write(work / "x.safetensors");
+      std::string const name = "r" + std::to_string(size.tokens) + (massive ? "m" : "");
+      json const m = model(work, name, {"x.safetensors", "--kernel", "linear"});
+      json const& share = m.at("cka").at(0).at("top_token_share");
+      std::string const said = m.at("warnings").dump();
+      CHECK(share.at("status").at(2) == "ok");
+      CHECK((said.find("block.2: token 17 makes up more than half of the linear kernel matrix") !=
+             std::string::npos) == massive);
+      if (!massive) continue;
+      CHECK(share.at("token").at(2) == 17);
+      CHECK(share.at("values").at(2) > 0.9);
+    }
+}
+
 TEST_CASE("outliers beside masks, and where there are none") {
   folder const work;
   capture plain(3, 80, 16, 14);
