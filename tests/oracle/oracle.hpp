@@ -508,11 +508,8 @@ class comparison {
       bool const out = span.outside(want.steps[l].log2()) || span.outside(want.steps[l + 1].log2());
       statuses const allowed =
           (none ? bit(status::zero_step) : ok) | (out ? off : 0) | (common & off);
-      // A cosine good to 1e-12 leaves an angle near 0 good to 1e-6.
-      double const angle_ceiling =
-          wide<T> ? std::min(1.5e-6, 1e-12 / std::max(1e-12, std::sin(want.curvature[l]))) : 1e-5;
-      log.check("curvature", v.curvature[l], want.curvature[l], 1, none ? 1 : angle_ceiling,
-                allowed, at(l));
+      log.check("curvature", v.curvature[l], want.curvature[l], 1, none ? 1 : ceiling, allowed,
+                at(l));
     }
     if (v.path_energy.ok()) {
       double smallest = 0, largest = 0;
