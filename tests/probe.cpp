@@ -14,8 +14,8 @@
 #include <Eigen/Core>
 #include <nlohmann/json.hpp>
 
+#include <rflow/detail/cpu/softmax.hpp>
 #include <rflow/probe.hpp>
-#include <rflow/softmax.hpp>
 
 #include "reference.hpp"
 

@@ -29,8 +29,8 @@
 
 #include <cuda_runtime.h>
 
+#include <rflow/detail/numerics.hpp>
 #include <rflow/moments.hpp>
-#include <rflow/numerics.hpp>
 #include <rflow/view.hpp>
 
 namespace rflow::detail::passes {
@@ -1195,7 +1195,7 @@ struct fill_panel {
 // ---- Gram: kernels ------------------------------------------------------------------------------
 //
 // What turns inner products of one site into G: C operator()(C k, C ti, C tj, C removed), from the inner
-// product, a number of both tokens and the sum of what was removed for both; see gram.hpp. The host fills
+// product, a number of both tokens and the sum of what was removed for both; see kernels.hpp. The host fills
 // in a kernel_facts for every site.
 
 /// A site's kernel, by token: what entries need, and what rounding makes of them.

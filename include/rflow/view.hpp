@@ -530,7 +530,7 @@ using scalar_of = typename detail::traits_of<X>::scalar;
 template <class X>
 using memory_of = typename detail::memory_space<X>::type;
 
-/// The backend a metric runs on when none is given: specialised in eigen.hpp for host memory, in
+/// The backend a metric runs on when none is given: specialised in cpu.hpp for host memory, in
 /// cuda.cuh for device memory.
 template <class Memory>
 struct default_backend {

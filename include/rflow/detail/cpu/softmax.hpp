@@ -2,7 +2,7 @@
 #pragma once
 
 // Softmax regressions on the CPU, several side by side on the same features. Not a public interface:
-// on_cpu in eigen.hpp calls it.
+// the backends on the CPU call it, through host.hpp.
 //
 //     for each strip of tokens        one task: X packed, logits = X · weights in L2, then softmax,
 //                                     losses, residuals (the only thing that is written)
@@ -31,7 +31,10 @@
 #include <utility>
 #include <vector>
 
-#include <rflow/gram.hpp>
+#include <rflow/detail/cpu/centre.hpp>
+#include <rflow/detail/cpu/panel.hpp>
+#include <rflow/detail/cpu/product.hpp>
+#include <rflow/detail/cpu/tile.hpp>
 #include <rflow/moments.hpp>
 #include <rflow/threads.hpp>
 #include <rflow/view.hpp>
@@ -57,7 +60,7 @@ struct shared_features {
 
   /// x̃ of a block of rows, filled up to whole packets of columns.
   void fetch(integer row, integer rows, integer col, integer cols, C* to, integer ld) const {
-    using namespace Eigen::internal;
+    using namespace packet;
     using P = packet_t<C>;
     source(row, rows, col, cols, to, ld);
     integer const padded = round_up(cols, lanes_v<C>);
@@ -155,7 +158,7 @@ class softmax_engine {
                                 static_cast<double>(f.rho[i]));
         C* const to = weights_at(strip, k);
         for (integer r = 0; r < packets_of(strip, width_); ++r)
-          Eigen::internal::pstore(to + r * W, Eigen::internal::pload<P>(x + r * W));
+          packet::pstore(to + r * W, packet::pload<P>(x + r * W));
         feature_sums_[strip * columns_ + k] = shifted(f.shift, to, packets_of(strip, width_));
       }
     });
@@ -563,7 +566,7 @@ class softmax_engine {
   // ---- a strip of tokens: logits → losses and residuals -----------------------------------------
 
   void finish_tokens(integer strip, C* z, bool residuals) {
-    using namespace Eigen::internal;
+    using namespace packet;
     integer const first = strip * R, here = (std::min)(R, tokens_ - first);
     for (integer p = 0; p < problem_.problems; ++p) {
       outcome& out = outcomes_[size(strip * problem_.problems + p)];
@@ -620,7 +623,7 @@ class softmax_engine {
   /// Adds the biases; the largest logit of each token, its class, and the sum of small parts of their
   /// sizes, which is finite if all are.
   void find_largest(C* z, C const* offset, C* best, C* at, C* sizes) const {
-    using namespace Eigen::internal;
+    using namespace packet;
     P largest = padd(pload<P>(z), pset1<P>(offset[0])), which = pset1<P>(C(0));
     P const part = pset1<P>(C(0x1p-32));
     P sum = pmul(pabs(largest), part);
@@ -638,7 +641,7 @@ class softmax_engine {
   }
 
   void exponentiate(C* z, C const* best, C* total) const {
-    using namespace Eigen::internal;
+    using namespace packet;
     P const largest = pload<P>(best);
     P sum = pset1<P>(C(0));
     for (integer c = 0; c < problem_.classes; ++c) {
@@ -657,7 +660,7 @@ class softmax_engine {
 
   /// Σ shift · weights over a strip.
   static double shifted(C const* shift, C const* w, integer count) {
-    using namespace Eigen::internal;
+    using namespace packet;
     P sum = pset1<P>(C(0));
     for (integer r = 0; r < count; ++r)
       sum = pmadd(pload<P>(shift + r * W), pload<P>(w + r * W), sum);
@@ -666,7 +669,7 @@ class softmax_engine {
 
   /// Adam on weights that carry the factor rho: the step carries it too.
   void update(integer strip, C const* g, adam const& by, double rate, double root) {
-    using namespace Eigen::internal;
+    using namespace packet;
     auto const all = [](double x) { return pset1<P>(static_cast<C>(x)); };
     P const keep2 = all(by.beta2), take1 = all(1 - by.beta1), take2 = all(1 - by.beta2);
     P const epsilon = all(by.epsilon), bias2 = all(root), decay = all(by.weight_decay);
@@ -702,7 +705,7 @@ class softmax_engine {
   /// The same where squares of gradients may leave the range of C: gradients are those of x̃, without
   /// rho, and the second moment is kept as its root.
   void update_carefully(integer strip, C const* g, adam const& by, double rate, double root) {
-    using namespace Eigen::internal;
+    using namespace packet;
     auto const all = [](double x) { return pset1<P>(static_cast<C>(x)); };
     P const keep2 = all(by.beta2), take1 = all(1 - by.beta1), take2 = all(1 - by.beta2);
     P const epsilon = all(by.epsilon), bias2 = all(root), decay = all(by.weight_decay);
