@@ -3,8 +3,6 @@
 
 // The U-centred kernel of one batch of one site, for those who see sites one after the other.
 
-#include <Eigen/Core>
-
 #include <algorithm>
 #include <cmath>
 #include <cstddef>
@@ -14,6 +12,7 @@
 
 #include <rflow/detail/cpu/centre.hpp>
 #include <rflow/detail/cpu/kernels.hpp>
+#include <rflow/detail/cpu/packet.hpp>
 #include <rflow/detail/cpu/product.hpp>
 #include <rflow/detail/cpu/tile.hpp>
 #include <rflow/detail/numerics.hpp>

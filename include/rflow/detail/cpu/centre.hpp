@@ -3,8 +3,6 @@
 
 // The preparation of a site: its centre, the norms of its rows, its scale.
 
-#include <Eigen/Core>
-
 #include <algorithm>
 #include <cmath>
 #include <cstddef>

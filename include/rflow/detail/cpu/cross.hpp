@@ -3,8 +3,6 @@
 
 // The feature path: linear moments from d × d cross-covariances.
 
-#include <Eigen/Core>
-
 #include <algorithm>
 #include <cmath>
 #include <cstddef>
@@ -13,6 +11,7 @@
 
 #include <rflow/detail/cpu/kernels.hpp>
 #include <rflow/detail/cpu/options.hpp>
+#include <rflow/detail/cpu/packet.hpp>
 #include <rflow/detail/cpu/pairs.hpp>
 #include <rflow/detail/cpu/product.hpp>
 #include <rflow/detail/cpu/tile.hpp>

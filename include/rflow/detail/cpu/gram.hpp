@@ -28,11 +28,11 @@
 
 #include <rflow/detail/cpu/bandwidth.hpp>
 #include <rflow/detail/cpu/cross.hpp>
+#include <rflow/detail/cpu/packet.hpp>
 #include <rflow/detail/cpu/row_means.hpp>
 #include <rflow/detail/cpu/third_moments.hpp>
 #include <rflow/detail/cpu/tiles.hpp>
 #include <rflow/moments.hpp>
-#include <rflow/statistics.hpp>
 #include <rflow/threads.hpp>
 #include <rflow/view.hpp>
 

@@ -2,24 +2,6 @@
 #pragma once
 
 // What turns inner products into entries of a kernel matrix.
-
-#include <Eigen/Core>
-
-#include <algorithm>
-#include <cmath>
-#include <cstddef>
-#include <limits>
-#include <type_traits>
-#include <utility>
-#include <vector>
-
-#include <rflow/detail/cpu/centre.hpp>
-#include <rflow/detail/numerics.hpp>
-#include <rflow/statistics.hpp>
-#include <rflow/view.hpp>
-
-namespace rflow::detail {
-
 //
 // kernel.bind<C>(p, site) returns what turns inner products of site p into G:
 //
@@ -34,6 +16,22 @@ namespace rflow::detail {
 //     double rounding_of(Σ k²)         that of ‖G‖_F once the entries are known, where it depends on them
 //     static constexpr bool repairs    whether it has, for entries that inner products lose,
 //     bool outlying(), bool lost(k, ti, tj), double repair(i, j)
+
+#include <algorithm>
+#include <cmath>
+#include <cstddef>
+#include <limits>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+#include <rflow/detail/cpu/centre.hpp>
+#include <rflow/detail/cpu/packet.hpp>
+#include <rflow/detail/numerics.hpp>
+#include <rflow/statistics.hpp>
+#include <rflow/view.hpp>
+
+namespace rflow::detail {
 
 template <class C>
 inline constexpr double unit_roundoff = static_cast<double>(std::numeric_limits<C>::epsilon()) / 2;

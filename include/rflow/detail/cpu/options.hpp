@@ -11,7 +11,6 @@
 
 #include <rflow/detail/cpu/memory.hpp>
 #include <rflow/moments.hpp>
-#include <rflow/statistics.hpp>
 #include <rflow/threads.hpp>
 
 namespace rflow::detail {

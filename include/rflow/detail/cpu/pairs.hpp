@@ -3,8 +3,6 @@
 
 // The products of all pairs of sites, from the tiles.
 
-#include <Eigen/Core>
-
 #include <algorithm>
 #include <cmath>
 #include <cstddef>
@@ -12,6 +10,7 @@
 #include <vector>
 
 #include <rflow/detail/cpu/centre.hpp>
+#include <rflow/detail/cpu/packet.hpp>
 #include <rflow/detail/cpu/product.hpp>
 #include <rflow/moments.hpp>
 #include <rflow/view.hpp>

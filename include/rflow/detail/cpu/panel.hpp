@@ -7,8 +7,6 @@
 // line that another core has read is ten times slower where cores do not share a cache. And the
 // columns of a panel are an odd number of cache lines apart, or L1 could not hold a strip of them.
 
-#include <Eigen/Core>
-
 #include <algorithm>
 #include <atomic>
 #include <cstddef>

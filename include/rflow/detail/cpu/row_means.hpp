@@ -10,7 +10,6 @@
 
 #include <rflow/detail/cpu/kernels.hpp>
 #include <rflow/moments.hpp>
-#include <rflow/statistics.hpp>
 #include <rflow/view.hpp>
 
 namespace rflow::detail {

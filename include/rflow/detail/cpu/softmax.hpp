@@ -19,8 +19,6 @@
 // come from the tokens that are trained on, and so does a feature's centre where the mean of all
 // tokens lies far from theirs.
 
-#include <Eigen/Core>
-
 #include <algorithm>
 #include <atomic>
 #include <cmath>
@@ -32,6 +30,7 @@
 #include <vector>
 
 #include <rflow/detail/cpu/centre.hpp>
+#include <rflow/detail/cpu/packet.hpp>
 #include <rflow/detail/cpu/panel.hpp>
 #include <rflow/detail/cpu/product.hpp>
 #include <rflow/detail/cpu/tile.hpp>

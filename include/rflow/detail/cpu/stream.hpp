@@ -3,8 +3,6 @@
 
 // The flow pass of a chain that arrives site by site.
 
-#include <Eigen/Core>
-
 #include <algorithm>
 #include <bit>
 #include <cmath>
@@ -20,6 +18,7 @@
 #include <rflow/detail/cpu/chunk.hpp>
 #include <rflow/detail/cpu/memory.hpp>
 #include <rflow/detail/cpu/own_units.hpp>
+#include <rflow/detail/cpu/packet.hpp>
 #include <rflow/moments.hpp>
 #include <rflow/threads.hpp>
 #include <rflow/view.hpp>

@@ -19,6 +19,7 @@
 #include <rflow/detail/cpu/inner.hpp>
 #include <rflow/detail/cpu/kernels.hpp>
 #include <rflow/detail/cpu/options.hpp>
+#include <rflow/detail/cpu/packet.hpp>
 #include <rflow/detail/cpu/product.hpp>
 #include <rflow/moments.hpp>
 #include <rflow/statistics.hpp>

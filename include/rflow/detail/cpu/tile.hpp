@@ -3,13 +3,12 @@
 
 // Macro tiles: how a square of tokens is cut into blocks and micro tiles, and how these are formed.
 
-#include <Eigen/Core>
-
 #include <algorithm>
 #include <cstddef>
 #include <limits>
 #include <vector>
 
+#include <rflow/detail/cpu/packet.hpp>
 #include <rflow/detail/cpu/panel.hpp>
 #include <rflow/moments.hpp>
 #include <rflow/view.hpp>

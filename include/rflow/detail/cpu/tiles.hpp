@@ -3,8 +3,6 @@
 
 // The engine of the Gram pass: tiles of tokens, all sites to a tile, products of all pairs of them.
 
-#include <Eigen/Core>
-
 #include <algorithm>
 #include <cstddef>
 #include <limits>

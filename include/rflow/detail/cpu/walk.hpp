@@ -15,6 +15,7 @@
 #include <rflow/detail/cpu/chain.hpp>
 #include <rflow/detail/cpu/chunk.hpp>
 #include <rflow/detail/cpu/own_units.hpp>
+#include <rflow/detail/cpu/packet.hpp>
 #include <rflow/moments.hpp>
 #include <rflow/view.hpp>
 
