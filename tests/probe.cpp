@@ -16,6 +16,9 @@
 
 #include <rflow/detail/cpu/softmax.hpp>
 #include <rflow/probe.hpp>
+#include <rflow/probe_options.hpp>
+#include <rflow/probe_result.hpp>
+#include <rflow/softmax_problem.hpp>
 
 #include "reference.hpp"
 

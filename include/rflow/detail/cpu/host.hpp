@@ -13,6 +13,7 @@
 #include <utility>
 #include <vector>
 
+#include <rflow/backend.hpp>
 #include <rflow/detail/cpu/chain.hpp>
 #include <rflow/detail/cpu/gram.hpp>
 #include <rflow/detail/cpu/rows.hpp>
@@ -20,6 +21,7 @@
 #include <rflow/detail/cpu/walk.hpp>
 #include <rflow/detail/numerics.hpp>
 #include <rflow/moments.hpp>
+#include <rflow/softmax_problem.hpp>
 #include <rflow/threads.hpp>
 #include <rflow/view.hpp>
 

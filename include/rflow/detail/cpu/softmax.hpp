@@ -32,7 +32,7 @@
 #include <rflow/detail/cpu/product.hpp>
 #include <rflow/detail/cpu/softmax_frames.hpp>
 #include <rflow/detail/cpu/tile.hpp>
-#include <rflow/moments.hpp>
+#include <rflow/softmax_problem.hpp>
 #include <rflow/threads.hpp>
 #include <rflow/view.hpp>
 

@@ -18,7 +18,7 @@
 #include <rflow/detail/cpu/centre.hpp>
 #include <rflow/detail/cpu/packet.hpp>
 #include <rflow/detail/cpu/rows.hpp>
-#include <rflow/moments.hpp>
+#include <rflow/softmax_problem.hpp>
 #include <rflow/threads.hpp>
 #include <rflow/view.hpp>
 
