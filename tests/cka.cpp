@@ -2,6 +2,8 @@
 // The CKA of whatever backend RFLOW_BACKEND names: tested, unless another test program says so before
 // it includes this file.
 #include <rflow/cka.hpp>
+#include <rflow/cka_accumulator.hpp>
+#include <rflow/cka_estimators.hpp>
 
 #include <array>
 #include <cmath>

@@ -1,4 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
+#include <rflow/cpu.hpp>
 #include <rflow/eigen.hpp>
 
 #include <array>
@@ -36,7 +37,7 @@ void look_at_same_elements(X const& x) {
 template <class T>
 void check_widening() {
   using chunk = rflow::detail::chunk<T>;
-  using P = rflow::detail::packet_of<float>;
+  using P = rflow::detail::packet_t<float>;
   int wrong = 0;
   for (unsigned first = 0; first < 0x10000; first += static_cast<unsigned>(chunk::width)) {
     T values[chunk::width];

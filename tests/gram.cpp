@@ -2,7 +2,7 @@
 
 // The tile engine against sums written out in double, over random shapes, layouts and bounds.
 
-#include <rflow/gram.hpp>
+#include <rflow/detail/cpu/gram.hpp>
 
 #include <cmath>
 #include <cstddef>

@@ -1,4 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
+#include <rflow/backend.hpp>
 #include <rflow/moments.hpp>
 
 #include <cmath>

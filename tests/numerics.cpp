@@ -2,7 +2,7 @@
 
 // What backends decide alike about kernel matrices, against sums written out.
 
-#include <rflow/numerics.hpp>
+#include <rflow/detail/numerics.hpp>
 
 #include <cmath>
 #include <cstddef>

@@ -14,8 +14,11 @@
 #include <Eigen/Core>
 #include <nlohmann/json.hpp>
 
+#include <rflow/detail/cpu/softmax.hpp>
 #include <rflow/probe.hpp>
-#include <rflow/softmax.hpp>
+#include <rflow/probe_options.hpp>
+#include <rflow/probe_result.hpp>
+#include <rflow/softmax_problem.hpp>
 
 #include "reference.hpp"
 

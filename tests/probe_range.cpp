@@ -13,9 +13,9 @@
 
 #include <doctest/doctest.h>
 
+#include <rflow/detail/cpu/softmax.hpp>
 #include <rflow/eigen.hpp>
 #include <rflow/probe.hpp>
-#include <rflow/softmax.hpp>
 
 #include "reference.hpp"
 

@@ -79,7 +79,7 @@ RFLOW_STAND_IN(double, 16)
 
 }  // namespace Eigen::internal
 
-#include <rflow/gram.hpp>
+#include <rflow/detail/cpu/gram.hpp>
 
 #include <doctest/doctest.h>
 

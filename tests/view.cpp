@@ -14,7 +14,9 @@
 #include <doctest/doctest.h>
 
 #include <rflow/eigen.hpp>
+#include <rflow/measured.hpp>
 #include <rflow/moments.hpp>
+#include <rflow/scalar.hpp>
 
 using rflow::bf16;
 using rflow::f16;

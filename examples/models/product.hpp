@@ -5,7 +5,9 @@
 // register kernel. Sizes of tasks depend on shapes alone: the result is the same to the last bit
 // for any number of threads.
 
-#include <rflow/gram.hpp>
+#include <rflow/detail/cpu/memory.hpp>
+#include <rflow/detail/cpu/packet.hpp>
+#include <rflow/detail/cpu/product.hpp>
 #include <rflow/threads.hpp>
 
 #include <Eigen/Core>

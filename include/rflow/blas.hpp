@@ -17,8 +17,9 @@
 #include <mutex>
 #include <type_traits>
 
+#include <rflow/detail/cpu/host.hpp>
+#include <rflow/detail/cpu/memory.hpp>
 #include <rflow/eigen.hpp>
-#include <rflow/gram.hpp>
 #include <rflow/moments.hpp>
 #include <rflow/view.hpp>
 

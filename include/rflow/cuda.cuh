@@ -29,8 +29,8 @@
 #include <thrust/iterator/counting_iterator.h>
 #include <thrust/system/cuda/execution_policy.h>
 
+#include <rflow/detail/cuda/passes.cuh>
 #include <rflow/moments.hpp>
-#include <rflow/passes.cuh>
 #include <rflow/view.hpp>
 
 namespace rflow {

@@ -1,8 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
-// The vocabulary of rflow: what activations look like (view, layer_stack, adapt), what an answer
-// looks like (measured, status), and what can go wrong (format_error). Standard library only.
+// The vocabulary of rflow: what activations look like (view, layer_stack, adapt). Standard library only.
 //
 // A row is a token, a column is a hidden feature, a site is one representation in the residual
 // stream: the embedding output or the raw output of a block. Nothing here owns or copies
@@ -16,19 +15,19 @@ static_assert(
 // With exceptions switched off the macro is undefined: the compiler rejects this line, and prints it.
 static_assert(__cpp_exceptions, "rflow: it throws exceptions: compile without -fno-exceptions");
 
-#include <bit>
 #include <concepts>
 #include <cstddef>
-#include <cstdint>
 #include <initializer_list>
 #include <limits>
 #include <span>
 #include <stdexcept>
 #include <string>
-#include <string_view>
 #include <type_traits>
 #include <utility>
 #include <vector>
+
+#include <rflow/measured.hpp>
+#include <rflow/scalar.hpp>
 
 // Functors shared by g++ and nvcc need the annotation; it is gone again at the end of the file.
 #ifdef __CUDACC__
@@ -47,177 +46,6 @@ inline constexpr struct { int major, minor, patch; } version{0, 1, 0};
 struct host_memory {};
 /// Memory that a CUDA device can read.
 struct device_memory {};
-
-// ---- scalars ------------------------------------------------------------------------------------
-
-/// IEEE 754 binary16, as stored. Converts to float exactly; every metric widens it first.
-struct f16 {
-  std::uint16_t bits;  ///< sign, 5 bits of exponent, 10 of fraction
-
-  /// The exact value as float; NaN and infinity are kept. Integer steps and one exact subtraction,
-  /// so that it vectorises and subnormals survive flush-to-zero.
-  RFLOW_HD constexpr operator float() const {
-    std::uint32_t const magnitude = static_cast<std::uint32_t>(bits & 0x7fffu) << 13;
-    std::uint32_t const sign = static_cast<std::uint32_t>(bits & 0x8000u) << 16;
-    std::uint32_t const normal = magnitude + (112u << 23);
-    std::uint32_t const special = magnitude + (224u << 23);
-    std::uint32_t const subnormal = __builtin_bit_cast(
-        std::uint32_t, __builtin_bit_cast(float, magnitude + (113u << 23)) - 0x1p-14f);
-    std::uint32_t const value = magnitude < (1u << 23)       ? subnormal
-                                : magnitude >= (0x1fu << 23) ? special
-                                                             : normal;
-    return __builtin_bit_cast(float, value | sign);
-  }
-
-  /// The nearest binary16, ties to even; too large becomes infinity.
-  static constexpr f16 nearest(float x) {
-    std::uint32_t const in = std::bit_cast<std::uint32_t>(x);
-    auto const sign = static_cast<std::uint16_t>((in >> 16) & 0x8000u);
-    std::uint32_t const magnitude = in & 0x7fffffffu;
-    if (magnitude > 0x7f800000u) return {static_cast<std::uint16_t>(sign | 0x7e00u)};
-    if (magnitude >= 0x477ff000u) return {static_cast<std::uint16_t>(sign | 0x7c00u)};
-    if (magnitude < 0x38800000u) {
-      // Below 2^-14 the spacing is 2^-24: adding 2^-1 rounds to it in float arithmetic.
-      float const rounded = std::bit_cast<float>(magnitude) + 0.5f;
-      return {static_cast<std::uint16_t>(sign | (std::bit_cast<std::uint32_t>(rounded) & 0x7ffu))};
-    }
-    std::uint32_t const odd = (magnitude >> 13) & 1u;
-    std::uint32_t const rounded = magnitude - (112u << 23) + 0xfffu + odd;
-    return {static_cast<std::uint16_t>(sign | (rounded >> 13))};
-  }
-};
-
-/// bfloat16: the upper half of a float, as stored.
-struct bf16 {
-  std::uint16_t bits;  ///< sign, 8 bits of exponent, 7 of fraction
-
-  /// The exact value as float.
-  RFLOW_HD constexpr operator float() const {
-    return __builtin_bit_cast(float, static_cast<std::uint32_t>(bits) << 16);
-  }
-
-  /// The nearest bfloat16, ties to even.
-  static constexpr bf16 nearest(float x) {
-    std::uint32_t const in = std::bit_cast<std::uint32_t>(x);
-    if ((in & 0x7fffffffu) > 0x7f800000u)
-      return {static_cast<std::uint16_t>((in >> 16) | 0x40u)};  // keep it a NaN
-    return {static_cast<std::uint16_t>((in + 0x7fffu + ((in >> 16) & 1u)) >> 16)};
-  }
-};
-
-namespace detail {
-
-/// A type of another library that may hold the bits of a 16-bit float.
-template <class Other>
-concept sixteen_bits = sizeof(Other) == 2 && std::is_trivially_copyable_v<Other> &&
-                       (!std::is_integral_v<Other> || std::same_as<Other, std::uint16_t>);
-
-}  // namespace detail
-
-/// Another library's binary16 where it lies, without a copy: _Float16, __half, Eigen::half, or bits in
-/// std::uint16_t.
-///
-///     rflow::view(rflow::as_f16(pointer), tokens, hidden)
-template <detail::sixteen_bits Other>
-requires(!std::same_as<Other, bf16>) f16 const* as_f16(Other const* values) noexcept {
-  return reinterpret_cast<f16 const*>(values);
-}
-
-/// The same for bfloat16: __bf16, __nv_bfloat16, Eigen::bfloat16, or bits in std::uint16_t.
-template <detail::sixteen_bits Other>
-requires(!std::same_as<Other, f16>) bf16 const* as_bf16(Other const* values) noexcept {
-  return reinterpret_cast<bf16 const*>(values);
-}
-
-/// What activations may be stored as.
-template <class T>
-concept scalar = std::same_as<T, float> || std::same_as<T, double> || std::same_as<T, f16> ||
-    std::same_as<T, bf16>;
-
-/// What products of T are formed in: double for double, float for the rest. Sums over tokens and
-/// every statistic are double whatever T is.
-template <scalar T>
-using compute_t = std::conditional_t<std::same_as<T, double>, double, float>;
-
-// ---- answers ------------------------------------------------------------------------------------
-
-/// Why a value is not a number.
-enum class status : std::uint8_t {
-  ok,
-  too_few_rows,     ///< fewer tokens than the estimator needs
-  too_few_sites,    ///< a chain of one site has no steps
-  zero_rows,        ///< too few rows with a non-zero norm, so no direction to compare
-  constant_layer,   ///< all tokens have the same representation (to rounding)
-  ill_conditioned,  ///< rounding leaves fewer digits than are promised, even with products in double
-  zero_step,        ///< a layer equals the one before it (to rounding): the path has no direction
-  zero_bandwidth,   ///< the median distance is 0, so an RBF kernel has no scale
-  non_finite,       ///< the data hold a NaN or an infinity
-  out_of_range,     ///< a figure that double does not have: scale the data
-  diverged,         ///< an optimisation ended in numbers that are not finite
-  not_requested,    ///< the option that would compute it is off
-  dependent_tokens,  ///< neighbouring tokens resemble each other too far for so few of them
-  different_widths,  ///< sites of several widths have no difference and no cosine
-};
-
-/// The reason in words, for reports.
-constexpr std::string_view to_string(status why) {
-  switch (why) {
-    case status::ok: return "ok";
-    case status::too_few_rows: return "too_few_rows";
-    case status::too_few_sites: return "too_few_sites";
-    case status::zero_rows: return "zero_rows";
-    case status::constant_layer: return "constant_layer";
-    case status::ill_conditioned: return "ill_conditioned";
-    case status::zero_step: return "zero_step";
-    case status::zero_bandwidth: return "zero_bandwidth";
-    case status::non_finite: return "non_finite";
-    case status::out_of_range: return "out_of_range";
-    case status::diverged: return "diverged";
-    case status::not_requested: return "not_requested";
-    case status::dependent_tokens: return "dependent_tokens";
-    case status::different_widths: return "different_widths";
-  }
-  return "unknown";
-}
-
-/// A scalar result. `value` is NaN exactly when `why` is not ok.
-struct measured {
-  double value = std::numeric_limits<double>::quiet_NaN();  ///< NaN if there is none
-  status why = status::not_requested;                       ///< ok, or why there is none
-
-  constexpr measured() = default;
-  /// There is a value.
-  constexpr measured(double x) : value(x), why(status::ok) {}
-  /// There is none, for this reason.
-  constexpr measured(status reason) : why(reason) {}
-
-  /// The value, or NaN.
-  constexpr operator double() const { return value; }
-  /// Whether there is a value.
-  constexpr bool ok() const { return why == status::ok; }
-};
-
-/// Where the first NaN or infinity of a site stands.
-struct position {
-  std::ptrdiff_t token = -1;    ///< row, from 0; −1 if there is none
-  std::ptrdiff_t feature = -1;  ///< column
-
-  /// Whether there is one.
-  constexpr bool found() const { return token >= 0; }
-};
-
-/// A file that breaks the rules of its format. The text names the file, the byte offset and the
-/// rule.
-class format_error : public std::runtime_error {
- public:
-  using std::runtime_error::runtime_error;
-
-  /// @param file  its name
-  /// @param byte  offset at which the rule is broken
-  /// @param rule  what is wrong there
-  format_error(std::string const& file, std::uint64_t byte, std::string const& rule)
-      : std::runtime_error(file + ": byte " + std::to_string(byte) + ": " + rule) {}
-};
 
 // ---- views --------------------------------------------------------------------------------------
 
@@ -530,7 +358,7 @@ using scalar_of = typename detail::traits_of<X>::scalar;
 template <class X>
 using memory_of = typename detail::memory_space<X>::type;
 
-/// The backend a metric runs on when none is given: specialised in eigen.hpp for host memory, in
+/// The backend a metric runs on when none is given: specialised in cpu.hpp for host memory, in
 /// cuda.cuh for device memory.
 template <class Memory>
 struct default_backend {
@@ -796,14 +624,6 @@ struct refuse_stackless {
                 "rflow::layer_stack(pointer, rflow::stack_shape{sites, tokens, hidden}) for one "
                 "array, rflow::layer_stack(v) for a range v of views or Eigen matrices");
 };
-
-/// A NaN test on bits, so that it also holds in a translation unit built with -ffast-math.
-RFLOW_HD constexpr bool is_finite(double x) {
-  return (__builtin_bit_cast(std::uint64_t, x) & 0x7ff0000000000000u) != 0x7ff0000000000000u;
-}
-RFLOW_HD constexpr bool is_finite(float x) {
-  return (__builtin_bit_cast(std::uint32_t, x) & 0x7f800000u) != 0x7f800000u;
-}
 
 }  // namespace detail
 }  // namespace rflow

@@ -11,8 +11,8 @@
 #include <rflow/cka.hpp>
 #include <rflow/cosine.hpp>
 #include <rflow/cuda.cuh>
+#include <rflow/detail/cuda/passes.cuh>
 #include <rflow/dlpack.hpp>
-#include <rflow/passes.cuh>
 
 namespace device {
 namespace {

@@ -2,7 +2,7 @@
 #pragma once
 
 // Softmax regressions on the CPU, several side by side on the same features. Not a public interface:
-// on_cpu in eigen.hpp calls it.
+// the backends on the CPU call it, through host.hpp.
 //
 //     for each strip of tokens        one task: X packed, logits = X · weights in L2, then softmax,
 //                                     losses, residuals (the only thing that is written)
@@ -13,13 +13,8 @@
 // last bit for any number of threads. Features are read as stored, twice an epoch, and are centred
 // and widened while they are packed.
 //
-// The features of problem s are (x̃ − shift_s)·rho_s, where x̃ is the common centred, scaled value.
 // Weights are kept multiplied by rho_s, and biases take what the shift contributes, so that every
-// problem sees the same x̃. Tokens that are only validated on must not cost the others digits: scales
-// come from the tokens that are trained on, and so does a feature's centre where the mean of all
-// tokens lies far from theirs.
-
-#include <Eigen/Core>
+// problem sees the same x̃; see softmax_frames.hpp.
 
 #include <algorithm>
 #include <atomic>
@@ -31,8 +26,13 @@
 #include <utility>
 #include <vector>
 
-#include <rflow/gram.hpp>
-#include <rflow/moments.hpp>
+#include <rflow/detail/cpu/centre.hpp>
+#include <rflow/detail/cpu/packet.hpp>
+#include <rflow/detail/cpu/panel.hpp>
+#include <rflow/detail/cpu/product.hpp>
+#include <rflow/detail/cpu/softmax_frames.hpp>
+#include <rflow/detail/cpu/tile.hpp>
+#include <rflow/softmax_problem.hpp>
 #include <rflow/threads.hpp>
 #include <rflow/view.hpp>
 
@@ -41,38 +41,6 @@ namespace rflow::detail {
 // Packets are builtin vector types, whose attributes g++ reports as lost in template arguments.
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wignored-attributes"
-
-/// Features as all problems share them: x̃ = x·scale + minus_high + minus_low, in powers of two and
-/// centres of their own.
-template <class C>
-struct shared_features {
-  panel_source<C> source;
-  aligned_array<C> scale, minus_high, minus_low;  // d, padded with zeros to whole packets
-
-  explicit shared_features(panel_source<C> const& x) : source(x) {
-    integer const room = round_up(x.cols, lanes_v<C>) + lanes_v<C>;
-    for (aligned_array<C>* to : {&scale, &minus_high, &minus_low})
-      *to = aligned_array<C>(room, C(0));
-  }
-
-  /// x̃ of a block of rows, filled up to whole packets of columns.
-  void fetch(integer row, integer rows, integer col, integer cols, C* to, integer ld) const {
-    using namespace Eigen::internal;
-    using P = packet_t<C>;
-    source(row, rows, col, cols, to, ld);
-    integer const padded = round_up(cols, lanes_v<C>);
-    for (integer i = 0; i < rows; ++i) {
-      C* const x = to + i * ld;
-      for (integer k = cols; k < padded; ++k) x[k] = C(0);
-      for (integer k = 0; k < padded; k += lanes_v<C>) {
-        P const by = ploadu<P>(scale.data() + col + k);
-        P const high = ploadu<P>(minus_high.data() + col + k);
-        P const low = ploadu<P>(minus_low.data() + col + k);
-        pstoreu(x + k, padd(pmadd(ploadu<P>(x + k), by, high), low));
-      }
-    }
-  }
-};
 
 /// The regressions of one site. `problem` must outlive it.
 template <class C, class Product = packed_product>
@@ -84,6 +52,8 @@ class softmax_engine {
   static constexpr integer cache = integer{8} << 20;  // bytes that sites may share side by side
   static_assert(D % R == 0 && D % depth_unit<C> == 0);
   using P = packet_t<C>;
+  using frames = softmax_frames<C, R>;
+  using frame = typename frames::frame;
   // Up to here, and with an epsilon from there, squares of gradients may be squares in C.
   static constexpr double largest_plain = std::is_same_v<C, double> ? 0x1p500 : 0x1p60;
   static constexpr double least_epsilon = std::is_same_v<C, double> ? 1e-140 : 1e-11;
@@ -94,20 +64,14 @@ class softmax_engine {
                  softmax_problem const& problem)
       : threads_(of),
         problem_(problem),
-        site_(source),
         tokens_(tokens),
         width_(source.cols),
         columns_(problem.classes * problem.problems),
         padded_(round_up(columns_, N)),
         token_strips_(ceil_div(tokens, R)),
         feature_strips_(ceil_div(width_, R)),
-        counts_(size(2 * problem.problems)),
+        frames_(threads_, source, tokens, problem),
         scratch_(size(threads_.size())) {
-    for (integer p = 0; p < problem.problems; ++p)
-      for (integer t = 0; t < tokens; ++t)
-        for (std::uint8_t const part : {softmax_problem::train, softmax_problem::validate})
-          counts_[size(2 * p + part - 1)] += problem_.part(p, t) == part;
-    find_frames();
     if (why() != status::ok || needs_double()) return;
     weights_ = aligned_array<C>(round_up(width_, depth_unit<C>) * padded_, C(0));
     residuals_ = aligned_array<C>(round_up(tokens, depth_unit<C>) * padded_, C(0));
@@ -129,16 +93,16 @@ class softmax_engine {
   }
 
   status why() const {
-    if (non_finite_.found()) return status::non_finite;
-    return varies_ ? status::ok : status::constant_layer;
+    if (non_finite().found()) return status::non_finite;
+    return frames_.varies() ? status::ok : status::constant_layer;
   }
-  position non_finite() const { return non_finite_; }
+  position non_finite() const { return frames_.non_finite(); }
 
   /// Whether no centre suits all problems in C: then nothing else here may be called.
-  bool needs_double() const { return !std::is_same_v<C, double> && far_; }
+  bool needs_double() const { return !std::is_same_v<C, double> && frames_.outlying(); }
 
-  std::vector<double> const& mean() const { return mean_; }
-  std::vector<double> const& deviation() const { return deviation_; }
+  std::vector<double> const& mean() const { return frames_.mean(); }
+  std::vector<double> const& deviation() const { return frames_.deviation(); }
 
   void load(softmax_weights const& w) {
     steps_ = 0;
@@ -148,14 +112,14 @@ class softmax_engine {
     threads_.run(feature_strips_, [&](integer strip) {
       alignas(128) C x[R];
       for (integer k = 0; k < columns_; ++k) {
-        frame const f = frame_of(k / problem_.classes, strip);
+        frame const f = frames_.of(k / problem_.classes, strip);
         std::fill_n(x, R, C(0));
         for (integer i = 0; i < (std::min)(R, width_ - strip * R); ++i)
           x[i] = static_cast<C>(w.values.data()[k * width_ + strip * R + i] *
                                 static_cast<double>(f.rho[i]));
         C* const to = weights_at(strip, k);
         for (integer r = 0; r < packets_of(strip, width_); ++r)
-          Eigen::internal::pstore(to + r * W, Eigen::internal::pload<P>(x + r * W));
+          packet::pstore(to + r * W, packet::pload<P>(x + r * W));
         feature_sums_[strip * columns_ + k] = shifted(f.shift, to, packets_of(strip, width_));
       }
     });
@@ -167,7 +131,7 @@ class softmax_engine {
     w.values.resize(size(columns_ * width_));
     for (integer k = 0; k < columns_; ++k)
       for (integer j = 0; j < width_; ++j) {
-        frame const f = frame_of(k / problem_.classes, j / R);
+        frame const f = frames_.of(k / problem_.classes, j / R);
         double const rho = static_cast<double>(f.rho[j % R]);
         w.values.data()[k * width_ + j] =
             rho > 0 ? static_cast<double>(weights_at(j / R, k)[j % R]) / rho : 0.;
@@ -177,7 +141,7 @@ class softmax_engine {
   softmax_sums evaluate() { return forward(false); }
 
   softmax_sums step(adam const& by) {
-    if (steps_ == 0) careful_ = wide_ || by.epsilon < least_epsilon;
+    if (steps_ == 0) careful_ = wide() || by.epsilon < least_epsilon;
     softmax_sums sums = forward(true);
     if (steps_++ == 0) {
       first_moment_ = aligned_array<C>(feature_strips_ * padded_ * R, C(0));
@@ -211,7 +175,7 @@ class softmax_engine {
     out.values.resize(size(columns_ * width_));
     backward([&](integer strip, C const* g) {
       for (integer k = 0; k < columns_; ++k) {
-        frame const f = frame_of(k / problem_.classes, strip);
+        frame const f = frames_.of(k / problem_.classes, strip);
         for (integer i = 0; i < (std::min)(R, width_ - strip * R); ++i)
           out.values.data()[k * width_ + strip * R + i] =
               (static_cast<double>(g[k * R + i]) -
@@ -230,16 +194,15 @@ class softmax_engine {
   struct outcome {
     double loss[2] = {}, correct[2] = {};
   };
-  /// How a problem sees the features of a strip.
-  struct frame {
-    C const *shift, *rho;
-  };
   struct scratch {
     panel<C> x;
     aligned_array<C> out;
   };
 
   static std::size_t size(integer count) { return static_cast<std::size_t>(count); }
+
+  /// Whether features are so large that their squares leave the range of C.
+  bool wide() const { return !problem_.standardize && frames_.largest() > largest_plain; }
 
   // ---- places -----------------------------------------------------------------------------------
 
@@ -262,11 +225,6 @@ class softmax_engine {
   C const* weights_at(integer strip, integer k) const {
     return weights_.data() + place(strip, k, width_, padded_);
   }
-  frame frame_of(integer problem, integer strip) const {
-    integer const at = (problem_.standardize ? problem * feature_strips_ + strip : strip) * R;
-    return {shift_.data() + at, rho_.data() + at};
-  }
-
   scratch& scratch_of(int thread) {
     scratch& s = scratch_[size(thread)];
     if (s.out.data() == nullptr) {
@@ -274,198 +232,6 @@ class softmax_engine {
       s.out = aligned_array<C>(group * R * padded_);
     }
     return s;
-  }
-
-  // ---- preparation ------------------------------------------------------------------------------
-
-  /// What a strip of features was found to be.
-  struct finding {
-    bool finite = true, varies = false, outlying = false;
-    double largest = 0;  // of those trained on
-  };
-  /// Whether a token is trained on by no problem, by some, or by all.
-  enum class training : std::uint8_t { none, some, all };
-
-  /// Scales and centres of the features, and what makes them each problem's: its mean and deviation
-  /// over its training part, if asked for.
-  void find_frames() {
-    integer const frames = problem_.standardize ? problem_.problems : 1;
-    shift_ = aligned_array<C>(frames * feature_strips_ * R, C(0));
-    rho_ = aligned_array<C>(frames * feature_strips_ * R, C(0));
-    if (problem_.standardize) {
-      mean_.resize(size(frames * width_));
-      deviation_.resize(size(frames * width_));
-    }
-    std::vector<training> use(size(tokens_));
-    for (integer t = 0; t < tokens_; ++t) {
-      integer by = 0;
-      for (integer p = 0; p < problem_.problems; ++p)
-        by += problem_.part(p, t) == softmax_problem::train;
-      use[size(t)] = by == 0                  ? training::none
-                     : by < problem_.problems ? training::some
-                                              : training::all;
-    }
-    std::vector<finding> findings(size(feature_strips_));
-    threads_.run(feature_strips_,
-                 [&](integer strip) { findings[size(strip)] = find_frame(strip, use); });
-    bool finite = true;
-    double largest = 0;
-    for (finding const& f : findings) {
-      finite = finite && f.finite;
-      varies_ = varies_ || f.varies;
-      far_ = far_ || f.outlying;
-      largest = (std::max)(largest, f.largest);
-    }
-    if (!finite) non_finite_ = find_non_finite(site_.source, tokens_);
-    wide_ = !problem_.standardize && largest > largest_plain;
-  }
-
-  /// visit(token, x) for all tokens; x holds a strip's features in double, times a power of two each.
-  template <class Visit>
-  void each_token(integer strip, double const* power, Visit const& visit) const {
-    constexpr integer at_once = 16;  // rows, so that lines shared by them are read once
-    integer const cols = (std::min)(R, width_ - strip * R);
-    alignas(128) C x[at_once * R] = {};
-    double wide[R];
-    for (integer t = 0; t < tokens_; t += at_once) {
-      integer const rows = (std::min)(at_once, tokens_ - t);
-      site_.source(t, rows, strip * R, cols, x, R);
-      for (integer r = 0; r < rows; ++r) {
-        for (integer i = 0; i < R; ++i) wide[i] = static_cast<double>(x[r * R + i]) * power[i];
-        visit(t + r, wide);
-      }
-    }
-  }
-
-  finding find_frame(integer strip, std::vector<training> const& use) {
-    integer const cols = (std::min)(R, width_ - strip * R), problems = problem_.problems;
-    finding found;
-    double power[R], low[R], high[R], most[R] = {}, all[R] = {}, finite = 0;
-    std::fill_n(power, R, 1.);
-    std::fill_n(low, R, (std::numeric_limits<double>::max)());
-    std::fill_n(high, R, std::numeric_limits<double>::lowest());
-    each_token(strip, power, [&](integer t, double const* x) {
-      for (integer i = 0; i < R; ++i) finite += x[i] * 0x1p-64;
-      for (integer i = 0; i < R; ++i) most[i] = (std::max)(most[i], std::abs(x[i]));
-      if (use[size(t)] == training::none) return;
-      for (integer i = 0; i < R; ++i) low[i] = (std::min)(low[i], x[i]);
-      for (integer i = 0; i < R; ++i) high[i] = (std::max)(high[i], x[i]);
-    });
-    found.finite = is_finite(finite);
-    if (!found.finite) return found;
-
-    // What is trained on comes to 1 or so; what is not stays in range.
-    constexpr int top = std::numeric_limits<C>::max_exponent;
-    constexpr int room = std::is_same_v<C, double> ? 64 : 8;  // sums of doubles are doubles
-    for (integer i = 0; i < cols; ++i) {
-      double const trained = (std::max)(std::abs(low[i]), std::abs(high[i]));
-      found.largest = (std::max)(found.largest, trained);
-      // A feature whose values are alike to the rounding of what made them tells nothing apart.
-      found.varies = found.varies || high[i] / 2 - low[i] / 2 >
-                                         32 * std::numeric_limits<double>::epsilon() * trained;
-      int exponent = trained > 0 ? -std::ilogb(trained) - 1 : 0;
-      if (most[i] > 0) exponent = (std::min)(exponent, top - room - std::ilogb(most[i]));
-      power[i] = std::ldexp(1., std::clamp(exponent, 8 - top, top - 38));
-    }
-
-    std::vector<double> sums(size(problems * R)), squares(size(problems * R));
-    each_token(strip, power, [&](integer t, double const* x) {
-      for (integer i = 0; i < R; ++i) all[i] += x[i];
-      for (integer p = 0; p < problems; ++p) {
-        if (problem_.part(p, t) != softmax_problem::train) continue;
-        double *const sum = sums.data() + p * R, *const square = squares.data() + p * R;
-        for (integer i = 0; i < R; ++i) sum[i] += x[i];
-        for (integer i = 0; i < R; ++i) square[i] += x[i] * x[i];
-      }
-    });
-    for (double& x : all) x /= static_cast<double>(tokens_);
-    for (integer k = 0; k < problems * R; ++k) {
-      double const n = counts_[size(2 * (k / R))];
-      sums[size(k)] /= n;
-      squares[size(k)] /= n;
-    }
-    if (problem_.standardize) find_deviations(strip, power, sums, squares);
-
-    // The mean of all tokens is the centre, unless it lies so far from those of a problem that
-    // their digits would go. Features as they are given may stay where they are, as they do where the
-    // mean is that of a few; others take the mean of what all problems train on, which none of them
-    // is far from.
-    bool outlying[R] = {}, some = false;
-    double nearer[R] = {};
-    if (!problem_.standardize)
-      each_token(strip, power, [&](integer, double const* x) {
-        for (integer i = 0; i < R; ++i) nearer[i] += std::abs(x[i] - all[i]) < std::abs(x[i]);
-      });
-    for (integer i = 0; i < cols; ++i) {
-      if (!problem_.standardize) outlying[i] = 4 * nearer[i] < static_cast<double>(tokens_);
-      for (integer p = 0; p < problems; ++p) {
-        double const spread = std::sqrt(squares[size(p * R + i)]);
-        outlying[i] = outlying[i] || ((spread > 0 || !problem_.standardize) &&
-                                      std::abs(all[i] - sums[size(p * R + i)]) > 8 * spread);
-      }
-      if (outlying[i]) all[i] = 0;
-      some = some || outlying[i];
-    }
-    if (some && problem_.standardize) {
-      double common[R] = {}, count = 0;
-      each_token(strip, power, [&](integer t, double const* x) {
-        if (use[size(t)] != training::all) return;
-        count += 1;
-        for (integer i = 0; i < R; ++i) common[i] += x[i];
-      });
-      found.outlying = count == 0;
-      for (integer i = 0; i < R && count > 0; ++i)
-        if (outlying[i]) all[i] = common[i] / count;
-    }
-
-    for (integer i = 0; i < cols; ++i) {
-      integer const j = strip * R + i;
-      site_.scale[j] = static_cast<C>(power[i]);
-      site_.minus_high[j] = static_cast<C>(-all[i]);
-      site_.minus_low[j] = static_cast<C>(-all[i] - static_cast<double>(site_.minus_high[j]));
-      double const subtracted =
-          static_cast<double>(site_.minus_high[j]) + static_cast<double>(site_.minus_low[j]);
-      if (!problem_.standardize) {
-        shift_[j] = static_cast<C>(subtracted);
-        rho_[j] = static_cast<C>(1 / power[i]);
-      }
-      for (integer p = 0; p < problems && problem_.standardize; ++p) {
-        integer const at = (p * feature_strips_ + strip) * R + i;
-        double const mean = sums[size(p * R + i)];
-        double const deviation = std::sqrt(squares[size(p * R + i)]);
-        shift_[at] = static_cast<C>(mean + subtracted);
-        rho_[at] = deviation > 0 ? static_cast<C>(1 / deviation) : C(0);
-        mean_[size(p * width_ + j)] = mean / power[i];
-        deviation_[size(p * width_ + j)] = deviation / power[i];
-      }
-    }
-    return found;
-  }
-
-  /// Means to the last digits and variances, 0 for a feature that is constant to rounding.
-  void find_deviations(integer strip, double const* power, std::vector<double>& means,
-                       std::vector<double>& variances) const {
-    std::vector<double> left(means.size());
-    std::fill(variances.begin(), variances.end(), 0.);
-    each_token(strip, power, [&](integer t, double const* x) {
-      for (integer p = 0; p < problem_.problems; ++p) {
-        if (problem_.part(p, t) != softmax_problem::train) continue;
-        double const* const mean = means.data() + p * R;
-        double *const sum = left.data() + p * R, *const square = variances.data() + p * R;
-        for (integer i = 0; i < R; ++i) {
-          double const y = x[i] - mean[i];
-          sum[i] += y;
-          square[i] += y * y;
-        }
-      }
-    });
-    for (std::size_t k = 0; k < means.size(); ++k) {
-      double const n = counts_[2 * (k / static_cast<std::size_t>(R))];
-      double const more = left[k] / n, rounding = 32 * std::numeric_limits<double>::epsilon();
-      double const variance = variances[k] / n - more * more;
-      means[k] += more;
-      variances[k] = variance > rounding * rounding * means[k] * means[k] ? variance : 0;
-    }
   }
 
   // ---- products ---------------------------------------------------------------------------------
@@ -501,7 +267,7 @@ class softmax_engine {
       integer const strips = (std::min)(group, token_strips_ - first);
       multiply(strips, width_, weights_.data(), s, [&](integer from, integer count) {
         for (integer g = 0; g < strips; ++g)
-          pack_strip<Product, C>([&](auto... where) { site_.fetch(where...); }, (first + g) * R,
+          pack_strip<Product, C>([&](auto... where) { frames_.fetch(where...); }, (first + g) * R,
                                  (std::min)(R, tokens_ - (first + g) * R), g,
                                  depth_range{from, count, D}, false, &s.x, nullptr);
       });
@@ -519,7 +285,7 @@ class softmax_engine {
       }
     for (std::size_t part = 0; part < 2; ++part)
       for (integer p = 0; p < problem_.problems; ++p)
-        sums.count[part][size(p)] = counts_[size(2 * p) + part];
+        sums.count[part][size(p)] = frames_.count(p, part);
     if (residuals) add_strips(token_sums_, token_strips_, bias_gradient_);
     return sums;
   }
@@ -548,7 +314,7 @@ class softmax_engine {
   /// R features of some tokens side by side, token after token.
   void pack_features(integer strip, integer token, integer count, C* to) const {
     integer const cols = (std::min)(R, width_ - strip * R), there = round_up(cols, W);
-    site_.fetch(token, count, strip * R, cols, to, R);
+    frames_.fetch(token, count, strip * R, cols, to, R);
     for (integer t = 0; t < count && there < R; ++t)
       std::fill(to + t * R + there, to + (t + 1) * R, C(0));
   }
@@ -563,14 +329,14 @@ class softmax_engine {
   // ---- a strip of tokens: logits → losses and residuals -----------------------------------------
 
   void finish_tokens(integer strip, C* z, bool residuals) {
-    using namespace Eigen::internal;
+    using namespace packet;
     integer const first = strip * R, here = (std::min)(R, tokens_ - first);
     for (integer p = 0; p < problem_.problems; ++p) {
       outcome& out = outcomes_[size(strip * problem_.problems + p)];
       out = {};
       alignas(128) C weight[R] = {}, best[R], at[R], total[R], picked[R], size_of_all[R];
       C* const mine = z + p * problem_.classes * R;
-      double const count = counts_[size(2 * p)];
+      double const count = frames_.count(p, 0);
       for (integer i = 0; i < here; ++i)
         if (problem_.part(p, first + i) == softmax_problem::train)
           weight[i] = static_cast<C>(1 / count);
@@ -620,7 +386,7 @@ class softmax_engine {
   /// Adds the biases; the largest logit of each token, its class, and the sum of small parts of their
   /// sizes, which is finite if all are.
   void find_largest(C* z, C const* offset, C* best, C* at, C* sizes) const {
-    using namespace Eigen::internal;
+    using namespace packet;
     P largest = padd(pload<P>(z), pset1<P>(offset[0])), which = pset1<P>(C(0));
     P const part = pset1<P>(C(0x1p-32));
     P sum = pmul(pabs(largest), part);
@@ -638,14 +404,14 @@ class softmax_engine {
   }
 
   void exponentiate(C* z, C const* best, C* total) const {
-    using namespace Eigen::internal;
+    using namespace packet;
     P const largest = pload<P>(best);
     P sum = pset1<P>(C(0));
     for (integer c = 0; c < problem_.classes; ++c) {
       P const below = psub(pload<P>(z + c * R), largest);
       P e = pexp(below);
       // Where gradients are divided by their size, the least number must not stand for 0.
-      if (careful_ || wide_)
+      if (careful_ || wide())
         e = pselect(pcmp_lt(below, pset1<P>(least_exponent)), pset1<P>(C(0)), e);
       pstore(z + c * R, e);
       sum = padd(sum, e);
@@ -657,7 +423,7 @@ class softmax_engine {
 
   /// Σ shift · weights over a strip.
   static double shifted(C const* shift, C const* w, integer count) {
-    using namespace Eigen::internal;
+    using namespace packet;
     P sum = pset1<P>(C(0));
     for (integer r = 0; r < count; ++r)
       sum = pmadd(pload<P>(shift + r * W), pload<P>(w + r * W), sum);
@@ -666,13 +432,13 @@ class softmax_engine {
 
   /// Adam on weights that carry the factor rho: the step carries it too.
   void update(integer strip, C const* g, adam const& by, double rate, double root) {
-    using namespace Eigen::internal;
+    using namespace packet;
     auto const all = [](double x) { return pset1<P>(static_cast<C>(x)); };
     P const keep2 = all(by.beta2), take1 = all(1 - by.beta1), take2 = all(1 - by.beta2);
     P const epsilon = all(by.epsilon), bias2 = all(root), decay = all(by.weight_decay);
     integer const count = packets_of(strip, width_);
     for (integer k = 0; k < columns_; ++k) {
-      frame const f = frame_of(k / problem_.classes, strip);
+      frame const f = frames_.of(k / problem_.classes, strip);
       P const residual = all(bias_gradient_.data()[k]);
       C* const w = weights_at(strip, k);
       C* const m = first_moment_.data() + (strip * padded_ + k) * R;
@@ -702,14 +468,14 @@ class softmax_engine {
   /// The same where squares of gradients may leave the range of C: gradients are those of x̃, without
   /// rho, and the second moment is kept as its root.
   void update_carefully(integer strip, C const* g, adam const& by, double rate, double root) {
-    using namespace Eigen::internal;
+    using namespace packet;
     auto const all = [](double x) { return pset1<P>(static_cast<C>(x)); };
     P const keep2 = all(by.beta2), take1 = all(1 - by.beta1), take2 = all(1 - by.beta2);
     P const epsilon = all(by.epsilon), bias2 = all(root), decay = all(by.weight_decay);
     P const zero = pset1<P>(C(0)), least = pset1<P>((std::numeric_limits<C>::min)());
     integer const count = packets_of(strip, width_);
     for (integer k = 0; k < columns_; ++k) {
-      frame const f = frame_of(k / problem_.classes, strip);
+      frame const f = frames_.of(k / problem_.classes, strip);
       P const residual = all(bias_gradient_.data()[k]);
       C* const w = weights_at(strip, k);
       C* const m = first_moment_.data() + (strip * padded_ + k) * R;
@@ -746,25 +512,18 @@ class softmax_engine {
 
   team threads_;
   softmax_problem const& problem_;
-  shared_features<C> site_;
   integer tokens_, width_, columns_, padded_, token_strips_, feature_strips_;
-  std::vector<double> counts_;            // problems × 2: tokens to train on, to validate on
-  std::vector<double> mean_, deviation_;  // problems × d, if standardised
-  aligned_array<C> shift_, rho_;          // frames × d
-  aligned_array<C> weights_;              // d × columns, times rho, in blocks of depth D
-  aligned_array<C> residuals_;            // n × columns, in blocks of depth D
-  aligned_array<C> first_moment_, second_moment_;    // feature strips × columns × R
-  aligned_array<C> offset_;                          // columns
-  aligned_array<double> token_sums_, feature_sums_;  // strips × columns
+  frames frames_;
+  aligned_array<C> weights_;                       // d × columns, times rho, in blocks of depth D
+  aligned_array<C> residuals_;                     // n × columns, in blocks of depth D
+  aligned_array<C> first_moment_, second_moment_;  // feature strips × columns × R
+  aligned_array<C> offset_;                        // columns
+  aligned_array<double> token_sums_, feature_sums_;                      // strips × columns
   std::vector<double> bias_, bias_gradient_, bias_first_, bias_second_;  // columns
   std::vector<outcome> outcomes_;                                        // token strips × problems
   std::vector<std::int32_t> predictions_;
   std::vector<scratch> scratch_;  // one a thread
   integer steps_ = 0;
-  position non_finite_;
-  bool varies_ = false;   // a feature does, over the tokens that are trained on
-  bool far_ = false;      // a feature has no centre for all problems
-  bool wide_ = false;     // features are so large that their squares leave the range of C
   bool careful_ = false;  // with squares of gradients
 };
 
