@@ -82,7 +82,7 @@ struct outcome {
 /// Waits, but not for ever: a program that hangs is ended, and the test fails.
 outcome wait_for(::pid_t child, std::string const& err) {
   int state = 0;
-  for (int look = 0; look < 12000; ++look) {
+  for (int look = 0; look < 30000; ++look) {
     if (::waitpid(child, &state, WNOHANG) == child)
       return {WIFEXITED(state) ? WEXITSTATUS(state) : -1, read(err)};
     std::this_thread::sleep_for(std::chrono::milliseconds(10));
