@@ -265,10 +265,14 @@ class cka_table {
         double const t =
             debiased::hsic(m, i, q) / (std::sqrt(self[a].value) * std::sqrt(self[b].value));
         score_.push_back(t / deviation);
-        p_value_.push_back(few ? detail::all_orders_tail(m.tokens, rounding,
-                                                         m.heavy_rows.data() + a * rows,
-                                                         m.heavy_rows.data() + b * rows)
-                               : detail::shuffled_tail(n, t, rounding, sites[a], sites[b]));
+        if (few) {
+          p_value_.push_back(detail::all_orders_tail(
+              m.tokens, rounding, m.heavy_rows.data() + a * rows, m.heavy_rows.data() + b * rows));
+          continue;
+        }
+        detail::doubtful const p = detail::shuffled_tail(n, t, rounding, sites[a], sites[b]);
+        p_value_.push_back(p.doubt <= 1 ? measured(p.value)
+                                        : measured(rflow::status::ill_conditioned));
       }
   }
 
