@@ -596,7 +596,7 @@ inline double find_doubt(double tokens, double p, double kurtosis, double pair, 
                          double evenness) {
   if (skewness > 2 && evenness < 1) return std::numeric_limits<double>::infinity();
   double const depth = -std::log(std::clamp(p, 1e-3, 5e-3));
-  return (kurtosis + 5 * pair) * depth * depth / (25 * (1 - 7 / tokens));
+  return (kurtosis + 5 * pair) * depth * depth / (27 * (1 - 8 / tokens));
 }
 
 /// P(T ≥ t), for more than few_tokens. The heaviest tokens of both sides are followed: for each way
