@@ -586,17 +586,18 @@ struct doubtful {
 };
 
 /// Excess kurtosis κ changes the logarithm of a tail p by about κ (ln 1/p)² / 6 (an Edgeworth series
-/// with z² ≈ 2 ln 1/p); below 1e-3 no more is asked for than there. A pair's share of the variance
-/// counts five times: what it lands on is not known. The constants are those with which simulated p
-/// were within a factor of 2 (docs/numerics.md). Few tokens have few orders, so less is let through.
+/// with z² ≈ 2 ln 1/p); below 1e-3 no more is asked for than there. What a pair of heavy tokens lands
+/// on is not known, so the square of its share counts, too. Few tokens have few orders, so less is let
+/// through: of 9 nothing. With these constants simulated p were within a factor of 2 down to 1e-4
+/// (docs/numerics.md).
 /// @param  skewness  of T
-/// @param  evenness  of the side whose light rows are more alike, how they vary: rows alike and a skew T
-///                   are those of two groups of tokens, where T takes few values
+/// @param  evenness  how the light rows vary on that side where they vary less: alike, with a skew T,
+///                   tokens are two groups on both sides, and T takes few values
 inline double find_doubt(double tokens, double p, double kurtosis, double pair, double skewness,
                          double evenness) {
   if (skewness > 2 && evenness < 1) return std::numeric_limits<double>::infinity();
   double const depth = -std::log(std::clamp(p, 1e-3, 5e-3));
-  return (kurtosis + 5 * pair) * depth * depth / (27 * (1 - 8 / tokens));
+  return (kurtosis + 40 * pair * pair) * depth * depth / (26 * (1 - 9 / tokens));
 }
 
 /// P(T ≥ t), for more than few_tokens. The heaviest tokens of both sides are followed: for each way
