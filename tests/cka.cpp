@@ -1433,6 +1433,24 @@ TEST_CASE("no p-value is 0") {
   CHECK(few.p_value(0, 1) >= std::exp(-std::lgamma(21)) * (1 - 1e-12));
 }
 
+TEST_CASE("no p-value where too many massive tokens are in both layers; score and CKA stand") {
+  for (Eigen::Index const count : {1, 6}) {
+    CAPTURE(count);
+    std::mt19937 bits(9);
+    MatrixXd x = normal_matrix(bits, 60, 8), y = normal_matrix(bits, 60, 6);
+    x.topRows(count) *= 100;
+    y.topRows(count) *= 100;
+    layers const both{x, y};
+    rflow::cka_table const t =
+        cka_matrix(layer_stack(both), linear{}, debiased{}, tested{.significance = true});
+    CHECK(t.p_value(0, 1).ok() == (count == 1));
+    CHECK(t.p_value(0, 1).why == (count == 1 ? status::ok : status::ill_conditioned));
+    CHECK(t.p_value(1, 0).why == t.p_value(0, 1).why);
+    CHECK(t.score(0, 1).ok());
+    CHECK(t(0, 1).ok());
+  }
+}
+
 TEST_CASE("of unrelated layers, a share of p-values lies below that share") {
   int below[3] = {};
   double const shares[3] = {0.05, 0.25, 0.75};

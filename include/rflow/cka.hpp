@@ -174,9 +174,10 @@ class cka_table {
   /// is that of a Pearson III (shifted gamma) distribution. At least 1/n!, or the least normal double
   /// where that is larger: never 0. not_requested as score.
   ///
-  /// Where four or more tokens outweigh the others in both layers this is a rough figure: 1/50 to 50
-  /// times what a million shuffles gave, for 40 to 200 tokens. With fewer such tokens it was within a
-  /// factor of 2 down to 1e-4, with none or one of them to 1e-5 (docs/numerics.md).
+  /// ill_conditioned where too many tokens outweigh the others for that, by an estimate of what those
+  /// not followed do: nearly always with four or more in both layers, often with two or three. Score
+  /// and CKA stand. What is given was within a factor of 2 of resampling down to 1e-4 in all simulated
+  /// cases; deeper tails are an extrapolation (docs/numerics.md).
   ///
   /// Tokens of one text are not exchangeable: neighbours resemble each other, and then this is too
   /// small. Compare it with other cells rather than with 0.05, or see shift_p_value.
