@@ -1429,10 +1429,28 @@ TEST_CASE("no p-value is 0") {
   rflow::cka_table const t =
       cka_matrix(layer_stack(same), linear{}, debiased{}, tested{.significance = true});
   CHECK(t.p_value(0, 1) >= std::numeric_limits<double>::min());
-  layers const ten{x.topRows(10), 2 * x.topRows(10)};
+  layers const forty{x.topRows(40), 2 * x.topRows(40)};
   rflow::cka_table const few =
-      cka_matrix(layer_stack(ten), linear{}, debiased{}, tested{.significance = true});
-  CHECK(few.p_value(0, 1) >= 1 / 3628800.0 * (1 - 1e-12));
+      cka_matrix(layer_stack(forty), linear{}, debiased{}, tested{.significance = true});
+  CHECK(few.p_value(0, 1) >= std::exp(-std::lgamma(41)) * (1 - 1e-12));
+}
+
+TEST_CASE("no p-value where too many massive tokens are in both layers; score and CKA stand") {
+  for (Eigen::Index const count : {1, 6}) {
+    CAPTURE(count);
+    std::mt19937 bits(9);
+    MatrixXd x = normal_matrix(bits, 60, 8), y = normal_matrix(bits, 60, 6);
+    x.topRows(count) *= 100;
+    y.topRows(count) *= 100;
+    layers const both{x, y};
+    rflow::cka_table const t =
+        cka_matrix(layer_stack(both), linear{}, debiased{}, tested{.significance = true});
+    CHECK(t.p_value(0, 1).ok() == (count == 1));
+    CHECK(t.p_value(0, 1).why == (count == 1 ? status::ok : status::ill_conditioned));
+    CHECK(t.p_value(1, 0).why == t.p_value(0, 1).why);
+    CHECK(t.score(0, 1).ok());
+    CHECK(t(0, 1).ok());
+  }
 }
 
 TEST_CASE("of unrelated layers, a share of p-values lies below that share") {

@@ -123,7 +123,7 @@ inline constexpr char const* page_script = R"js(
         lines.push(name + ' CKA: ' + (value === null ? 'none (' + table.status[i + ',' + j] + ')'
                                        : value + ', chance ' + text(table.chance[i][j])));
       }
-      if (t.p) lines.push('p over shuffled tokens: ' + (text(t.p[i * t.cols.length + j]) ?? 'none'));
+      if (t.p) lines.push('p over shuffled tokens: ' + text(t.p[i * t.cols.length + j]));
       if (t.shift_p) lines.push('p over shifted tokens: ' + t.shift_p[i * t.cols.length + j]);
       if (t.sigma) lines.push('σ of ' + t.rows[i] + ': ' + (text(t.sigma[i]) ?? 'none'));
       tip.replaceChildren(...lines.flatMap((l, k) => k ? [document.createElement('br'), l] : [l]));

@@ -86,8 +86,12 @@ json cka(cka_result const& c, options const& asked, std::vector<std::string> con
   share["token"] = std::move(tokens);
   out["top_token_share"] = std::move(share);
   if (!c.p_value.empty())
-    out["significance"] = {{"score", table(c.score, c.debiased.cols)},
-                           {"p_value", table(c.p_value, c.debiased.cols)}};
+    out["significance"] = {
+        {"score", table(c.score, c.debiased.cols)},
+        {"p_value", table(c.p_value, c.debiased.cols)},
+        {"status", table(c.debiased.rows, c.debiased.cols, [&](std::ptrdiff_t i, std::ptrdiff_t j) {
+           return json(to_string(c.p_value[static_cast<std::size_t>(i * c.debiased.cols + j)].why));
+         })}};
   if (!c.shift_p_value.empty()) {
     json statuses = json::array();
     for (std::size_t k = 0; k < c.shift_p_value.size(); ++k) {

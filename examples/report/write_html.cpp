@@ -409,7 +409,7 @@ std::string cka_figure(cka_result const& c, model_result const& a, model_result 
   if (!c.p_value.empty()) {
     entry["p"] = json::array();
     for (measured const p : c.p_value)  // never 0: the least is 1/n!, as far as a double goes
-      entry["p"].push_back(!p.ok()            ? json()
+      entry["p"].push_back(!p.ok()            ? json("none (" + std::string(to_string(p.why)) + ")")
                            : p.value < 1e-300 ? json("< 1e-300")
                                               : json(number(p.value, 3)));
   }

@@ -101,9 +101,10 @@ class cka_table {
   /// is that of a Pearson III (shifted gamma) distribution. At least 1/n!, or the least normal double
   /// where that is larger: never 0. not_requested as score.
   ///
-  /// Where four or more tokens outweigh the others in both layers this is a rough figure: 1/50 to 50
-  /// times what a million shuffles gave, for 40 to 200 tokens. With fewer such tokens it was within a
-  /// factor of 2 down to 1e-4, with none or one of them to 1e-5 (docs/numerics.md).
+  /// ill_conditioned where too many tokens outweigh the others for that, by an estimate of what those
+  /// not followed do: nearly always with four or more in both layers, often with two or three. Score
+  /// and CKA stand. What is given was within a factor of 2 of resampling down to 1e-4 in all simulated
+  /// cases; deeper tails are an extrapolation (docs/numerics.md).
   ///
   /// Tokens of one text are not exchangeable: neighbours resemble each other, and then this is too
   /// small. Compare it with other cells rather than with 0.05, or see shift_p_value.
@@ -192,10 +193,14 @@ class cka_table {
         double const t =
             debiased::hsic(m, i, q) / (std::sqrt(self[a].value) * std::sqrt(self[b].value));
         score_.push_back(t / deviation);
-        p_value_.push_back(few ? detail::all_orders_tail(m.tokens, rounding,
-                                                         m.heavy_rows.data() + a * rows,
-                                                         m.heavy_rows.data() + b * rows)
-                               : detail::shuffled_tail(n, t, rounding, sites[a], sites[b]));
+        if (few) {
+          p_value_.push_back(detail::all_orders_tail(
+              m.tokens, rounding, m.heavy_rows.data() + a * rows, m.heavy_rows.data() + b * rows));
+          continue;
+        }
+        detail::doubtful const p = detail::shuffled_tail(n, t, rounding, sites[a], sites[b]);
+        p_value_.push_back(p.doubt <= 1 ? measured(p.value)
+                                        : measured(rflow::status::ill_conditioned));
       }
   }
 

@@ -19,7 +19,8 @@ enum class status : std::uint8_t {
   too_few_sites,    ///< a chain of one site has no steps
   zero_rows,        ///< too few rows with a non-zero norm, so no direction to compare
   constant_layer,   ///< all tokens have the same representation (to rounding)
-  ill_conditioned,  ///< rounding leaves fewer digits than are promised, even with products in double
+  ill_conditioned,  ///< rounding leaves fewer digits than are promised, even with products in double;
+                    ///< p over shuffled tokens: too many of them outweigh the others
   zero_step,        ///< a layer equals the one before it (to rounding): the path has no direction
   zero_bandwidth,   ///< the median distance is 0, so an RBF kernel has no scale
   non_finite,       ///< the data hold a NaN or an infinity

@@ -12,6 +12,7 @@
 #include <cstring>
 #include <limits>
 #include <numeric>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -404,6 +405,12 @@ struct shuffled_site {
   std::array<grouped_row, (1 << pins) - 1> row;  // by set: of the heaviest token that is not pinned
   grouped_row squares;     // Σ_j U''_ij² over its mean, less 1, where all heavy tokens are pinned
   double mean_square = 0;  // that mean
+  /// Of a token: squares of its row on light tokens, and what it has with the heaviest.
+  struct row_parts {
+    double light, heavy[pins];
+  };
+  std::vector<row_parts> outer;  // the heaviest tokens, then the next of them
+  double fourths[pins] = {};     // Σ U_ai⁴ over light tokens
 
   /// @param numbers  shuffle_numbers of them, from find_shuffle_moments
   /// @param rows     (pins + 1) × n, likewise
@@ -422,6 +429,7 @@ struct shuffled_site {
     for (double& x : light) x = mean > 0 ? x / mean : 1;
     squares = group_row(std::move(light));
     mean_square = mean;
+    find_outer(rows, size, heavy);
     for (unsigned set = 0; set < row.size(); ++set) {
       std::size_t pinned = 0;
       for (std::size_t r = 0; r < pins; ++r) pinned += set >> r & 1;
@@ -439,11 +447,157 @@ struct shuffled_site {
       }
     }
   }
+
+ private:
+  template <class Heavy>
+  void find_outer(double const* rows, std::size_t size, Heavy const& heavy) {
+    constexpr std::size_t next = 9;
+    double mean[pins] = {};  // of light entries: what all of them have moves no T
+    for (std::size_t r = 0; r < pins; ++r)
+      for (std::size_t i = 0; i < size; ++i)
+        if (!heavy(i)) mean[r] += rows[r * size + i] / static_cast<double>(size - pins);
+    std::vector<std::pair<double, std::size_t>> by_square;  // largest first, then by index
+    for (std::size_t i = 0; i < size; ++i) {
+      if (heavy(i)) continue;
+      double sum = rows[pins * size + i];
+      for (std::size_t r = 0; r < pins; ++r) {
+        double const x = rows[r * size + i] - mean[r];
+        sum += x * x;
+      }
+      by_square.emplace_back(-sum, i);
+    }
+    std::size_t const count = (std::min)(next, by_square.size());
+    std::partial_sort(by_square.begin(), by_square.begin() + static_cast<std::ptrdiff_t>(count),
+                      by_square.end());
+    for (std::size_t r = 0; r < pins; ++r) {
+      row_parts parts{};
+      for (std::size_t s = 0; s < pins; ++s)
+        parts.heavy[s] = r == s ? 0 : moments.of[(1U << pins) - 1].between[r][s] - mean[s];
+      for (std::size_t i = 0; i < size; ++i) {
+        if (heavy(i)) continue;
+        double const x = rows[r * size + i] - mean[r];
+        parts.light += x * x;
+        fourths[r] += x * x * x * x;
+      }
+      outer.push_back(parts);
+    }
+    for (std::size_t k = 0; k < count; ++k) {
+      std::size_t const i = by_square[k].second;
+      row_parts parts{rows[pins * size + i], {}};
+      for (std::size_t r = 0; r < pins; ++r) parts.heavy[r] = rows[r * size + i] - mean[r];
+      outer.push_back(parts);
+    }
+  }
 };
 
 /// The least probability that n! orders have, or the smallest normal double where that is larger.
 inline double least_probability(double tokens) {
   return (std::max)(std::exp(-std::lgamma(tokens + 1)), (std::numeric_limits<double>::min)());
+}
+
+/// What shuffled_tail does not follow where heavy tokens land in one way.
+struct loose_parts {
+  double kurtosis = 0;  // about what it adds to T's excess kurtosis
+  double pair = 0;      // the largest share of the variance that one pair of heavy tokens has
+  double chance = 0;    // of a row that adds half the variance or more
+  double largest = 0;   // the most that one adds, in variances
+};
+
+/// Of rows of U that land on rows of V, not both heavy: while a is on b, T varies by about
+/// 4/N |u_a|² |v_b|² more. Where either is long, three moments do not tell.
+/// @param  left       N, tokens that may land anywhere
+/// @param  to         where heavy tokens of U land, or -1
+/// @param  variance   of T there
+/// @param  product    whether the product of the longest rows is followed
+/// @param  along_u, along_v  whether the longest row is followed over those of the other side
+inline loose_parts find_loose_parts(double left, int const* to, double variance, bool product,
+                                    bool along_u, bool along_v, shuffled_site const& u,
+                                    shuffled_site const& v) {
+  struct row {
+    bool open;            // not pinned
+    double light, heavy;  // squares with light tokens, with heavy ones that are not pinned
+  };
+  auto const square = [](double x) { return x * x; };
+  bool pinned_u[pins] = {}, pinned_v[pins] = {};
+  for (std::size_t r = 0; r < pins; ++r)
+    if (to[r] >= 0) pinned_u[r] = pinned_v[to[r]] = true;
+  auto const rows_of = [](shuffled_site const& site, bool const* pinned) {
+    std::vector<row> rows;
+    for (std::size_t k = 0; k < site.outer.size(); ++k) {
+      row now{k >= pins || !pinned[k], site.outer[k].light, 0};
+      for (std::size_t r = 0; r < pins; ++r)
+        if (!pinned[r]) now.heavy += site.outer[k].heavy[r] * site.outer[k].heavy[r];
+      rows.push_back(now);
+    }
+    return rows;
+  };
+  auto const longest = [](std::vector<row> const& rows) {
+    std::size_t best = pins;
+    for (std::size_t r = pins; r-- > 0;)
+      if (rows[r].open &&
+          (best == pins || rows[r].light + rows[r].heavy >= rows[best].light + rows[best].heavy))
+        best = r;
+    return best;
+  };
+  std::vector<row> const of_u = rows_of(u, pinned_u), of_v = rows_of(v, pinned_v);
+  std::size_t const top_u = longest(of_u), top_v = longest(of_v);
+
+  loose_parts out;
+  for (std::size_t a = 0; a < of_u.size(); ++a)
+    for (std::size_t b = 0; b < of_v.size(); ++b) {
+      if (!of_u[a].open || !of_v[b].open || (a < pins && b < pins)) continue;
+      double heavy_u = of_u[a].heavy, heavy_v = of_v[b].heavy;
+      if (product && a == top_u) heavy_v -= square(v.outer[b].heavy[top_v]);
+      if (product && b == top_v) heavy_u -= square(u.outer[a].heavy[top_u]);
+      double more = heavy_u * of_v[b].light + of_u[a].light * (heavy_v + of_v[b].light);
+      // A light row of the usual length is no surprise.
+      if (a < pins) more -= (of_u[a].heavy + of_u[a].light) * v.mean_square;
+      if (b < pins) more -= (of_v[b].heavy + of_v[b].light) * u.mean_square;
+      if ((along_u && a == top_u) || (along_v && b == top_v)) more = 0;
+      more = 4 / left * (std::max)(more, 0.0) / variance;
+      double shift = 0;  // by pairs with a pinned token
+      for (std::size_t r = 0; r < pins; ++r)
+        if (to[r] >= 0) shift += 2 * u.outer[a].heavy[r] * v.outer[b].heavy[to[r]];
+      shift *= shift / variance;
+      out.kurtosis += (3 * more * more + 6 * more * shift + shift * shift) / left;
+      if (more + shift < 0.5) continue;
+      out.chance += 1 / left;
+      out.largest = (std::max)(out.largest, more + shift);
+    }
+  // A pair of tokens lands on a pair, one of each heavy.
+  for (std::size_t a = 0; a < pins; ++a)
+    for (std::size_t b = 0; b < pins; ++b)
+      if (of_u[a].open && of_v[b].open && !(product && a == top_u && b == top_v))
+        out.kurtosis += 16 * u.fourths[a] * v.fourths[b] / (left * left * variance * variance);
+  // A pair of heavy tokens lands on any pair.
+  for (auto const& [site, rows, other] : {std::tuple(&u, &of_u, &v), std::tuple(&v, &of_v, &u)})
+    for (std::size_t a = 0; a < pins; ++a)
+      for (std::size_t b = 0; b < a; ++b)
+        if ((*rows)[a].open && (*rows)[b].open)
+          out.pair = (std::max)(out.pair, 4 * square(site->outer[a].heavy[b]) *
+                                              other->moments.of[(1U << pins) - 1].squares /
+                                              (left * left * variance));
+  return out;
+}
+
+/// A probability, and how far it may be off: known to a factor of 2 where `doubt` is at most 1.
+struct doubtful {
+  double value, doubt;
+};
+
+/// Excess kurtosis κ changes the logarithm of a tail p by about κ (ln 1/p)² / 6 (an Edgeworth series
+/// with z² ≈ 2 ln 1/p); below 1e-3 no more is asked for than there. What a pair of heavy tokens lands
+/// on is not known, so the square of its share counts, too. Few tokens have few orders, so less is let
+/// through: of 9 nothing. With these constants simulated p were within a factor of 2 down to 1e-4
+/// (docs/numerics.md).
+/// @param  skewness  of T
+/// @param  evenness  how the light rows vary on that side where they vary less: alike, with a skew T,
+///                   tokens are two groups on both sides, and T takes few values
+inline double find_doubt(double tokens, double p, double kurtosis, double pair, double skewness,
+                         double evenness) {
+  if (skewness > 2 && evenness < 1) return std::numeric_limits<double>::infinity();
+  double const depth = -std::log(std::clamp(p, 1e-3, 5e-3));
+  return (kurtosis + 40 * pair * pair) * depth * depth / (26 * (1 - 9 / tokens));
 }
 
 /// P(T ≥ t), for more than few_tokens. The heaviest tokens of both sides are followed: for each way
@@ -452,8 +606,8 @@ inline double least_probability(double tokens) {
 /// about a product of two entries of their rows: that product goes over the rows, and the rest of T
 /// is taken for Pearson III.
 /// @param  rounding  of t
-inline double shuffled_tail(double tokens, double t, double rounding, shuffled_site const& u,
-                            shuffled_site const& v) {
+inline doubtful shuffled_tail(double tokens, double t, double rounding, shuffled_site const& u,
+                              shuffled_site const& v) {
   struct placement {
     int to[pins];
     std::size_t count = 0, order[pins] = {};
@@ -483,7 +637,7 @@ inline double shuffled_tail(double tokens, double t, double rounding, shuffled_s
   std::stable_sort(all.begin(), all.end(),
                    [](placement const& a, placement const& b) { return a.count < b.count; });
 
-  double total = 0;
+  double total = 0, weights = 0, kurtosis = 0, pair = 0, skewnesses = 0;
   double const least = t - rounding;
   for (placement const& p : all) {
     // These and no others: inclusion and exclusion.
@@ -503,10 +657,26 @@ inline double shuffled_tail(double tokens, double t, double rounding, shuffled_s
     double const mean = m.first / probability;
     double const variance = m.second / probability - mean * mean;
     double const third = m.third / probability - 3 * mean * variance - mean * mean * mean;
+    double const before = total;
     if (!(variance > rounding * rounding)) {
       total += mean >= least ? probability : 0;
+      weights += total - before;
       continue;
     }
+    // What is not followed counts as far as this placement does, or would if a long row landed.
+    auto const count_loose = [&](bool product, bool along_u, bool along_v) {
+      double const left = tokens - static_cast<double>(p.count);
+      loose_parts const loose =
+          find_loose_parts(left, p.to, variance, product, along_u, along_v, u, v);
+      double const wide = std::sqrt(2 * variance * (1 + loose.largest));
+      double const landing = (std::min)(loose.chance, 1.0) * std::erfc((least - mean) / wide) / 2;
+      // Where all tails are 0, as far as placements are likely.
+      double const weight = (std::max)(total - before, probability * (std::max)(landing, 1e-290));
+      weights += weight;
+      kurtosis += weight * loose.kurtosis;
+      pair += weight * loose.pair;
+      skewnesses += weight * third / (variance * std::sqrt(variance));
+    };
     double const skewness = third / (variance * std::sqrt(variance));
     if (p.count < pins && probability > 1e-3 * total) {
       double const n = tokens - static_cast<double>(p.count) - 2;
@@ -525,6 +695,7 @@ inline double shuffled_tail(double tokens, double t, double rounding, shuffled_s
                    quick_pearson_tail((least - mean - factor * x.value * y.value) / deviation,
                                       rest_skewness);
         total += probability * sum;
+        count_loose(true, false, false);
         continue;
       }
       // A heavy row of one side meets rows of the other that vary in length: so does the variance.
@@ -539,12 +710,17 @@ inline double shuffled_tail(double tokens, double t, double rounding, shuffled_s
                                               third / (here * std::sqrt(here)));
         }
         total += probability * sum;
+        count_loose(false, of_u > of_v, !(of_u > of_v));
         continue;
       }
     }
     total += probability * pearson_tail((least - mean) / std::sqrt(variance), skewness);
+    count_loose(false, false, false);
   }
-  return std::clamp(total, least_probability(tokens), 1.0);
+  double const found = std::clamp(total, least_probability(tokens), 1.0);
+  if (!(weights > 0)) return {found, 0};
+  return {found, find_doubt(tokens, found, kurtosis / weights, pair / weights, skewnesses / weights,
+                            (std::min)(u.squares.second, v.squares.second))};
 }
 
 /// The same for at most few_tokens, by going through all orders; t is that of the order at hand.
