@@ -15,18 +15,18 @@ namespace rflow {
 /// Why a value is not a number.
 enum class status : std::uint8_t {
   ok,
-  too_few_rows,     ///< fewer tokens than the estimator needs
-  too_few_sites,    ///< a chain of one site has no steps
-  zero_rows,        ///< too few rows with a non-zero norm, so no direction to compare
-  constant_layer,   ///< all tokens have the same representation (to rounding)
+  too_few_rows,    ///< fewer tokens than the estimator needs
+  too_few_sites,   ///< a chain of one site has no steps
+  zero_rows,       ///< too few rows with a non-zero norm, so no direction to compare
+  constant_layer,  ///< all tokens have the same representation (to rounding)
   ill_conditioned,  ///< rounding leaves fewer digits than are promised, even with products in double;
                     ///< p over shuffled tokens: too many of them outweigh the others
   zero_step,        ///< a layer equals the one before it (to rounding): the path has no direction
-  zero_bandwidth,   ///< the median distance is 0, so an RBF kernel has no scale
-  non_finite,       ///< the data hold a NaN or an infinity
-  out_of_range,     ///< a figure that double does not have: scale the data
-  diverged,         ///< an optimisation ended in numbers that are not finite
-  not_requested,    ///< the option that would compute it is off
+  zero_bandwidth,    ///< the median distance is 0, so an RBF kernel has no scale
+  non_finite,        ///< the data hold a NaN or an infinity
+  out_of_range,      ///< a figure that double does not have: scale the data
+  diverged,          ///< an optimisation ended in numbers that are not finite
+  not_requested,     ///< the option that would compute it is off
   dependent_tokens,  ///< neighbouring tokens resemble each other too far for so few of them
   different_widths,  ///< sites of several widths have no difference and no cosine
 };
