@@ -352,14 +352,18 @@ TEST_CASE("p-values of CKA, for those who ask") {
     REQUIRE(s["p_value"].size() == sites);
     for (std::size_t i = 0; i < sites; ++i)
       for (std::size_t j = 0; j < sites; ++j) {
-        CHECK(s["p_value"][i][j].get<double>() > 0);
-        CHECK(s["p_value"][i][j].get<double>() <= 1);
+        CHECK((s["status"][i][j] == "ok" || s["status"][i][j] == "ill_conditioned"));
+        REQUIRE(s["p_value"][i][j].is_number() == (s["status"][i][j] == "ok"));
+        if (s["p_value"][i][j].is_number()) {
+          CHECK(s["p_value"][i][j].get<double>() > 0);
+          CHECK(s["p_value"][i][j].get<double>() <= 1);
+        }
         // In standard deviations: over the root of 2 / (n (n − 3)).
         CHECK(s["score"][i][j].get<double>() ==
               doctest::Approx(cka["debiased"]["values"][i][j].get<double>() *
                               std::sqrt(40.0 * 37 / 2)));
       }
-    CHECK(s["p_value"][0][0].get<double>() < 1e-3);
+    if (s["status"][0][0] == "ok") CHECK(s["p_value"][0][0].get<double>() < 1e-3);
   }
   CHECK(read(work / "with/report.html").find("\"p\":[") != std::string::npos);
   CHECK(read(work / "without/report.html").find("\"p\":[") == std::string::npos);
